@@ -1,0 +1,154 @@
+"""The names of LING2's tensors: MaxText's path <-> Hugging Face's name, written once.
+
+Every transform is a transpose, a reshape or a stack over experts; no value changes, so the way back is exact.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maxtext_ling2.model.layout import is_dense, is_mla
+
+Array = NDArray[Any]
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One MaxText tensor and the Hugging Face tensors it is made of.
+
+  Attributes:
+    path: where it stands in the (unscanned) MaxText model.
+    names: the Hugging Face names: one, or one for each expert.
+    shape: its shape in MaxText.
+    linear: whether Hugging Face keeps it as [out, in], the transpose of MaxText's [in..., out...].
+    in_axes: number of leading axes of `shape` (after the experts') that are inputs of a linear map.
+    keeps_dtype: whether it stays float32 whatever dtype the other tensors are saved in (the router bias).
+  """
+
+  path: Path
+  names: tuple[str, ...]
+  shape: tuple[int, ...]
+  linear: bool = False
+  in_axes: int = 1
+  keeps_dtype: bool = False
+
+  @property
+  def _one_shape(self) -> tuple[int, ...]:
+    """MaxText shape of the part that one Hugging Face tensor makes."""
+    return self.shape[1:] if len(self.names) > 1 else self.shape
+
+  @property
+  def hf_shape(self) -> tuple[int, ...]:
+    """Shape of each of the Hugging Face tensors."""
+    if not self.linear:
+      return self._one_shape
+    inputs, outputs = self._one_shape[: self.in_axes], self._one_shape[self.in_axes :]
+    return (int(np.prod(outputs)), int(np.prod(inputs)))
+
+  def to_maxtext(self, tensors: list[Array]) -> Array:
+    """Builds the MaxText tensor from the Hugging Face tensors, in the order of `names`."""
+    parts = [(tensor.T if self.linear else tensor).reshape(self._one_shape) for tensor in tensors]
+    return np.stack(parts) if len(self.names) > 1 else parts[0]
+
+  def to_hf(self, tensor: Array) -> list[Array]:
+    """Takes the MaxText tensor apart; the inverse of `to_maxtext`."""
+    parts = list(tensor) if len(self.names) > 1 else [tensor]
+    if not self.linear:
+      return parts
+    return [part.reshape(self.hf_shape[::-1]).T for part in parts]
+
+
+def entries(config: Any) -> list[Entry]:
+  """All tensors of a model, layers in order.
+
+  Args:
+    config: MaxText config (HyperParameters) of a LING2 model.
+  """
+  c, embed = config, config.emb_dim
+  found = [
+    Entry(("token_embedder", "embedding"), ("model.word_embeddings.weight",), (c.vocab_size, embed)),
+    Entry(("decoder", "decoder_norm", "scale"), ("model.norm.weight",), (embed,)),
+    Entry(("decoder", "logits_dense", "kernel"), ("lm_head.weight",), (embed, c.vocab_size), linear=True),
+  ]
+  for i in range(c.num_decoder_layers):
+    mla = is_mla(i, c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval)
+    found += _layer(c, ("decoder", f"layers_{i}"), f"model.layers.{i}.", mla, is_dense(i, c.first_num_dense_layers))
+  for k in range(1, c.mtp_num_layers + 1):
+    found += _mtp(c, k, f"model.layers.{c.num_decoder_layers + k - 1}.")
+  return found
+
+
+def _mtp(c: Any, k: int, hf: str) -> Iterator[Entry]:
+  """MTP layer `k`, counted from 1; Hugging Face keeps it after the decoder's layers."""
+  base, embed = ("mtp_block", f"mtp_layer_{k}"), c.emb_dim
+  yield Entry((*base, f"mtp_{k}_embedding_norm", "scale"), (f"{hf}enorm.weight",), (embed,))
+  yield Entry((*base, f"mtp_{k}_hidden_state_norm", "scale"), (f"{hf}hnorm.weight",), (embed,))
+  yield Entry((*base, f"mtp_{k}_projection", "kernel"), (f"{hf}eh_proj.weight",), (2 * embed, embed), linear=True)
+  yield from _layer(c, (*base, f"mtp_{k}_transformer_layer"), hf, mla=True, dense=False)
+  yield Entry((*base, f"mtp_{k}_final_norm", "scale"), (f"{hf}final_layernorm.weight",), (embed,))
+
+
+def _layer(c: Any, path: Path, hf: str, mla: bool, dense: bool) -> Iterator[Entry]:
+  embed = (c.emb_dim,)
+  yield Entry((*path, "pre_self_attention_layer_norm", "scale"), (f"{hf}input_layernorm.weight",), embed)
+  yield Entry((*path, "post_self_attention_layer_norm", "scale"), (f"{hf}post_attention_layernorm.weight",), embed)
+  yield from (_mla if mla else _gla)(c, (*path, "self_attention"), f"{hf}attention.")
+  if dense:
+    yield from _swiglu((*path, "mlp"), f"{hf}mlp.", c.emb_dim, c.mlp_dim)
+  else:
+    yield from _experts(c, (*path, "moe"), f"{hf}mlp.")
+
+
+def _gla(c: Any, path: Path, hf: str) -> Iterator[Entry]:
+  embed, heads, dim = c.emb_dim, c.num_query_heads, c.head_dim
+  yield Entry((*path, "qkv_proj", "kernel"), (f"{hf}query_key_value.weight",), (embed, 3, heads, dim), linear=True)
+  if c.use_qk_norm:
+    yield Entry((*path, "query_norm", "scale"), (f"{hf}query_layernorm.weight",), (dim,))
+    yield Entry((*path, "key_norm", "scale"), (f"{hf}key_layernorm.weight",), (dim,))
+  yield Entry((*path, "gate_proj", "kernel"), (f"{hf}g_proj.weight",), (embed, heads, dim), linear=True)
+  yield Entry((*path, "output_norm", "scale"), (f"{hf}g_norm.weight",), (heads * dim,))
+  yield Entry((*path, "out", "kernel"), (f"{hf}dense.weight",), (heads, dim, embed), linear=True, in_axes=2)
+
+
+def _mla(c: Any, path: Path, hf: str) -> Iterator[Entry]:
+  embed, heads, latent = c.emb_dim, c.num_query_heads, c.kv_lora_rank
+  query = (heads, c.qk_nope_head_dim + c.qk_rope_head_dim)
+  if c.q_lora_rank:
+    yield Entry((*path, "wq_a", "kernel"), (f"{hf}q_a_proj.weight",), (embed, c.q_lora_rank), linear=True)
+    yield Entry((*path, "q_norm", "scale"), (f"{hf}q_a_layernorm.weight",), (c.q_lora_rank,))
+    yield Entry((*path, "wq_b", "kernel"), (f"{hf}q_b_proj.weight",), (c.q_lora_rank, *query), linear=True)
+  else:
+    yield Entry((*path, "query", "kernel"), (f"{hf}q_proj.weight",), (embed, *query), linear=True)
+  down = (embed, latent + c.qk_rope_head_dim)
+  yield Entry((*path, "wkv_a", "kernel"), (f"{hf}kv_a_proj_with_mqa.weight",), down, linear=True)
+  yield Entry((*path, "kv_norm", "scale"), (f"{hf}kv_a_layernorm.weight",), (latent,))
+  up = (latent, heads, c.qk_nope_head_dim + c.v_head_dim)
+  yield Entry((*path, "wkv_b", "kernel"), (f"{hf}kv_b_proj.weight",), up, linear=True)
+  yield Entry((*path, "out", "kernel"), (f"{hf}dense.weight",), (heads, c.v_head_dim, embed), linear=True, in_axes=2)
+
+
+def _experts(c: Any, path: Path, hf: str) -> Iterator[Entry]:
+  embed, experts, width = c.emb_dim, c.num_experts, c.moe_mlp_dim
+  block = (*path, "MoeBlock_0")
+  yield Entry((*block, "gate", "kernel"), (f"{hf}gate.weight",), (embed, experts), linear=True)
+  if c.routed_bias:
+    yield Entry((*block, "gate", "bias"), (f"{hf}gate.expert_bias",), (experts,), keeps_dtype=True)
+  for ours, theirs, shape in (
+    ("wi_0", "gate_proj", (experts, embed, width)),
+    ("wi_1", "up_proj", (experts, embed, width)),
+    ("wo", "down_proj", (experts, width, embed)),
+  ):
+    yield Entry((*block, ours), tuple(f"{hf}experts.{e}.{theirs}.weight" for e in range(experts)), shape, linear=True)
+  if c.shared_experts:
+    shared = c.shared_experts * (c.moe_shared_expert_dim or width)
+    yield from _swiglu((*path, "shared_experts"), f"{hf}shared_experts.", embed, shared)
+
+
+def _swiglu(path: Path, hf: str, embed: int, width: int) -> Iterator[Entry]:
+  yield Entry((*path, "wi_0", "kernel"), (f"{hf}gate_proj.weight",), (embed, width), linear=True)
+  yield Entry((*path, "wi_1", "kernel"), (f"{hf}up_proj.weight",), (embed, width), linear=True)
+  yield Entry((*path, "wo", "kernel"), (f"{hf}down_proj.weight",), (width, embed), linear=True)

@@ -1,0 +1,203 @@
+"""Compares LING2 with recorded outputs of a reference: logits, and the gradient of every parameter.
+
+Everything runs in float32 at the highest matmul precision, through MaxText's own Transformer.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maxtext_ling2.checkpoint import hf_config, mapping
+from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.host import session
+
+Array = NDArray[Any]
+
+LOGITS_TOLERANCE = 1e-4
+GRADIENT_RELATIVE = 1e-3
+GRADIENT_OF_LARGEST = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsReport:
+  """How far the logits are from the reference.
+
+  Attributes:
+    max_abs_error: largest absolute difference of a logit.
+    max_kl: largest Kullback-Leibler divergence of a position's prediction from the reference's, in nats.
+    positions: number of positions compared.
+  """
+
+  max_abs_error: float
+  max_kl: float
+  positions: int
+
+  @property
+  def passed(self) -> bool:
+    """Whether the largest difference is within `LOGITS_TOLERANCE`; NaN is not."""
+    return bool(self.max_abs_error <= LOGITS_TOLERANCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientReport:
+  """How far one gradient is from the reference, in units of what is allowed: 1.0 is the limit."""
+
+  name: str
+  max_abs_error: float
+  excess: float
+
+  @property
+  def passed(self) -> bool:
+    """Whether every element is within its tolerance; NaN is not."""
+    return bool(self.excess <= 1.0)
+
+
+class Reference:
+  """A LING2 model with the weights of a Hugging Face folder, in float32.
+
+  Args:
+    folder: the Hugging Face folder.
+    batch: rows B of the inputs.
+    length: tokens T of a row.
+    settings: further MaxText settings, such as gla_decay_layer_offset.
+
+  Raises:
+    UnsupportedCheckpoint: the folder is not a LING2 checkpoint; the text names what does not fit.
+  """
+
+  def __init__(self, folder: Path, batch: int, length: int, **settings: Any):
+    raw = hf_config.read(folder)
+    hf = hf_config.to_maxtext(raw)
+    self.padding_id: int | None = raw.get("pad_token_id")
+    hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
+    sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
+    self.config = session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
+    self.entries = mapping.entries(self.config)
+    with HfFolder(folder) as tensors:
+      tensors.check(self.entries)
+      values = {entry.path: tensors.tensor(entry) for entry in self.entries}
+    self.mesh = session.make_mesh(self.config)
+    self.model = session.make_model(self.config, self.mesh, values)
+
+  def logits(self, ids: Array, segments: Array | None = None) -> Array:
+    """Logits [B, T, V] float32 for token ids [B, T], with segment ids [B, T] where documents are packed."""
+    import jax
+
+    graph, state = self._split()
+    call = jax.jit(lambda state, ids, segments: self._run(graph, state, ids, segments)[0])
+    with self._context():
+      return np.asarray(call(state, ids, self._segments(ids, segments)))
+
+  def gradients(self, ids: Array, labels: Array, with_mtp: bool) -> tuple[float, dict[str, Array]]:
+    """The loss and its gradient by Hugging Face tensor name.
+
+    Args:
+      ids: [B, T].
+      labels: [B, T] unshifted: position t is scored against labels[t + 1], -100 is not scored.
+      with_mtp: whether the objective includes the MTP loss, times mtp_loss_scaling_factor.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from maxtext.layers.multi_token_prediction import mtp_losses
+
+    targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], -100)], axis=1)
+    scored = (targets != -100).astype(np.int32)
+    targets = np.where(scored, targets, 0)
+    graph, state = self._split()
+    params, rest = state.split(nnx.Param, ...)
+
+    def objective(params: Any) -> Any:
+      logits, model = self._run(graph, nnx.State.merge(params, rest), ids, self._segments(ids, None), targets, scored)
+      picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+      loss = -jnp.sum(picked * scored) / jnp.sum(scored)
+      if with_mtp:
+        mtp = nnx.state(model, mtp_losses)["mtp_block"]
+        loss += self.config.mtp_loss_scaling_factor * jnp.mean(mtp["losses"].get_value())
+      return loss
+
+    with self._context():
+      loss, gradient = jax.jit(jax.value_and_grad(objective))(params)
+    flat = {path: np.asarray(value.get_value()) for path, value in nnx.to_flat_state(gradient)}
+    named = ((entry, flat[entry.path]) for entry in self.entries if entry.path in flat)
+    return float(loss), {n: t for entry, g in named for n, t in zip(entry.names, entry.to_hf(g), strict=True)}
+
+  def _split(self) -> tuple[Any, Any]:
+    from flax import nnx
+
+    return nnx.split(self.model)
+
+  def _context(self) -> Any:
+    return session.model_context(self.config, self.mesh)
+
+  def _segments(self, ids: Array, segments: Array | None) -> Array:
+    return np.ones_like(ids) if segments is None else segments
+
+  def _run(
+    self, graph: Any, state: Any, ids: Any, segments: Any, targets: Any = None, scored: Any = None
+  ) -> tuple[Any, Any]:
+    """Logits, and the model after the call, which holds its sown values."""
+    from flax import nnx
+
+    model = nnx.merge(graph, state, copy=True)
+    logits = model(
+      decoder_input_tokens=ids,
+      decoder_positions=positions_of(segments),
+      decoder_segment_ids=segments,
+      decoder_target_tokens=targets,
+      decoder_target_mask=scored,
+      enable_dropout=False,
+    )
+    return logits, model
+
+
+def positions_of(segments: Any) -> Any:
+  """Positions [B, T] that restart at 0 where the segment id [B, T] changes."""
+  import jax
+  import jax.numpy as jnp
+
+  index = jnp.arange(segments.shape[1])[None]
+  starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+  return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def compare_logits(ours: Array, reference: Array) -> LogitsReport:
+  """Compares logits [..., V]."""
+  ours, reference = ours.astype(np.float64), reference.astype(np.float64)
+  p, q = _log_softmax(reference), _log_softmax(ours)
+  kl = np.sum(np.exp(p) * (p - q), axis=-1)
+  return LogitsReport(float(np.max(np.abs(ours - reference))), float(np.max(kl)), int(np.prod(ours.shape[:-1])))
+
+
+def compare_gradients(
+  ours: Mapping[str, Array], reference: Mapping[str, Array], padding_id: int | None = None
+) -> Iterator[GradientReport]:
+  """Compares every gradient of `reference`, element by element.
+
+  Args:
+    ours: gradients by Hugging Face tensor name.
+    reference: likewise.
+    padding_id: the token whose embedding gets no gradient in the Hugging Face code (padding_idx); left out.
+
+  Raises:
+    KeyError: a name of the reference is unknown here; it is named.
+  """
+  for name, theirs in reference.items():
+    if name not in ours:
+      raise KeyError(f"{name}: the model has no parameter of this name")
+    if name == "model.word_embeddings.weight" and padding_id is not None:
+      theirs = np.concatenate([theirs[:padding_id], ours[name][padding_id : padding_id + 1], theirs[padding_id + 1 :]])
+    allowed = GRADIENT_RELATIVE * np.abs(theirs) + GRADIENT_OF_LARGEST * np.max(np.abs(theirs), initial=0.0)
+    error = np.abs(ours[name].astype(np.float64) - theirs)
+    excess = np.max(error / np.maximum(allowed, np.finfo(np.float64).tiny), initial=0.0)
+    yield GradientReport(name, float(np.max(error, initial=0.0)), float(excess))
+
+
+def _log_softmax(x: Array) -> Array:
+  shifted: Array = x - np.max(x, axis=-1, keepdims=True)
+  result: Array = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+  return result

@@ -1,0 +1,106 @@
+"""The config fields LING2 adds to MaxText: the RFC's 16, and the decay offset its sources disagree about.
+
+Names, owners, types and defaults are those of the RFC "Refactor PR1 - Ling2 config extension". A field that the installed
+MaxText already defines stays MaxText's own.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One config field.
+
+  Attributes:
+    name: as in a yml or on the command line.
+    owner: the class of `maxtext.configs.types` it belongs to.
+    annotation: its type, the name of a builtin or of a type in `maxtext.configs.types`.
+    default: changes no model but LING2.
+    description: what it does, and its Megatron name where it has one.
+  """
+
+  name: str
+  owner: str
+  annotation: str
+  default: Any
+  description: str
+
+
+FIELDS = (
+  Field(
+    "moe_z_loss_weight",
+    "MoEGeneral",
+    "NonNegativeFloat",
+    0.0,
+    "Weight of the router z-loss, mean(logsumexp(router logits)^2) per MoE layer (Megatron --moe-z-loss-coeff).",
+  ),
+  Field(
+    "moe_shared_expert_dim",
+    "DeepSeekMoE",
+    "int",
+    0,
+    "Hidden width of one shared expert; 0: moe_mlp_dim (Megatron --moe-shared-expert-intermediate-size).",
+  ),
+  Field("routed_bias_dtype", "DeepSeekMoE", "str", "", "dtype in which the router bias is kept; '': weight_dtype."),
+  Field(
+    "enable_routed_bias_grad",
+    "DeepSeekMoE",
+    "bool",
+    True,
+    "Whether the router bias is a trainable parameter; False: only loss-free balancing moves it, as in Megatron.",
+  ),
+  Field(
+    "routed_bias_zero_mean_update",
+    "DeepSeekMoE",
+    "bool",
+    False,
+    "Whether loss-free balancing recentres the router bias to mean 0 after each update, as Megatron does.",
+  ),
+  Field(
+    "mla_interleaved_rope",
+    "MlaAttention",
+    "bool",
+    True,
+    "Whether the rotary dimensions of MLA's q and k are stored as interleaved pairs (x0, y0, x1, y1, ...).",
+  ),
+  Field(
+    "group_norm_size",
+    "Qwen3Next",
+    "int",
+    1,
+    "NUMBER of groups of the RMSNorm on the linear attention's output; 1: one RMSNorm over all heads.",
+  ),
+  Field(
+    "use_linear_silu",
+    "Qwen3Next",
+    "bool",
+    False,
+    "Whether linear attention applies SiLU to its projected q, k and v (Megatron: not --no-linear-silu).",
+  ),
+  Field(
+    "gla_decay_layer_offset",
+    "Qwen3Next",
+    "int",
+    0,
+    "Offset of the layer index in linear attention's decay: 0 as trained (Megatron, SGLang, vLLM), 1 as in the Hugging "
+    "Face code.",
+  ),
+  Field("blend_cache_dir", "GrainDataset", "PathStr", "", "Cache folder of the blended Megatron dataset's indices."),
+  Field("blend_index_dir", "GrainDataset", "PathStr", "", "Folder of pre-generated blended dataset indices."),
+  Field("reset_attention_mask", "GrainDataset", "bool", True, "Start a new segment after each end-of-document token."),
+  Field("eod_mask_loss", "GrainDataset", "bool", False, "Exclude positions whose input is end-of-document from the loss."),
+  Field("mmap_split_sentences", "GrainDataset", "bool", False, "Whether the data was made with --split-sentences."),
+  Field("pad_id", "Tokenizer", "int", 0, "Padding token of the mmap pipeline, so that it needs no tokenizer for it."),
+  Field("bos_id", "Tokenizer", "int", 1, "BOS token inserted between documents with concat_then_split packing."),
+  Field(
+    "calculate_per_token_loss",
+    "Optimizer",
+    "bool",
+    True,
+    "How gradient accumulation averages: True: over all tokens of all microbatches; False: each microbatch's own mean, "
+    "with equal weight (Megatron: not --no-calculate-per-token-loss).",
+  ),
+)
+
+DEFAULTS = {field.name: field.default for field in FIELDS}

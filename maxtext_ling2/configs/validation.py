@@ -1,0 +1,211 @@
+"""LING2's rules about a configuration, checked before MaxText touches a device.
+
+Each rule yields sentences that name the field, its value, the reason and the way out. The functions read attributes
+only, so that any object with MaxText's field names will do.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from maxtext_ling2.configs.fields import DEFAULTS
+
+DECODER_BLOCK = "ling2"
+BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
+
+
+def is_ling2(config: Any) -> bool:
+  """Whether a MaxText config (pydantic object or HyperParameters) describes a LING2 model."""
+  return bool(getattr(config.decoder_block, "value", config.decoder_block) == DECODER_BLOCK)
+
+
+def validate(config: Any) -> None:
+  """Checks a config against LING2's rules, or, for another model, that none of LING2's fields is set in vain.
+
+  Raises:
+    ValueError: all broken rules, one sentence each.
+  """
+  rules = (_heads, _layers, _mla, _experts, _dtypes, _signs, _unsupported) if is_ling2(config) else (_unread,)
+  problems = [problem for rule in rules for problem in rule(config)]
+  if problems:
+    raise ValueError("\n".join(problems))
+
+
+def shown_to_maxtext(config: Any) -> dict[str, Any]:
+  """Values that LING2's fields show to MaxText's own validation, whose rules about them know only its own models.
+
+  MaxText allows `routed_bias_update_rate` only for DeepSeek and `partial_rotary_factor` only for Qwen3-Next, and takes a
+  model with cycles of one layer and no dense layer for one whose dense width must equal the experts'.
+  """
+  if not is_ling2(config):
+    return {}
+  return {
+    "routed_bias_update_rate": 0.0,
+    "partial_rotary_factor": 1.0,
+    "inhomogeneous_layer_cycle_interval": max(2, config.inhomogeneous_layer_cycle_interval),
+  }
+
+
+def _heads(c: Any) -> Iterator[str]:
+  if c.base_num_kv_heads != c.base_num_query_heads:
+    yield (
+      f"base_num_kv_heads={c.base_num_kv_heads}: LING2's attention has as many key/value heads as query heads; set it to "
+      f"base_num_query_heads={c.base_num_query_heads}"
+    )
+  width = c.base_num_query_heads * c.head_dim
+  if c.group_norm_size < 1 or width % c.group_norm_size:
+    yield (
+      f"group_norm_size={c.group_norm_size}: it is the number of groups and must divide heads * head_dim = {width}; "
+      "choose a divisor, 1 for one RMSNorm over all heads"
+    )
+  rotary = int(c.head_dim * c.partial_rotary_factor)
+  if not 0.0 < c.partial_rotary_factor <= 1.0 or rotary < 2 or rotary % 2:
+    yield (
+      f"partial_rotary_factor={c.partial_rotary_factor}: it rotates int(head_dim * factor) = {rotary} of "
+      f"head_dim={c.head_dim} dimensions, which must be an even number from 2 to head_dim; 0.5 is LING2's"
+    )
+
+
+def _layers(c: Any) -> Iterator[str]:
+  layers = c.base_num_decoder_layers
+  if layers < 2:
+    yield f"base_num_decoder_layers={layers}: the decay of linear attention divides by layers - 1; use at least 2"
+  if c.inhomogeneous_layer_cycle_interval < 1:
+    yield (
+      f"inhomogeneous_layer_cycle_interval={c.inhomogeneous_layer_cycle_interval}: every so manieth layer is MLA, so it "
+      "must be at least 1; 5 is LING2's"
+    )
+  if not 0 <= c.first_num_dense_layers <= layers:
+    yield (
+      f"first_num_dense_layers={c.first_num_dense_layers}: it counts layers, so it must lie between 0 and "
+      f"base_num_decoder_layers={layers}"
+    )
+  if c.gla_decay_layer_offset not in (0, 1):
+    yield (
+      f"gla_decay_layer_offset={c.gla_decay_layer_offset}: it must be 0 (as trained; Megatron, SGLang, vLLM) or 1 (as in "
+      "the Hugging Face code)"
+    )
+
+
+def _mla(c: Any) -> Iterator[str]:
+  if c.attention_type != "mla":
+    yield f"attention_type={c.attention_type}: LING2's softmax attention is MLA; set attention_type=mla"
+  for field in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+    if getattr(c, field) <= 0:
+      yield f"{field}={getattr(c, field)}: a dimension of MLA must be positive"
+  if c.qk_rope_head_dim % 2:
+    yield f"qk_rope_head_dim={c.qk_rope_head_dim}: RoPE rotates pairs of dimensions, so it must be even"
+
+
+def _experts(c: Any) -> Iterator[str]:
+  if c.first_num_dense_layers == c.base_num_decoder_layers and c.mtp_num_layers == 0:
+    return
+  if c.num_experts < 2:
+    yield (
+      f"num_experts={c.num_experts}: layers from first_num_dense_layers={c.first_num_dense_layers} on, and MTP, are mixtures "
+      "of experts; use at least 2 experts, or only dense layers and mtp_num_layers=0"
+    )
+    return
+  if not 1 <= c.num_experts_per_tok <= c.num_experts:
+    yield (
+      f"num_experts_per_tok={c.num_experts_per_tok}: a token goes to at least 1 and at most num_experts={c.num_experts} "
+      "experts"
+    )
+  if c.routed_score_func != "sigmoid":
+    yield f"routed_score_func={c.routed_score_func!r}: LING2 routes by sigmoid scores; set routed_score_func=sigmoid"
+  if c.n_routing_groups != -1:
+    yield from _groups(c)
+
+
+def _groups(c: Any) -> Iterator[str]:
+  groups, kept = c.n_routing_groups, c.topk_routing_group
+  if groups < 1 or c.num_experts % groups:
+    yield (
+      f"n_routing_groups={groups}: it must divide num_experts={c.num_experts} into equal groups; choose a divisor, or -1 "
+      "for no groups"
+    )
+    return
+  size = c.num_experts // groups
+  if size < 2:
+    yield (
+      f"n_routing_groups={groups}: a group's score is the sum of its two best experts, but num_experts={c.num_experts} "
+      f"gives groups of {size}; use fewer groups, or -1 for none"
+    )
+  if not 1 <= kept <= groups:
+    yield f"topk_routing_group={kept}: between 1 and n_routing_groups={groups} groups can be kept"
+  elif kept * size < c.num_experts_per_tok:
+    yield (
+      f"topk_routing_group={kept}: {kept} groups of {size} experts hold fewer than num_experts_per_tok="
+      f"{c.num_experts_per_tok}; keep more groups"
+    )
+
+
+def _dtypes(c: Any) -> Iterator[str]:
+  if c.routed_bias_dtype not in BIAS_DTYPES:
+    yield (
+      f"routed_bias_dtype={c.routed_bias_dtype!r}: not a dtype for a router bias; use one of {', '.join(BIAS_DTYPES[1:])}, "
+      "or '' for weight_dtype"
+    )
+
+
+def _signs(c: Any) -> Iterator[str]:
+  for field in ("moe_z_loss_weight", "moe_shared_expert_dim", "routed_bias_update_rate", "mtp_num_layers"):
+    if getattr(c, field) < 0:
+      yield f"{field}={getattr(c, field)}: it must not be negative; 0 turns it off"
+
+
+def _unsupported(c: Any) -> Iterator[str]:
+  """Features of MaxText that would compute something else than LING2, or fail late."""
+  if c.ici_pipeline_parallelism > 1 or c.dcn_pipeline_parallelism > 1:
+    yield (
+      f"ici_pipeline_parallelism={c.ici_pipeline_parallelism}, dcn_pipeline_parallelism={c.dcn_pipeline_parallelism}: "
+      "pipeline stages must be alike, but LING2's layers are not; use fsdp, tensor, expert or context parallelism"
+    )
+  if getattr(c.shard_mode, "value", c.shard_mode) == "explicit":
+    yield "shard_mode=explicit: LING2's layers are written for automatic sharding; use shard_mode=auto"
+  context = c.ici_context_parallelism * c.dcn_context_parallelism
+  if context not in (0, 1) and c.context_parallel_load_balance:
+    yield (
+      f"context_parallel_load_balance=true: linear attention passes its state from rank to rank in the order of the "
+      f"sequence, which load balancing of {context} context ranks breaks; set context_parallel_load_balance=false"
+    )
+  for field, off in _OFF.items():
+    if getattr(c, field) != off:
+      yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"
+
+
+_OFF = {
+  "mhc_expansion_rate": 1,
+  "engram_layers": [],
+  "use_batch_split_schedule": False,
+  "te_moe_block": False,
+  "use_indexer": False,
+  "first_num_hash_layers": 0,
+  "fused_qkv": False,
+  "moe_expert_input_dim": -1,
+  "mtp_reuse_input_embedding": False,
+}
+
+
+def _unread(c: Any) -> Iterator[str]:
+  """LING2's fields in a run of another model: nothing reads them there."""
+  block = getattr(c.decoder_block, "value", c.decoder_block)
+  for field in LING2_ONLY:
+    if getattr(c, field, DEFAULTS[field]) != DEFAULTS[field]:
+      yield (
+        f"{field}={getattr(c, field)!r}: only decoder_block=ling2 reads this field, this run has decoder_block={block}; "
+        f"remove it, or set it to {DEFAULTS[field]!r}"
+      )
+
+
+LING2_ONLY = (
+  "moe_z_loss_weight",
+  "moe_shared_expert_dim",
+  "routed_bias_dtype",
+  "enable_routed_bias_grad",
+  "routed_bias_zero_mean_update",
+  "mla_interleaved_rope",
+  "group_norm_size",
+  "use_linear_silu",
+  "gla_decay_layer_offset",
+  "calculate_per_token_loss",
+)

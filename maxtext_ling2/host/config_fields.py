@@ -1,0 +1,162 @@
+"""Seam: more fields, more model names and more rules in MaxText's pydantic config classes, class identity kept.
+
+`MaxTextConfig` inherits from about 60 mixins and forbids unknown fields. A field is added to the mixin where it belongs
+and to every class that derives from it; then the schemas of these classes are compiled anew (about 10 ms a class).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import copy
+import dataclasses
+from types import ModuleType
+from typing import Any, get_args, Literal
+
+from maxtext_ling2.configs.fields import Field
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import Conflict
+from maxtext_ling2.host.registry import Seam
+
+_TYPES = "maxtext.configs.types"
+_VALIDATOR = "set_derived_and_validate_values"
+
+
+class ConfigFieldsSeam(Seam):
+  """Adds fields, model names and validation to MaxText's config classes.
+
+  Args:
+    fields: the fields; one that MaxText already defines stays MaxText's.
+    model_names: additional values of `model_name`.
+    validate: called with the config object before MaxText's own validation (and before it counts devices); raises
+      ValueError.
+    masked: gives, for a config object, the values some fields must show to MaxText's own validation, whose rules about
+      them know only its own models.
+  """
+
+  name = "config fields"
+  module = _TYPES
+  expectations = (
+    Expectation(f"{_TYPES}:ModelName", holds=lambda value: "llama2-7b" in get_args(value), meaning="a Literal of names"),
+    Expectation(
+      f"{_TYPES}:RunInfo", holds=lambda value: "model_name" in value.model_fields, meaning="with the field model_name"
+    ),
+    Expectation(
+      f"{_TYPES}:MaxTextConfig",
+      holds=lambda value: _VALIDATOR in value.__pydantic_decorators__.model_validators,
+      meaning=f"a pydantic model with the validator {_VALIDATOR}",
+    ),
+    Expectation(f"{_TYPES}:MaxTextConfig.{_VALIDATOR}"),
+    *(
+      Expectation(f"{_TYPES}:{owner}", holds=lambda value: bool(value.model_fields), meaning="a pydantic mixin")
+      for owner in ("MoEGeneral", "DeepSeekMoE", "MlaAttention", "Qwen3Next", "GrainDataset", "Tokenizer", "Optimizer")
+    ),
+  )
+
+  def __init__(
+    self,
+    fields: Sequence[Field],
+    model_names: Sequence[str],
+    validate: Callable[[Any], None],
+    masked: Callable[[Any], dict[str, Any]],
+  ):
+    super().__init__()
+    self.fields = tuple(fields)
+    self.model_names = tuple(model_names)
+    self.validate = validate
+    self.masked = masked
+
+  def apply(self) -> None:
+    from maxtext.configs import types
+
+    touched: set[Any] = set()
+    for field in self.fields:
+      if field.name not in types.MaxTextConfig.model_fields:
+        touched |= self._add_field(types, field)
+    touched |= self._add_model_names(types)
+    self._wrap_validator(types.MaxTextConfig)
+    touched.add(types.MaxTextConfig)
+    _rebuild(touched)
+
+  def _add_field(self, types: ModuleType, field: Field) -> set[Any]:
+    """Adds one field to its mixin and every class deriving from it."""
+    from pydantic import Field as pydantic_field
+    from pydantic.fields import FieldInfo
+
+    annotation = getattr(types, field.annotation, None) or getattr(__import__("builtins"), field.annotation)
+    info = FieldInfo.from_annotated_attribute(
+      annotation, pydantic_field(default=field.default, description=field.description)
+    )
+    owners = _descendants(types, getattr(types, field.owner))
+    for owner in owners:
+      self._set_field(owner, field.name, info)
+    return owners
+
+  def _add_model_names(self, types: ModuleType) -> set[Any]:
+    """Widens the Literal behind `model_name`."""
+    known = get_args(types.ModelName)
+    taken = sorted(set(known) & set(self.model_names))
+    if taken:
+      raise Conflict(f"model names {taken} are already in MaxText's ModelName")
+    widened = Literal[(*known, *self.model_names)]
+    self.patches.attribute(types, "ModelName", widened)
+    owners = _descendants(types, types.RunInfo)
+    for owner in owners:
+      info = copy.copy(owner.model_fields["model_name"])
+      info.annotation = widened
+      self._set_field(owner, "model_name", info)
+    return owners
+
+  def _set_field(self, owner: Any, name: str, info: Any) -> None:
+    """Sets a field of one pydantic class; undoing it compiles the class anew."""
+    before = owner.model_fields.get(name)
+    owner.model_fields[name] = info
+
+    def undo() -> None:
+      if before is None:
+        del owner.model_fields[name]
+      else:
+        owner.model_fields[name] = before
+      _rebuild([owner])
+
+    self.patches.also(undo)
+
+  def _wrap_validator(self, cls: Any) -> None:
+    """Runs our rules before MaxText's, and MaxText's with masked values."""
+    validators = cls.__pydantic_decorators__.model_validators
+    original = validators[_VALIDATOR]
+
+    def set_derived_and_validate_values(config: Any) -> Any:
+      self.validate(config)
+      with _shown(config, self.masked(config)):
+        return original.func(config)
+
+    validators[_VALIDATOR] = dataclasses.replace(original, func=set_derived_and_validate_values)
+
+    def undo() -> None:
+      validators[_VALIDATOR] = original
+      _rebuild([cls])
+
+    self.patches.also(undo)
+
+
+@contextlib.contextmanager
+def _shown(config: Any, values: dict[str, Any]) -> Any:
+  """Lets fields of a config show other values for a while."""
+  before = {name: getattr(config, name) for name in values}
+  for name, value in values.items():
+    setattr(config, name, value)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      setattr(config, name, value)
+
+
+def _descendants(types: ModuleType, base: Any) -> set[Any]:
+  """The classes of MaxText's config module that are `base` or derive from it."""
+  return {value for value in vars(types).values() if isinstance(value, type) and issubclass(value, base)}
+
+
+def _rebuild(classes: Iterable[Any]) -> None:
+  """Compiles pydantic schemas anew, bases first."""
+  for cls in sorted(classes, key=lambda cls: len(cls.__mro__)):
+    cls.model_rebuild(force=True)

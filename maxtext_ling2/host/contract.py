@@ -1,0 +1,98 @@
+"""What a seam needs from the installed MaxText, written so that a test and `doctor` can check it."""
+
+from collections.abc import Callable
+import dataclasses
+import importlib
+import inspect
+from typing import Any
+
+
+class _Missing:
+  """Stands for an attribute that is not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+  """One object of MaxText that must exist, with the shape a seam relies on.
+
+  Attributes:
+    target: "package.module:dotted.attribute".
+    parameters: names its signature must hold, in this order (others may stand between and after); None: no check.
+    holds: further condition on the object; None: no check.
+    meaning: the condition in words.
+  """
+
+  target: str
+  parameters: tuple[str, ...] | None = None
+  holds: Callable[[Any], bool] | None = None
+  meaning: str = ""
+
+  def expected(self) -> str:
+    """The expectation in words."""
+    words = f"{self.target}"
+    if self.parameters is not None:
+      words += f" taking ({', '.join(self.parameters)})"
+    return f"{words}, {self.meaning}" if self.meaning else words
+
+  def found(self) -> str | None:
+    """What stands there instead, in words; None if the expectation is met. The module must be importable."""
+    try:
+      value = resolve(self.target)
+    except ImportError as error:
+      return f"the module does not import ({error})"
+    if value is _Missing:
+      return "nothing of that name"
+    if self.parameters is not None:
+      names = signature_names(value)
+      if names is None or not _in_order(self.parameters, names):
+        return f"{self.target} taking ({', '.join(names or ())})"
+    if self.holds is not None and not _holds(self.holds, value):
+      return f"{value!r:.200}, which is not so"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Breach:
+  """An expectation that the installed MaxText does not meet."""
+
+  seam: str
+  expected: str
+  found: str
+
+  def __str__(self) -> str:
+    return f"seam '{self.seam}': expected {self.expected}; found {self.found}"
+
+
+def resolve(target: str) -> Any:
+  """Returns the object at "package.module:dotted.attribute", or `_Missing`."""
+  module, _, path = target.partition(":")
+  value: Any = importlib.import_module(module)
+  for name in path.split("."):
+    value = inspect.getattr_static(value, name, _Missing) if inspect.isclass(value) else getattr(value, name, _Missing)
+    if value is _Missing:
+      return _Missing
+  return value
+
+
+def signature_names(value: Any) -> list[str] | None:
+  """Parameter names of a callable, without those a class or method binds by itself; None if it has no signature."""
+  if isinstance(value, (staticmethod, classmethod)):
+    value = value.__func__
+  try:
+    return [name for name in inspect.signature(value).parameters if name not in ("self", "cls")]
+  except (TypeError, ValueError):
+    return None
+
+
+def _in_order(wanted: tuple[str, ...], names: list[str]) -> bool:
+  """Whether `wanted` is a subsequence of `names`."""
+  rest = iter(names)
+  return all(name in rest for name in wanted)
+
+
+def _holds(condition: Callable[[Any], bool], value: Any) -> bool:
+  """Whether the condition is met; a condition that raises is not met."""
+  try:
+    return bool(condition(value))
+  except Exception:  # pylint: disable=broad-exception-caught
+    return False

@@ -1,0 +1,43 @@
+"""Seam: MaxText's tables for Hugging Face checkpoints, plain dicts keyed by model name, extended in place."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+
+_PACKAGE = "maxtext.checkpoint_conversion.utils"
+TABLES = {
+  "PARAM_MAPPING": f"{_PACKAGE}.param_mapping",
+  "HOOK_FNS": f"{_PACKAGE}.param_mapping",
+  "HF_SHAPE": f"{_PACKAGE}.hf_shape",
+  "HF_MODEL_CONFIGS": f"{_PACKAGE}.hf_model_configs",
+}
+
+
+class HfTablesSeam(Seam):
+  """Adds entries to the conversion tables.
+
+  Args:
+    entries: table name (a key of `TABLES`) -> model name -> entry.
+  """
+
+  name = "Hugging Face tables"
+  module = f"{_PACKAGE}.param_mapping"
+  needed_for_training = False
+  expectations = tuple(
+    Expectation(f"{module}:{table}", holds=lambda value: isinstance(value, dict), meaning="a dict")
+    for table, module in TABLES.items()
+  )
+
+  def __init__(self, entries: Mapping[str, Mapping[str, Any]]):
+    super().__init__()
+    self.entries = entries
+
+  def apply(self) -> None:
+    import importlib
+
+    for table, additions in self.entries.items():
+      mapping = getattr(importlib.import_module(TABLES[table]), table)
+      for model_name, entry in additions.items():
+        self.patches.entry(mapping, model_name, entry)

@@ -1,0 +1,87 @@
+"""Seam: which decoder and which multi-token-prediction block MaxText builds for a decoder block.
+
+`maxtext.models.models` uses both classes once, as module globals; each is replaced by a function that hands the plugin's
+decoder block to the plugin's class and everything else, unchanged, to whatever stood there before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+
+_MODELS = "maxtext.models.models"
+_DECODERS = "maxtext.layers.nnx_decoders"
+_MTP = "maxtext.layers.multi_token_prediction"
+_MLA = "maxtext.layers.attention_mla"
+_MOE = "maxtext.layers.moe"
+
+
+class ModelClassesSeam(Seam):
+  """Dispatches `NNXDecoder` and `MultiTokenPredictionBlock` on the config's decoder block.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+    decoder: returns the plugin's decoder class (imported only when it is needed).
+    mtp_block: returns the plugin's multi-token-prediction block.
+  """
+
+  name = "model classes"
+  module = _MODELS
+  expectations = (
+    Expectation(f"{_MODELS}:NNXDecoder", holds=callable, meaning="the name by which Transformer builds its decoder"),
+    Expectation(
+      f"{_MODELS}:MultiTokenPredictionBlock", holds=callable, meaning="the name by which Transformer builds its MTP block"
+    ),
+    Expectation(f"{_DECODERS}:NNXDecoder.__init__", parameters=("config", "mesh", "quant", "model_mode", "rngs")),
+    Expectation(
+      f"{_MTP}:MultiTokenPredictionBlock.__init__",
+      parameters=("config", "mesh", "transformer_layer_module", "decoder", "rngs"),
+    ),
+    # What the plugin's decoder overrides or calls.
+    Expectation(f"{_DECODERS}:NNXDecoder.get_decoder_layers", parameters=()),
+    Expectation(f"{_DECODERS}:NNXDecoder.get_norm_layer", parameters=("num_features", "rngs")),
+    Expectation(f"{_DECODERS}:NNXDecoder._init_sequential_layers", parameters=("decoder_block_classes", "rngs")),
+    Expectation(f"{_DECODERS}:NNXDecoder._init_scanned_layers", parameters=("decoder_block_classes", "rngs", "mesh")),
+    Expectation(
+      f"{_DECODERS}:NNXDecoder._apply_qwen3_next_scanned_blocks", parameters=("y", "layer_args", "layer_kwargs")
+    ),
+    Expectation(f"{_DECODERS}:NNXDecoder._create_and_register_layer", parameters=("layer_cls", "rngs", "base_name", "i")),
+    Expectation(f"{_DECODERS}:NNXDecoder._apply_embedding", parameters=("shared_embedding", "decoder_input_tokens")),
+    Expectation(
+      f"{_DECODERS}:NNXDecoder.apply_output_head",
+      parameters=("shared_embedding", "y", "deterministic", "model_mode", "normalize_y"),
+    ),
+    Expectation(f"{_DECODERS}:NNXDecoder.get_remat_policy", parameters=()),
+    # What its layers build on.
+    Expectation(f"{_MTP}:MultiTokenPredictionBlock.__call__", parameters=("shared_embedding", "main_hidden_state")),
+    Expectation(
+      f"{_MTP}:MultiTokenPredictionLayer.__call__", parameters=("prev_hidden_state", "target_token_embedding")
+    ),
+    Expectation(f"{_MTP}:roll_and_mask_by_segment", parameters=("x", "segment_ids")),
+    Expectation(f"{_MLA}:MLA.init_rotary_embedding", parameters=()),
+    Expectation(f"{_MLA}:MLA.mla_query_projection", parameters=("inputs_q", "inputs_positions", "model_mode")),
+    Expectation(f"{_MOE}:RoutedMoE.deepseek_scale_weights", parameters=("weights",)),
+    Expectation(f"{_MOE}:RoutedMoE.deepseek_routing", parameters=("gate_logits", "pre_bias_logits")),
+    Expectation(f"{_MOE}:MoEBiasVar"),
+  )
+
+  def __init__(self, decoder_block: str, decoder: Callable[[], Any], mtp_block: Callable[[], Any]):
+    super().__init__()
+    self.decoder_block = decoder_block
+    self.decoder = decoder
+    self.mtp_block = mtp_block
+
+  def apply(self) -> None:
+    from maxtext.models import models
+
+    self.patches.wrap(models, "NNXDecoder", self._dispatch(self.decoder))
+    self.patches.wrap(models, "MultiTokenPredictionBlock", self._dispatch(self.mtp_block))
+
+  def _dispatch(self, ours: Callable[[], Any]) -> Callable[..., Any]:
+    def build(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
+      block = getattr(config.decoder_block, "value", config.decoder_block)
+      cls = ours() if block == self.decoder_block else original
+      return cls(config, *args, **kwargs)
+
+    return build

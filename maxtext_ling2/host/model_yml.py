@@ -1,0 +1,117 @@
+"""Seam: model ymls that live in a plugin's folder, found under all of MaxText's own rules.
+
+MaxText looks for `models/<model_name>.yml` beside the base config first. For a plugin model the path of the base config
+is replaced by a path in the plugin's configs folder, which `_load_config` maps back to the real file; everything else
+(override checks, M_* variables, base_config inheritance) stays MaxText's.
+"""
+
+from collections.abc import Callable, Sequence
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.request import requested
+
+_PYCONFIG = "maxtext.configs.pyconfig"
+
+
+class ModelYmlSeam(Seam):
+  """Makes `<folder>/models/<name>.yml` the yml of each plugin model.
+
+  Args:
+    folder: the plugin's configs folder.
+    model_names: the models whose ymls it holds.
+    field_defaults: the plugin's fields, which no base yml names, with their defaults.
+  """
+
+  name = "model yml"
+  module = _PYCONFIG
+  expectations = (
+    Expectation(f"{_PYCONFIG}:_resolve_or_infer_config", parameters=("argv", "kwargs")),
+    Expectation(f"{_PYCONFIG}:_load_config", parameters=("config_name",)),
+    Expectation(f"{_PYCONFIG}:_prepare_for_pydantic", parameters=("raw_keys", "config_class")),
+    Expectation(f"{_PYCONFIG}:MAXTEXT_CONFIGS_DIR", holds=os.path.isdir, meaning="a folder"),
+    Expectation(f"{_PYCONFIG}:yaml_key_to_env_key", parameters=("s",)),
+  )
+
+  def __init__(
+    self,
+    folder: Path,
+    model_names: Sequence[str],
+    field_defaults: dict[str, Any],
+  ):
+    super().__init__()
+    self.folder = folder
+    self.model_names = tuple(model_names)
+    self.field_defaults = field_defaults
+
+  def apply(self) -> None:
+    from maxtext.configs import pyconfig
+
+    self._configs_folder = pyconfig.MAXTEXT_CONFIGS_DIR
+    self.patches.wrap(pyconfig, "_resolve_or_infer_config", self._resolve)
+    self.patches.wrap(pyconfig, "_load_config", self._load)
+    self.patches.wrap(pyconfig, "_prepare_for_pydantic", self._prepare)
+
+  def _resolve(self, original: Callable[..., Any], argv: list[str] | None = None, **kwargs: Any) -> Any:
+    """Returns the base config's path, redirected into the plugin's folder for a plugin model, and the words."""
+    path, words = original(argv, **kwargs)
+    settings = requested(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
+    self._refuse_environment(settings)
+    model_name = settings.get("model_name")
+    if model_name in self.model_names:
+      if not (self.folder / "models" / f"{model_name}.yml").is_file():
+        raise FileNotFoundError(
+          f"model_name={model_name}: its yml is missing from {self.folder / 'models'}, so the installation is broken; "
+          "install maxtext-ling2 again"
+        )
+      path = str(self.folder / quote(path, safe=""))
+    return path, words
+
+  def _refuse_environment(self, settings: dict[str, str]) -> None:
+    """MaxText applies M_MODEL_NAME after the yml was chosen, and would train another model under our name."""
+    value = os.environ.get("M_MODEL_NAME")
+    if value is None or not {value, settings.get("model_name")} & set(self.model_names):
+      return
+    raise ValueError(
+      f"M_MODEL_NAME={value}: MaxText reads this variable only after it has chosen the model's yml, so it would train "
+      f"another model under this name; unset it and pass model_name={value} on the command line"
+    )
+
+  def _load(self, original: Callable[..., Any], config_name: str) -> Any:
+    """Loads a yml, undoing the redirection; lets M_* variables reach fields that no base yml names."""
+    path = str(config_name)
+    if os.path.dirname(path) == str(self.folder):
+      path = unquote(os.path.basename(path))
+    config = original(path)
+    from maxtext.configs import pyconfig
+
+    for field, default in self.field_defaults.items():
+      if pyconfig.yaml_key_to_env_key(field) in os.environ and field not in config:
+        config[field] = default
+    return config
+
+  def _prepare(self, original: Callable[..., Any], raw_keys: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The last look at the merged settings before pydantic sees them."""
+    self._suggest(raw_keys)
+    return original(raw_keys, *args, **kwargs)
+
+  def _suggest(self, raw_keys: dict[str, Any]) -> None:
+    """Answers a misspelt field of ours, or a misspelt model name, with the right spelling."""
+    from typing import get_args
+
+    from maxtext.configs import types
+
+    for key in raw_keys:
+      close = difflib.get_close_matches(key, self.field_defaults, n=1, cutoff=0.8)
+      if close and key not in types.MaxTextConfig.model_fields and key not in types.RLConfig.model_fields:
+        raise ValueError(f"{key}={raw_keys[key]}: MaxText has no field of this name; did you mean '{close[0]}'?")
+    name, known = raw_keys.get("model_name"), get_args(types.ModelName)
+    if isinstance(name, str) and name not in known:
+      close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+      hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`maxtext-ling2 doctor` lists ours"
+      raise ValueError(f"model_name={name}: MaxText knows no model of this name; {hint}")

@@ -1,0 +1,65 @@
+"""Seam: the train and eval step functions, whichever module runs as `__main__`.
+
+`python -m maxtext.trainers.pre_train.train` runs that file as `__main__`, so attributes of the importable module are not
+the ones in use. But MaxText hands its step functions to `get_functional_train_with_signature` and
+`get_functional_eval_with_signature`; there they can be wrapped, for the plugin's decoder block only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+
+_UTILS = "maxtext.utils.maxtext_utils"
+StepWrapper = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+
+
+class TrainStepSeam(Seam):
+  """Wraps the step functions of runs of the plugin's decoder block.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+    train: `train(train_step, config)` returns the train step to use; None: MaxText's own.
+    evaluate: the same for the eval step.
+  """
+
+  name = "train step"
+  module = _UTILS
+  expectations = (
+    Expectation(
+      f"{_UTILS}:get_functional_train_with_signature",
+      parameters=("train_step", "data_sharding", "state_mesh_shardings", "model", "config"),
+    ),
+    Expectation(
+      f"{_UTILS}:get_functional_eval_with_signature",
+      parameters=("eval_step", "data_sharding", "state_mesh_shardings", "model", "config"),
+    ),
+  )
+
+  def __init__(self, decoder_block: str, train: StepWrapper | None, evaluate: StepWrapper | None):
+    super().__init__()
+    self.decoder_block = decoder_block
+    self.train = train
+    self.evaluate = evaluate
+
+  def apply(self) -> None:
+    from maxtext.utils import maxtext_utils
+
+    for name, wrapper in (
+      ("get_functional_train_with_signature", self.train),
+      ("get_functional_eval_with_signature", self.evaluate),
+    ):
+      self.patches.wrap(maxtext_utils, name, self._hand_over(wrapper))
+
+  def _hand_over(self, wrapper: StepWrapper | None) -> Callable[..., Any]:
+    def hand_over(
+      original: Callable[..., Any], step: Any, data_sharding: Any, shardings: Any, model: Any, config: Any, *rest: Any,
+      **kwargs: Any,
+    ) -> Any:
+      block = getattr(config.decoder_block, "value", config.decoder_block)
+      if wrapper is not None and block == self.decoder_block:
+        step = wrapper(step, config)
+      return original(step, data_sharding, shardings, model, config, *rest, **kwargs)
+
+    return hand_over

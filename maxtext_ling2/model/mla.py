@@ -1,0 +1,62 @@
+"""Multi-head latent attention: MaxText's own, with LING2's rotary layout and latent norms."""
+
+from typing import Any
+
+from flax import nnx
+from maxtext.common.common_types import AttentionType
+from maxtext.layers import attention_mla, quantizations
+
+from maxtext_ling2.model.rope import rotary_embedding
+
+# The norms of the q and kv latents keep this whatever the model's epsilon is (the Hugging Face code's class default).
+LATENT_EPSILON = 1e-6
+
+
+class MultiHeadLatentAttention(attention_mla.MLA):
+  """MaxText's MLA for LING2: no qk-norm, no gate, RoPE on all of qk_rope_head_dim.
+
+  `mla_interleaved_rope` says how the checkpoint stores rotary pairs. Called as MaxText's MLA.
+  """
+
+  def __init__(self, config: Any, mesh: Any, model_mode: str, quant: Any, inputs_shape: tuple[int, ...], rngs: nnx.Rngs):
+    super().__init__(
+      config=config,
+      num_query_heads=config.num_query_heads,
+      num_kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      max_target_length=config.max_target_length,
+      max_prefill_predict_length=config.max_prefill_predict_length,
+      attention_kernel=config.attention,
+      attention_type=AttentionType(config.attention_type),
+      inputs_q_shape=inputs_shape,
+      inputs_kv_shape=inputs_shape,
+      mesh=mesh,
+      dtype=config.dtype,
+      weight_dtype=config.weight_dtype,
+      dropout_rate=config.dropout_rate,
+      float32_qk_product=config.float32_qk_product,
+      float32_logits=config.float32_logits,
+      quant=quant,
+      kv_quant=quantizations.configure_kv_quant(config),
+      q_lora_rank=config.q_lora_rank,
+      kv_lora_rank=config.kv_lora_rank,
+      qk_nope_head_dim=config.qk_nope_head_dim,
+      qk_rope_head_dim=config.qk_rope_head_dim,
+      v_head_dim=config.v_head_dim,
+      max_position_embeddings=config.max_position_embeddings,
+      original_max_position_embeddings=config.original_max_position_embeddings,
+      mscale=config.mscale,
+      rope_factor=config.rope_factor,
+      attn_logits_soft_cap=config.attn_logits_soft_cap,
+      model_mode=model_mode,
+      rngs=rngs,
+    )
+    self.kv_norm.epsilon = LATENT_EPSILON
+    if self.q_lora_rank:
+      self.q_norm.epsilon = LATENT_EPSILON
+
+  def init_rotary_embedding(self) -> nnx.Module:
+    """The rotary embedding of the rope part of q and k, [B, T, H, qk_rope_head_dim]."""
+    return rotary_embedding(
+      self.config, self.mesh, self.qk_rope_head_dim, interleaved=self.config.mla_interleaved_rope, rngs=self.rngs
+    )

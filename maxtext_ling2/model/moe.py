@@ -1,0 +1,114 @@
+"""Mixture of experts with DeepSeek-V3 routing: MaxText's RoutedMoE behind a config view, with LING2's own router.
+
+The router computes in float32 at the highest precision whatever the model's dtype is, and adds its bias in float32: one
+expert chosen differently is a different model.
+"""
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from maxtext.common.common_types import get_weight_dtype
+from maxtext.layers import linears, moe
+from maxtext.layers.initializers import nd_dense_init
+from maxtext.utils import maxtext_utils
+
+from maxtext_ling2.host.moe_view import DeepSeekRoutingView
+
+
+class Router(nnx.Module):
+  """Scores of all experts for each token: x [B, T, C] -> (biased [B, T, E], unbiased [B, T, E]), float32.
+
+  The bias only selects experts; the weights come from the unbiased scores.
+  """
+
+  def __init__(self, config: Any, rngs: nnx.Rngs):
+    self.score_func = config.routed_score_func
+    init = nd_dense_init(config.dense_init_scale, "fan_in", "truncated_normal")
+    shape = (config.emb_dim, config.num_experts)
+    kernel = init(rngs.params(), shape, get_weight_dtype(config, "gate"), 0, 1)
+    self.kernel = nnx.Param(kernel, out_sharding=("embed_router", None))
+    self.bias = self._bias(config) if config.routed_bias else None
+
+  def _bias(self, config: Any) -> nnx.Variable:
+    """A parameter with gradient and optimizer state, or a variable that only loss-free balancing moves."""
+    bias = jnp.zeros((config.num_experts,), config.routed_bias_dtype or config.weight_dtype)
+    variable = nnx.Param if config.enable_routed_bias_grad else moe.MoEBiasVar
+    return variable(bias, out_sharding=(None,))
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Raw router logits [B, T, E], float32."""
+    kernel = self.kernel[...].astype(jnp.float32)
+    return jnp.einsum("btc,ce->bte", x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (scores + bias, scores)."""
+    scores = jax.nn.sigmoid(self.logits(x))
+    if self.bias is None:
+      return scores, scores
+    return scores + self.bias[...].astype(jnp.float32), scores
+
+
+class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
+  """MaxText's RoutedMoE, routing as DeepSeek-V3 with LING2's router.
+
+  Called as MaxText's; returns (output [B, T, C], load balance loss or None, expert counts [E] int32 or None).
+  """
+
+  def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
+    super().__init__(
+      config=DeepSeekRoutingView(config),
+      num_experts=config.num_experts,
+      num_experts_per_tok=config.num_experts_per_tok,
+      mesh=mesh,
+      kernel_init=nd_dense_init(config.dense_init_scale, "fan_in", "truncated_normal"),
+      kernel_axes=("embed_router", None),
+      intermediate_dim=config.moe_mlp_dim,
+      dtype=config.dtype,
+      weight_dtype=config.weight_dtype,
+      quant=quant,
+      rngs=rngs,
+    )
+    self.gate = Router(config, rngs)
+
+  def deepseek_scale_weights(self, weights: jax.Array) -> jax.Array:
+    """Normalises the chosen scores to sum 1 and scales them; a single expert keeps its raw score (Hugging Face code)."""
+    if self.num_experts_per_tok == 1:
+      return weights * self.config.routed_scaling_factor
+    return super().deepseek_scale_weights(weights)
+
+
+class Ling2MoE(nnx.Module):
+  """Routed experts plus shared experts: x [B, T, C] -> (y [B, T, C], load balance loss or None, counts [E] or None)."""
+
+  def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
+    # MaxText's checkpoint conversion recognises expert weights by "MoeBlock" in their path.
+    self.MoeBlock_0 = RoutedMoE(config, mesh, quant, rngs)
+    self.shared_experts = self._shared(config, mesh, quant, rngs) if config.shared_experts else None
+
+  def _shared(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs) -> linears.MlpBlock:
+    return linears.MlpBlock(
+      mesh=mesh,
+      in_features=config.emb_dim,
+      intermediate_dim=config.shared_experts * maxtext_utils.get_shared_expert_mlp_dim(config),
+      activations=config.mlp_activations,
+      kernel_init=nd_dense_init(config.dense_init_scale, "fan_in", "truncated_normal"),
+      intermediate_dropout_rate=config.dropout_rate,
+      dtype=config.dtype,
+      weight_dtype=config.weight_dtype,
+      config=config,
+      quant=quant,
+      rngs=rngs,
+    )
+
+  def __call__(
+    self, x: jax.Array, deterministic: bool, intermediate_sharding: Any = None, out_sharding: Any = None
+  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Applies the experts; the shared ones are neither scaled nor gated."""
+    y, load_balance_loss, counts = self.MoeBlock_0(x, out_sharding=out_sharding)
+    if self.shared_experts is not None:
+      y = y + self.shared_experts(
+        x, deterministic=deterministic, intermediate_sharding=intermediate_sharding, out_sharding=out_sharding
+      )
+    return y, load_balance_loss, counts

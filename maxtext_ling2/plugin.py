@@ -1,0 +1,61 @@
+"""Everything LING2 adds to MaxText, on one page. `register` is the entry point of the group `maxtext.plugins`.
+
+It runs when `maxtext` is first imported, so it imports nothing heavy: the seams act later, each when MaxText's module is
+imported, and the model's own classes are imported when MaxText builds the first LING2 model.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from maxtext_ling2.configs import fields, validation
+from maxtext_ling2.configs.fields import DEFAULTS
+from maxtext_ling2.configs.validation import DECODER_BLOCK
+from maxtext_ling2.host.config_fields import ConfigFieldsSeam
+from maxtext_ling2.host.decoder_block import DecoderBlockSeam
+from maxtext_ling2.host.hf_tables import HfTablesSeam
+from maxtext_ling2.host.model_classes import ModelClassesSeam
+from maxtext_ling2.host.model_yml import ModelYmlSeam
+from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.host.shared_expert import SharedExpertSeam
+from maxtext_ling2.host.train_step import TrainStepSeam
+
+CONFIGS = Path(__file__).parent / "configs"
+MODEL_NAMES = tuple(sorted(path.stem for path in (CONFIGS / "models").glob("*.yml")))
+TESTED_MAXTEXT = ("0.2.5",)
+
+
+def _decoder() -> Any:
+  from maxtext_ling2.model.decoder import Ling2Decoder
+
+  return Ling2Decoder
+
+
+def _mtp_block() -> Any:
+  from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock
+
+  return Ling2MultiTokenPredictionBlock
+
+
+def _shared_expert_width(config: Any) -> int:
+  return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
+
+
+REGISTRY = Registry(
+  "maxtext-ling2",
+  seams=(
+    DecoderBlockSeam("LING2", DECODER_BLOCK),
+    ConfigFieldsSeam(fields.FIELDS, MODEL_NAMES, validation.validate, validation.shown_to_maxtext),
+    ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS),
+    SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
+    TrainStepSeam(DECODER_BLOCK, train=None, evaluate=None),
+    ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
+    HfTablesSeam({}),
+  ),
+  names=(*MODEL_NAMES, DECODER_BLOCK),
+  tested=TESTED_MAXTEXT,
+)
+
+
+def register() -> None:
+  """Arranges for MaxText to be extended as its modules are imported. Idempotent."""
+  REGISTRY.install()
