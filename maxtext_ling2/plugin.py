@@ -36,6 +36,18 @@ def _mtp_block() -> Any:
   return Ling2MultiTokenPredictionBlock
 
 
+def _train_step(step: Any, config: Any) -> Any:
+  from maxtext_ling2.training.step import wrap_train_step
+
+  return wrap_train_step(step, config)
+
+
+def _eval_step(step: Any, config: Any) -> Any:
+  from maxtext_ling2.training.step import wrap_eval_step
+
+  return wrap_eval_step(step, config)
+
+
 def _shared_expert_width(config: Any) -> int:
   return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
 
@@ -47,7 +59,7 @@ REGISTRY = Registry(
     ConfigFieldsSeam(fields.FIELDS, MODEL_NAMES, validation.validate, validation.shown_to_maxtext),
     ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
-    TrainStepSeam(DECODER_BLOCK, train=None, evaluate=None),
+    TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
     HfTablesSeam({}),
   ),

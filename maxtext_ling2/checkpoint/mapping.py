@@ -105,11 +105,11 @@ def _layer(c: Any, path: Path, hf: str, mla: bool, dense: bool) -> Iterator[Entr
 
 def _gla(c: Any, path: Path, hf: str) -> Iterator[Entry]:
   embed, heads, dim = c.emb_dim, c.num_query_heads, c.head_dim
-  yield Entry((*path, "qkv_proj", "kernel"), (f"{hf}query_key_value.weight",), (embed, 3, heads, dim), linear=True)
+  yield Entry((*path, "query_key_value", "kernel"), (f"{hf}query_key_value.weight",), (embed, 3, heads, dim), linear=True)
   if c.use_qk_norm:
     yield Entry((*path, "query_norm", "scale"), (f"{hf}query_layernorm.weight",), (dim,))
     yield Entry((*path, "key_norm", "scale"), (f"{hf}key_layernorm.weight",), (dim,))
-  yield Entry((*path, "gate_proj", "kernel"), (f"{hf}g_proj.weight",), (embed, heads, dim), linear=True)
+  yield Entry((*path, "output_gate", "kernel"), (f"{hf}g_proj.weight",), (embed, heads, dim), linear=True)
   yield Entry((*path, "output_norm", "scale"), (f"{hf}g_norm.weight",), (heads * dim,))
   yield Entry((*path, "out", "kernel"), (f"{hf}dense.weight",), (heads, dim, embed), linear=True, in_axes=2)
 

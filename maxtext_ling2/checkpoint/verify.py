@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import hf_config, mapping
+from maxtext_ling2.checkpoint import hf_config, mapping, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.host import session
 
@@ -76,10 +76,10 @@ class Reference:
     hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
     sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
     self.config = session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
-    self.entries = mapping.entries(self.config)
+    self.leaves = stacking.leaves(self.config)
     with HfFolder(folder) as tensors:
-      tensors.check(self.entries)
-      values = {entry.path: tensors.tensor(entry) for entry in self.entries}
+      tensors.check(mapping.entries(self.config))
+      values = {leaf.path: leaf.assemble(tensors.tensor) for leaf in self.leaves}
     self.mesh = session.make_mesh(self.config)
     self.model = session.make_model(self.config, self.mesh, values)
 
@@ -87,9 +87,9 @@ class Reference:
     """Logits [B, T, V] float32 for token ids [B, T], with segment ids [B, T] where documents are packed."""
     import jax
 
-    graph, state = self._split()
-    call = jax.jit(lambda state, ids, segments: self._run(graph, state, ids, segments)[0])
-    with self._context():
+    graph, state = self.split()
+    call = jax.jit(lambda state, ids, segments: self.run(graph, state, ids, segments)[0])
+    with self.context():
       return np.asarray(call(state, ids, self._segments(ids, segments)))
 
   def gradients(self, ids: Array, labels: Array, with_mtp: bool) -> tuple[float, dict[str, Array]]:
@@ -108,11 +108,11 @@ class Reference:
     targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], -100)], axis=1)
     scored = (targets != -100).astype(np.int32)
     targets = np.where(scored, targets, 0)
-    graph, state = self._split()
+    graph, state = self.split()
     params, rest = state.split(nnx.Param, ...)
 
     def objective(params: Any) -> Any:
-      logits, model = self._run(graph, nnx.State.merge(params, rest), ids, self._segments(ids, None), targets, scored)
+      logits, model = self.run(graph, nnx.State.merge(params, rest), ids, self._segments(ids, None), targets, scored)
       picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
       loss = -jnp.sum(picked * scored) / jnp.sum(scored)
       if with_mtp:
@@ -120,24 +120,31 @@ class Reference:
         loss += self.config.mtp_loss_scaling_factor * jnp.mean(mtp["losses"].get_value())
       return loss
 
-    with self._context():
+    with self.context():
       loss, gradient = jax.jit(jax.value_and_grad(objective))(params)
     flat = {path: np.asarray(value.get_value()) for path, value in nnx.to_flat_state(gradient)}
-    named = ((entry, flat[entry.path]) for entry in self.entries if entry.path in flat)
-    return float(loss), {n: t for entry, g in named for n, t in zip(entry.names, entry.to_hf(g), strict=True)}
+    return float(loss), self.by_hf_name(flat)
 
-  def _split(self) -> tuple[Any, Any]:
+  def by_hf_name(self, values: Mapping[tuple[str, ...], Array]) -> dict[str, Array]:
+    """Tensors by path in the model, such as gradients, as tensors by Hugging Face name; not all need be there."""
+    present = (leaf for leaf in self.leaves if leaf.path in values)
+    parts = (part for leaf in present for part in leaf.take_apart(values[leaf.path]))
+    return {name: one for entry, part in parts for name, one in zip(entry.names, entry.to_hf(part), strict=True)}
+
+  def split(self) -> tuple[Any, Any]:
+    """The model as (graph definition, state), for a jitted function that merges them by `run`."""
     from flax import nnx
 
     return nnx.split(self.model)
 
-  def _context(self) -> Any:
+  def context(self) -> Any:
+    """The mesh and axis rules under which the model is traced."""
     return session.model_context(self.config, self.mesh)
 
   def _segments(self, ids: Array, segments: Array | None) -> Array:
     return np.ones_like(ids) if segments is None else segments
 
-  def _run(
+  def run(
     self, graph: Any, state: Any, ids: Any, segments: Any, targets: Any = None, scored: Any = None
   ) -> tuple[Any, Any]:
     """Logits, and the model after the call, which holds its sown values."""

@@ -63,14 +63,16 @@ class ConfigFieldsSeam(Seam):
     self.model_names = tuple(model_names)
     self.validate = validate
     self.masked = masked
+    self.added: tuple[str, ...] = ()
 
   def apply(self) -> None:
     from maxtext.configs import types
 
     touched: set[Any] = set()
-    for field in self.fields:
-      if field.name not in types.MaxTextConfig.model_fields:
-        touched |= self._add_field(types, field)
+    absent = [field for field in self.fields if field.name not in types.MaxTextConfig.model_fields]
+    for field in absent:
+      touched |= self._add_field(types, field)
+    self.added = tuple(field.name for field in absent)
     touched |= self._add_model_names(types)
     self._wrap_validator(types.MaxTextConfig)
     touched.add(types.MaxTextConfig)

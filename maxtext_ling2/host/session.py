@@ -15,7 +15,7 @@ TOOL_SETTINGS: dict[str, Any] = {
   "dataset_type": "synthetic",
   "override_model_config": True,
   "attention": "dot_product",
-  "sparse_matmul": False,
+  "megablox": False,
   "scan_layers": False,
 }
 """Settings of a run that trains nothing and writes nothing, on whatever devices there are."""
@@ -31,14 +31,21 @@ FLOAT32_SETTINGS: dict[str, Any] = {
 
 
 def make_config(**settings: Any) -> Any:
-  """A MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS` and the given settings, the last ones first."""
+  """A MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS` and the given settings, the last ones first.
+
+  Raises:
+    ValueError: MaxText refuses the settings. Outside pytest it prints why and would end the process.
+  """
   import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
 
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
   from maxtext.configs import pyconfig
 
   base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
-  return pyconfig.initialize(["", base], **{**TOOL_SETTINGS, **settings})
+  try:
+    return pyconfig.initialize(["", base], **{**TOOL_SETTINGS, **settings})
+  except SystemExit as error:
+    raise ValueError("MaxText refuses this configuration; its reason stands above") from error
 
 
 def make_mesh(config: Any) -> Any:

@@ -1,17 +1,26 @@
-"""LING2's decoder: MaxText's, with LING2's layers."""
+"""LING2's decoder: MaxText's, with LING2's layers, unrolled or scanned."""
 
+from collections.abc import Iterable
 import functools
 from typing import Any
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.layers.normalizations import RMSNorm
 
+from maxtext_ling2.model.block import apply_layer, Carry, Ling2Block
 from maxtext_ling2.model.layer import Ling2DecoderLayer, Ling2MtpLayer
+from maxtext_ling2.model.layout import is_dense, is_mla, ScanLayout
 
 
 class Ling2Decoder(NNXDecoder):
-  """The stack of LING2 layers; embedding, final norm and head are MaxText's."""
+  """The stack of LING2 layers; embedding, final norm and head are MaxText's.
+
+  With `scan_layers`, whole cycles are stacked in `scanned_blocks`; the layers before and after them are unrolled and keep
+  their names `layers_{index}`, as all layers have without it.
+  """
 
   def get_decoder_layers(self) -> list[type[nnx.Module]]:
     """The layer classes; MaxText gives the last one to its multi-token-prediction layers."""
@@ -23,5 +32,60 @@ class Ling2Decoder(NNXDecoder):
 
   def _init_sequential_layers(self, decoder_block_classes: Any, rngs: nnx.Rngs) -> None:
     del decoder_block_classes
-    for index in range(self.config.num_decoder_layers):
-      self._create_and_register_layer(Ling2DecoderLayer, rngs, "layers", index, layer_idx=index)
+    self._create_layers(range(self.config.num_decoder_layers), rngs)
+
+  def _init_scanned_layers(self, decoder_block_classes: Any, rngs: nnx.Rngs, mesh: Any) -> None:
+    del decoder_block_classes, mesh
+    # MaxText's __call__ hands the stack to `_apply_qwen3_next_scanned_blocks`, the family that is closest.
+    self.is_qwen3_next = True
+    c = self.config
+    self.scan_layout = ScanLayout.of(
+      c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval, c.first_num_dense_layers
+    )
+    for indices in self.scan_layout.unrolled:
+      self._create_layers(indices, rngs)
+    if self.scan_layout.num_blocks:
+      self.scanned_blocks = self._create_scanned_layers(
+        Ling2Block,
+        length=self.scan_layout.num_blocks,
+        metadata_axis_name="layers",
+        rngs=rngs,
+        remat_policy=self.get_remat_policy(),
+      )
+
+  def _create_layers(self, indices: Iterable[int], rngs: nnx.Rngs) -> None:
+    c = self.config
+    for index in indices:
+      mla = is_mla(index, c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval)
+      dense = is_dense(index, c.first_num_dense_layers)
+      self._create_and_register_layer(Ling2DecoderLayer, rngs, "layers", index, mla=mla, dense=dense, layer_idx=index)
+
+  def _apply_qwen3_next_scanned_blocks(
+    self, y: jax.Array, layer_args: tuple[Any, ...], layer_kwargs: dict[str, Any], kv_caches: Any = None
+  ) -> jax.Array:
+    """Applies all layers, [B, T, C] -> [B, T, C]; called by MaxText's decoder."""
+    if kv_caches is not None:
+      raise ValueError("kv_caches: LING2's layers keep their own caches; vLLM's external ones are not supported")
+    before, after = self.scan_layout.unrolled
+    y = self._apply_unrolled(before, y, layer_args, layer_kwargs)
+    if self.scan_layout.num_blocks:
+      carry: Carry = (y, jnp.asarray(self.scan_layout.start, jnp.int32))
+      (y, _), self.scanned_blocks, _ = self._apply_layers_sequentially(
+        self.scanned_blocks,
+        carry,
+        *layer_args,
+        length=self.scan_layout.num_blocks,
+        skip_block_remat=True,  # each layer of a block rematerialises for itself
+        **layer_kwargs,
+      )
+    return self._apply_unrolled(after, y, layer_args, layer_kwargs)
+
+  def _apply_unrolled(
+    self, indices: Iterable[int], y: jax.Array, layer_args: tuple[Any, ...], layer_kwargs: dict[str, Any]
+  ) -> jax.Array:
+    def one(layer: Ling2DecoderLayer, y: jax.Array) -> jax.Array:
+      return layer(y, *layer_args, **layer_kwargs)[0]
+
+    for index in indices:
+      y = apply_layer(getattr(self, f"layers_{index}"), y, one, self.config, self.get_remat_policy())
+    return y

@@ -18,7 +18,7 @@ from maxtext.layers.linears import DenseGeneral
 from maxtext.layers.normalizations import RMSNorm
 from maxtext.utils.sharding import maybe_shard_with_logical
 
-from maxtext_ling2.model.norms import GroupRMSNorm
+from maxtext_ling2.model.norms import GatedGroupRMSNorm
 from maxtext_ling2.model.rope import rotary_embedding
 from maxtext_ling2.ops.gla import gla, log_decay
 
@@ -28,21 +28,21 @@ _HEADS = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD, ct.KV_HEAD_DIM)
 class GatedLinearAttention(nnx.Module):
   """One GLA layer: x [B, T, C] -> y [B, T, C].
 
-  Parameters (names as in the checkpoint mapping): qkv_proj [C, 3, H, D], query_norm [D], key_norm [D] (with
-  `use_qk_norm`), gate_proj [C, H, D], output_norm [H * D], out [H, D, C].
+  Parameters (names as in the checkpoint mapping): query_key_value [C, 3, H, D], query_norm [D], key_norm [D] (with
+  `use_qk_norm`), output_gate [C, H, D], output_norm [H * D], out [H, D, C].
   """
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
     self.config = config
     self.mesh = mesh
     heads, dim = config.num_query_heads, config.head_dim
-    self.qkv_proj = self._dense(config.emb_dim, (3, heads, dim), ("embed_attn", "qkv", "heads", "kv"), quant, rngs)
-    self.gate_proj = self._dense(config.emb_dim, (heads, dim), ("embed_attn", "heads", "kv"), quant, rngs)
+    self.query_key_value = self._dense(config.emb_dim, (3, heads, dim), ("embed_attn", "qkv", "heads", "kv"), quant, rngs)
+    self.output_gate = self._dense(config.emb_dim, (heads, dim), ("embed_attn", "heads", "kv"), quant, rngs)
     self.out = self._dense((heads, dim), config.emb_dim, ("heads", "kv", "embed_attn"), quant, rngs, axis=(-2, -1))
     if config.use_qk_norm:
       self.query_norm = self._norm(dim, rngs)
       self.key_norm = self._norm(dim, rngs)
-    self.output_norm = GroupRMSNorm(
+    self.output_norm = GatedGroupRMSNorm(
       heads * dim,
       num_groups=config.group_norm_size,
       epsilon=config.normalization_layer_epsilon,
@@ -97,14 +97,14 @@ class GatedLinearAttention(nnx.Module):
     decay = log_decay(layer_index, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
     o, _ = gla(q, k, v, jnp.asarray(decay), segment_ids=segment_ids)
     o = checkpoint_name(self._shard(o), "context")
-    gate = checkpoint_name(self.gate_proj(x), "gate_proj")  # [B, T, H, D]
-    y = self.output_norm(o.reshape(*o.shape[:2], -1)).reshape(o.shape)
-    y = y * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(y.dtype)
+    gate = checkpoint_name(self.output_gate(x), "output_gate")  # [B, T, H, D]
+    flat = (*o.shape[:2], -1)
+    y = self.output_norm(o.reshape(flat), gate.reshape(flat)).reshape(o.shape)
     return checkpoint_name(self.out(self._shard(y)), "out_proj")
 
   def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k (normalised and rotated) and v, each [B, T, H, D]."""
-    qkv = self.qkv_proj(x)  # [B, T, 3, H, D]
+    qkv = self.query_key_value(x)  # [B, T, 3, H, D]
     if self.config.use_linear_silu:
       qkv = jax.nn.silu(qkv)
     qkv = checkpoint_name(qkv, "qkv_proj")

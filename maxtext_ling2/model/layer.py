@@ -12,24 +12,37 @@ from maxtext.utils import max_utils
 from maxtext.utils.sharding import create_sharding, get_logical_axis_rules, maybe_shard_with_logical
 
 from maxtext_ling2.model.gla import GatedLinearAttention
-from maxtext_ling2.model.layout import is_dense, is_mla
 from maxtext_ling2.model.mla import MultiHeadLatentAttention
 from maxtext_ling2.model.moe import Ling2MoE
 
 
 class Ling2DecoderLayer(nnx.Module):
-  """Layer `layer_idx` of the decoder; its index decides about its attention and its MLP."""
+  """A decoder layer; MaxText's calling convention.
+
+  Args:
+    config: MaxText config.
+    mesh: device mesh.
+    model_mode: MaxText's model mode.
+    rngs: random streams.
+    quant: MaxText's quantisation, or None.
+    mla: whether its attention is MLA instead of GLA.
+    dense: whether its MLP is dense instead of a mixture of experts.
+    layer_idx: 0-based index in the decoder; None in a layer scan, where the call tells it.
+  """
 
   def __init__(
-    self, config: Any, mesh: Any, model_mode: str, rngs: nnx.Rngs, quant: Any = None, layer_idx: int = 0
+    self,
+    config: Any,
+    mesh: Any,
+    model_mode: str,
+    rngs: nnx.Rngs,
+    quant: Any = None,
+    *,
+    mla: bool,
+    dense: bool,
+    layer_idx: int | None = None,
   ) -> None:
-    mla = is_mla(layer_idx, config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval)
-    self._build(config, mesh, model_mode, rngs, quant, mla, is_dense(layer_idx, config.first_num_dense_layers))
     self.layer_idx = layer_idx
-
-  def _build(
-    self, config: Any, mesh: Any, model_mode: str, rngs: nnx.Rngs, quant: Any, mla: bool, dense: bool
-  ) -> None:
     self.config = config
     self.mesh = mesh
     self.model_mode = model_mode
@@ -146,7 +159,7 @@ class Ling2DecoderLayer(nnx.Module):
     shardings = {"intermediate_sharding": self.mlp_sharding, "out_sharding": self.out_sharding}
     if self.is_dense:
       return self.mlp(x, deterministic=deterministic, **shardings)
-    y, load_balance_loss, _ = self.moe(x, deterministic, **shardings)
+    y, load_balance_loss = self.moe(x, deterministic, **shardings)
     if load_balance_loss is not None and self.config.load_balance_loss_weight > 0.0:
       self.sow(nnx.Intermediate, "moe_lb_loss", load_balance_loss)
     return y
@@ -156,4 +169,4 @@ class Ling2MtpLayer(Ling2DecoderLayer):
   """The decoder layer inside a multi-token-prediction layer: always MLA and experts."""
 
   def __init__(self, config: Any, mesh: Any, model_mode: str, rngs: nnx.Rngs, quant: Any = None) -> None:
-    self._build(config, mesh, model_mode, rngs, quant, mla=True, dense=False)
+    super().__init__(config, mesh, model_mode, rngs, quant, mla=True, dense=False)

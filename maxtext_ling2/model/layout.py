@@ -1,4 +1,6 @@
-"""Which layer is what: the one home of the rule that the layers, the conversion and the FLOPs count share."""
+"""Which layer is what, and where it stands: the one home of rules that layers, conversion and FLOPs count share."""
+
+import dataclasses
 
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
@@ -9,3 +11,47 @@ def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
 def is_dense(layer: int, first_num_dense_layers: int) -> bool:
   """Whether 0-based `layer` has a dense MLP; the others are mixtures of experts."""
   return layer < first_num_dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanLayout:
+  """How a decoder is cut for a layer scan.
+
+  The scanned part consists of whole cycles of experts-only layers, each `cycle - 1` GLA layers and one MLA layer. The
+  layers before it (up to the end of the cycle that holds the last dense layer) and after it (MLA, by the trailing rule)
+  are unrolled.
+
+  Attributes:
+    num_layers: layers of the decoder.
+    cycle: layers of a cycle.
+    start: 0-based index of the first scanned layer.
+    num_blocks: scanned cycles; 0: nothing is scanned.
+  """
+
+  num_layers: int
+  cycle: int
+  start: int
+  num_blocks: int
+
+  @classmethod
+  def of(cls, num_layers: int, cycle: int, first_num_dense_layers: int) -> "ScanLayout":
+    """The layout of a decoder."""
+    dense_cycles = -(-first_num_dense_layers // cycle)
+    blocks = max(0, num_layers // cycle - dense_cycles)
+    return cls(num_layers, cycle, min(dense_cycles * cycle, num_layers), blocks)
+
+  @property
+  def end(self) -> int:
+    """0-based index after the last scanned layer."""
+    return self.start + self.num_blocks * self.cycle
+
+  @property
+  def unrolled(self) -> tuple[range, range]:
+    """Indices of the layers before and after the scanned part."""
+    return range(self.start), range(self.end, self.num_layers)
+
+  def place(self, layer: int) -> tuple[int, int] | None:
+    """(block, position in the block) of a scanned layer; None for an unrolled one."""
+    if not self.start <= layer < self.end:
+      return None
+    return divmod(layer - self.start, self.cycle)

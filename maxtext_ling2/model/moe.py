@@ -17,14 +17,19 @@ from maxtext.utils import maxtext_utils
 from maxtext_ling2.host.moe_view import DeepSeekRoutingView
 
 
+Z_LOSS_NAME = "moe_z_loss"
+"""Under this name a router sows its raw z-loss."""
+
+
 class Router(nnx.Module):
   """Scores of all experts for each token: x [B, T, C] -> (biased [B, T, E], unbiased [B, T, E]), float32.
 
-  The bias only selects experts; the weights come from the unbiased scores.
+  The bias only selects experts; the weights come from the unbiased scores. During a training step the router also has
+  the sums that `training/statistics.py` attaches: `expert_counts` and, with a z-loss, `z_loss`.
   """
 
   def __init__(self, config: Any, rngs: nnx.Rngs):
-    self.score_func = config.routed_score_func
+    self.has_z_loss = config.moe_z_loss_weight > 0.0
     init = nd_dense_init(config.dense_init_scale, "fan_in", "truncated_normal")
     shape = (config.emb_dim, config.num_experts)
     kernel = init(rngs.params(), shape, get_weight_dtype(config, "gate"), 0, 1)
@@ -44,16 +49,35 @@ class Router(nnx.Module):
 
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (scores + bias, scores)."""
-    scores = jax.nn.sigmoid(self.logits(x))
+    logits = self.logits(x)
+    if self.has_z_loss:
+      self._keep_z_loss(logits)
+    scores = jax.nn.sigmoid(logits)
     if self.bias is None:
       return scores, scores
     return scores + self.bias[...].astype(jnp.float32), scores
+
+  def _keep_z_loss(self, logits: jax.Array) -> None:
+    """mean(logsumexp(logits)^2) over all positions (ST-MoE, Zoph et al. 2022), sown for the objective."""
+    z_loss = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+    self.sow(nnx.Intermediate, Z_LOSS_NAME, z_loss)
+    if self.counting:
+      self.z_loss[...] += jax.lax.stop_gradient(z_loss)
+
+  @property
+  def counting(self) -> bool:
+    """Whether a training step is listening."""
+    return hasattr(self, "expert_counts")
+
+  def count(self, counts: jax.Array) -> None:
+    """Adds the tokens [E] that this batch sent to each expert."""
+    self.expert_counts[...] += counts
 
 
 class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
   """MaxText's RoutedMoE, routing as DeepSeek-V3 with LING2's router.
 
-  Called as MaxText's; returns (output [B, T, C], load balance loss or None, expert counts [E] int32 or None).
+  Called as MaxText's; returns (output [B, T, C], load balance loss or None, expert counts [E] int32 in a training step).
   """
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
@@ -72,15 +96,25 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
     )
     self.gate = Router(config, rngs)
 
+  def should_update_load_balance(self) -> bool:
+    """Whether MaxText counts the tokens of each expert and returns the counts."""
+    return self.gate.counting
+
   def deepseek_scale_weights(self, weights: jax.Array) -> jax.Array:
     """Normalises the chosen scores to sum 1 and scales them; a single expert keeps its raw score (Hugging Face code)."""
     if self.num_experts_per_tok == 1:
       return weights * self.config.routed_scaling_factor
     return super().deepseek_scale_weights(weights)
 
+  def reshape_and_update_weights(self, weights: jax.Array, indices: jax.Array, safe_updates: bool = False) -> jax.Array:
+    """Weights [B, T, k] of experts `indices` as [B, T, E] in their own float32 (MaxText's rounds them to `dtype`)."""
+    del safe_updates  # one_hot of an index out of range is zero
+    chosen = jax.nn.one_hot(indices, self.num_experts, dtype=weights.dtype)  # [B, T, k, E]
+    return jnp.einsum("btk,btke->bte", weights, chosen, precision=jax.lax.Precision.HIGHEST)
+
 
 class Ling2MoE(nnx.Module):
-  """Routed experts plus shared experts: x [B, T, C] -> (y [B, T, C], load balance loss or None, counts [E] or None)."""
+  """Routed experts plus shared experts: x [B, T, C] -> (y [B, T, C], load balance loss or None)."""
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
     # MaxText's checkpoint conversion recognises expert weights by "MoeBlock" in their path.
@@ -104,11 +138,13 @@ class Ling2MoE(nnx.Module):
 
   def __call__(
     self, x: jax.Array, deterministic: bool, intermediate_sharding: Any = None, out_sharding: Any = None
-  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  ) -> tuple[jax.Array, jax.Array | None]:
     """Applies the experts; the shared ones are neither scaled nor gated."""
     y, load_balance_loss, counts = self.MoeBlock_0(x, out_sharding=out_sharding)
+    if counts is not None:
+      self.MoeBlock_0.gate.count(counts)
     if self.shared_experts is not None:
       y = y + self.shared_experts(
         x, deterministic=deterministic, intermediate_sharding=intermediate_sharding, out_sharding=out_sharding
       )
-    return y, load_balance_loss, counts
+    return y, load_balance_loss

@@ -51,9 +51,10 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
     ids = input_ids
     targets = jnp.ones_like(input_ids) if target_ids is None else target_ids
     scored = jnp.ones_like(input_ids) if target_mask is None else (jnp.asarray(target_mask) != 0).astype(jnp.int32)
-    losses, predictions, masks = [], [], []
+    masks = scored_tokens(scored, decoder_segment_ids, self.config.mtp_num_layers)
+    sums, predictions = [], []
     for depth in range(1, self.config.mtp_num_layers + 1):
-      ids, targets, scored = (stock.roll_and_mask_by_segment(x, decoder_segment_ids) for x in (ids, targets, scored))
+      ids, targets = (stock.roll_and_mask_by_segment(x, decoder_segment_ids) for x in (ids, targets))
       embedded = self.decoder._apply_embedding(shared_embedding, ids, position_ids, deterministic, model_mode=model_mode)
       layer = getattr(self, f"mtp_layer_{depth}")
       output = layer(
@@ -66,11 +67,12 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       )
       hidden = layer.final_norm(output)
       logits = self._logits(shared_embedding, hidden, deterministic, model_mode)
-      losses.append(_mean_loss(logits, targets, scored))
-      if self.config.mtp_eval_target_module == depth:
-        predictions.append(jnp.argmax(logits, axis=-1).astype(jnp.float32))  # float, as MaxText's loss differentiates it
-        masks.append(scored)
-    self._publish(losses, predictions, masks, model_mode)
+      losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+      sums.append(jnp.sum(losses * masks[depth - 1]))
+      predictions.append(jnp.argmax(logits, axis=-1))
+    if model_mode == "train":
+      self._publish_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))
+    self._publish_predictions(predictions, masks)
     return {}
 
   def _logits(self, shared_embedding: Any, hidden: jax.Array, deterministic: bool, model_mode: str) -> jax.Array:
@@ -79,17 +81,37 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       logits, _LOGITS_AXES, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding
     )
 
-  def _publish(self, losses: list[jax.Array], predictions: list[jax.Array], masks: list[jax.Array], mode: str) -> None:
-    """Sets the variables that MaxText reads: its MTP loss is sum(losses) / sum(weights) * mtp_loss_scaling_factor."""
-    if mode == "train" and losses:
-      self.losses = stock.mtp_losses(jnp.stack(losses))
-      self.weights = stock.mtp_losses(jnp.ones((len(losses),), jnp.float32))
-    if predictions:
-      self.mtp_preds = stock.mtp_acceptance(jnp.stack(predictions))
-      self.mtp_mask = stock.mtp_acceptance(jnp.stack(masks))
+  def _publish_losses(self, sums: jax.Array, tokens: jax.Array) -> None:
+    """Sets what MaxText reads: its MTP loss is sum(losses) / sum(weights) * mtp_loss_scaling_factor.
+
+    `token_sums` [K] is for gradient accumulation, which may have to divide by the tokens of other microbatches too.
+    """
+    self.losses = stock.mtp_losses(sums / (tokens + EPS))
+    self.weights = stock.mtp_losses(jnp.ones_like(sums))
+    self.token_sums = stock.mtp_losses(sums)
+
+  def _publish_predictions(self, predictions: list[jax.Array], masks: list[jax.Array]) -> None:
+    """Sets the predictions of depth mtp_eval_target_module, of which MaxText's eval step computes the acceptance rate."""
+    depth = self.config.mtp_eval_target_module
+    if 0 < depth <= len(predictions):
+      # Float, because MaxText differentiates the function that returns them.
+      self.mtp_preds = stock.mtp_acceptance(predictions[depth - 1].astype(jnp.float32)[None])
+      self.mtp_mask = stock.mtp_acceptance(masks[depth - 1][None])
 
 
-def _mean_loss(logits: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-  """Mean cross entropy over the scored tokens, 0 where there is none."""
-  losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-  return jnp.sum(losses * scored) / (jnp.sum(scored) + EPS)
+def scored_tokens(scored: jax.Array, segment_ids: jax.Array | None, depths: int) -> list[jax.Array]:
+  """Which positions are scored at each MTP depth: those whose target, depth tokens further on, is of the same document.
+
+  Args:
+    scored: [B, T] 0/1, the positions scored by the main loss.
+    segment_ids: [B, T] documents, or None for one a row.
+    depths: number of MTP layers K.
+
+  Returns:
+    K arrays [B, T] of 0/1.
+  """
+  masks = []
+  for _ in range(depths):
+    scored = stock.roll_and_mask_by_segment(scored, segment_ids)
+    masks.append(scored)
+  return masks

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from maxtext.layers.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 
-class InterleavedRotaryEmbedding(RotaryEmbedding):
+class HalfRotaryEmbedding(RotaryEmbedding):
+  """MaxText's half-rotation, computed in float32 and rounded once, to the dtype of the config."""
+
+  def __call__(self, inputs: jax.Array, position: jax.Array | None = None) -> jax.Array:
+    """Rotates `inputs` [B, T, H, D] by `position` [B, T]."""
+    return super().__call__(inputs.astype(jnp.float32), position)
+
+
+class InterleavedRotaryEmbedding(HalfRotaryEmbedding):
   """Half-rotation of vectors that are stored as interleaved pairs.
 
   Pairs (x0, y0, x1, y1, ..) are first reordered to (x0, x1, .., y0, y1, ..). The result stays in that order: q and k are
@@ -54,7 +62,7 @@ def rotary_embedding(config: Any, mesh: Any, dims: int, interleaved: bool, rngs:
       attention_scaling=config.rope_attention_scaling,
       rngs=rngs,
     )
-  cls = InterleavedRotaryEmbedding if interleaved else RotaryEmbedding
+  cls = InterleavedRotaryEmbedding if interleaved else HalfRotaryEmbedding
   return cls(
     min_timescale=config.rope_min_timescale,
     max_timescale=config.rope_max_timescale,

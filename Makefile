@@ -1,0 +1,52 @@
+# Every target but `clean` sets up .venv first, if need be: a fresh machine needs `make`, some python3 with pip and a Python >= 3.12.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.maxtext-ling2-ready
+PYTEST := $(BIN)/python -m pytest
+WORKERS := 2
+
+# Tests compile the same small programs again and again: keep them. On a machine with an accelerator, JAX_PLATFORMS= lets tests use it.
+TEST_ENV = JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} JAX_COMPILATION_CACHE_DIR=$${JAX_COMPILATION_CACHE_DIR-$(CURDIR)/.cache/jax} \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
+
+.PHONY: help setup test test-all demo lint format bench clean always
+help:
+	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
+	@echo "make test       the tests, without the slow ones (ARGS='-k gla' passes arguments to pytest)"
+	@echo "make test-all   all tests"
+	@echo "make demo       train LING2 on real text and draw the loss curve"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff format and mend what it can"
+	@echo "make bench      the benchmarks"
+	@echo "make clean      remove what the others left, $(VENV) too"
+
+setup: $(READY)
+
+# The mark is set after everything else, so an interrupted set-up is done again. A Python that has gone makes it stale, too.
+$(READY): pyproject.toml constraints.txt scripts/set_up $(wildcard site_files/*) $(if $(shell $(BIN)/python -c 'print(1)' 2>/dev/null),,always)
+	@scripts/set_up $(VENV)
+	@touch $@
+
+test: $(READY)
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) $(ARGS)
+
+demo: $(READY)
+	$(BIN)/maxtext-ling2 demo $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist demo_output maxtext_output

@@ -1,0 +1,108 @@
+"""What `maxtext-ling2 verify` does: read the files, compare, print the verdict."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from maxtext_ling2.checkpoint import verify
+from maxtext_ling2.checkpoint.verify import GradientReport, LogitsReport, Reference
+
+Array = NDArray[Any]
+
+
+def run(
+  console: Console,
+  folder: Path,
+  reference: Path,
+  logits_key: str,
+  ids_key: str,
+  decay_offset: int,
+  grads: Path | None,
+  rows: int | None,
+) -> bool:
+  """Compares and prints; returns the verdict.
+
+  Raises:
+    ValueError: the folder or a file is not what it must be; the text names what.
+  """
+  recorded = _load(reference)
+  ids, expected = _tokens(reference, recorded, ids_key), _array(reference, recorded, logits_key)
+  if expected.shape[:2] != ids.shape:
+    raise ValueError(f"{reference}: {logits_key} is {expected.shape}, expected (*{ids.shape}, vocabulary) as {ids_key} has")
+  model = Reference(folder, *ids.shape, gla_decay_layer_offset=decay_offset)
+  _check_ids(reference, ids, ids_key, model.config.vocab_size)
+  report = verify.compare_logits(model.logits(ids), expected)
+  _print_logits(console, report)
+  passed = report.passed
+  if grads is not None:
+    passed &= _gradients(console, model, ids, recorded, reference, grads, rows)
+  console.print("[green]PASS[/]" if passed else "[red]FAIL[/]")
+  return passed
+
+
+def _gradients(
+  console: Console, model: Reference, ids: Array, recorded: Mapping[str, Array], reference: Path, grads: Path, rows: int | None
+) -> bool:
+  """Compares gradients; ids and labels come from the gradients' own file where it has them."""
+  expected = dict(_load(grads))
+  source, tokens = (grads, expected) if "labels" in expected else (reference, recorded)
+  labels = _array(source, tokens, "labels").astype(np.int32)
+  ids = expected["input_ids"].astype(np.int32) if "input_ids" in expected else ids
+  if labels.shape != ids.shape:
+    raise ValueError(f"{source}: labels are {labels.shape}, expected {ids.shape} as the token ids")
+  expected = {name: value for name, value in expected.items() if name not in ("labels", "input_ids")}
+  mtp = [f"model.layers.{model.config.num_decoder_layers + k}." for k in range(model.config.mtp_num_layers)]
+  with_mtp = any(name.startswith(tuple(mtp)) and np.any(value) for name, value in expected.items()) if mtp else False
+  loss, ours = model.gradients(ids[:rows], labels[:rows], with_mtp)
+  reports = list(verify.compare_gradients(ours, expected, model.padding_id))
+  if not reports:
+    raise ValueError(f"{grads}: holds no gradients; arrays under Hugging Face tensor names are expected")
+  _print_gradients(console, loss, with_mtp, reports)
+  return all(report.passed for report in reports)
+
+
+def _print_logits(console: Console, report: LogitsReport) -> None:
+  console.print(f"logits of {report.positions} positions")
+  console.print(f"  max abs error {report.max_abs_error:.3e} (tolerance {verify.LOGITS_TOLERANCE:.0e})")
+  console.print(f"  max KL        {report.max_kl:.3e} nats")
+
+
+def _print_gradients(console: Console, loss: float, with_mtp: bool, reports: list[GradientReport]) -> None:
+  what = "mean token loss + MTP loss" if with_mtp else "mean token loss"
+  within = sum(report.passed for report in reports)
+  console.print(f"gradients of the {what} ({loss:.6f}): {within} of {len(reports)} tensors within tolerance, the worst three:")
+  for report in sorted(reports, key=lambda report: -report.excess)[:3]:
+    console.print(f"  {report.name}: max abs error {report.max_abs_error:.3e}, {report.excess:.2f} of the tolerance")
+
+
+def _load(path: Path) -> Mapping[str, Array]:
+  """Reads an npz file without pickles."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except FileNotFoundError:
+    raise ValueError(f"{path}: no such file") from None
+  except Exception as error:
+    raise ValueError(f"{path}: not a readable npz file of plain arrays ({error})") from error
+
+
+def _array(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
+  if key not in arrays:
+    raise ValueError(f"{path}: has no array '{key}'; it has {', '.join(sorted(arrays)[:12])} ...")
+  return arrays[key]
+
+
+def _tokens(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
+  ids = _array(path, arrays, key)
+  if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+    raise ValueError(f"{path}: {key} is {ids.dtype} {ids.shape}, expected integer token ids [rows, tokens]")
+  return ids.astype(np.int32)
+
+
+def _check_ids(path: Path, ids: Array, key: str, vocab_size: int) -> None:
+  if ids.min() < 0 or ids.max() >= vocab_size:
+    raise ValueError(f"{path}: {key} holds ids from {ids.min()} to {ids.max()}, but the model's vocabulary has {vocab_size}")

@@ -1,0 +1,79 @@
+"""The command `maxtext-ling2`: doctor, verify, demo, run."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+import typer
+
+app = typer.Typer(help="LING2 for stock MaxText.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+def main() -> None:
+  """Entry point of the console script."""
+  app()
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+  """Tell whether a LING2 run would work here; exit 0 only if it would."""
+  from maxtext_ling2 import doctor as checks
+
+  found = checks.diagnose()
+  if as_json:
+    print(json.dumps(found.to_json(), indent=2))
+  else:
+    console = Console(soft_wrap=True, highlight=False)
+    for line in checks.lines(found):
+      console.print(line)
+  raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def verify(
+  folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json and safetensors.")],
+  reference: Annotated[Path, typer.Option(help="npz with token ids and the reference's logits.")],
+  logits_key: Annotated[str, typer.Option(help="Array of logits [B, T, V] in the reference.")] = "eval.logits",
+  ids_key: Annotated[str, typer.Option(help="Array of token ids [B, T] in the reference.")] = "input_ids",
+  decay_offset: Annotated[int, typer.Option(min=0, max=1, help="gla_decay_layer_offset of the reference.")] = 0,
+  grads: Annotated[Path | None, typer.Option(help="npz of gradients by Hugging Face tensor name.")] = None,
+  rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first rows only.")] = None,
+) -> None:
+  """Compare LING2 in float32 with recorded outputs of a reference; exit 1 if they differ by more than 1e-4."""
+  from maxtext_ling2.checkpoint import verify_command
+
+  try:
+    passed = verify_command.run(
+      Console(soft_wrap=True, highlight=False), folder, reference, logits_key, ids_key, decay_offset, grads, rows
+    )
+  except (ValueError, KeyError, OSError) as error:
+    _fail(error)
+  raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def demo(
+  output: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and plot.")] = Path("demo_output"),
+  steps: Annotated[int | None, typer.Option(min=1, help="Training steps; the default takes minutes on 2 cores.")] = None,
+) -> None:
+  """Train ling2-tiny on real English text with the stock command and draw the loss curve."""
+  from maxtext_ling2 import demo as demonstration
+
+  raise typer.Exit(demonstration.run(output, steps))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As for python -m.")]) -> None:
+  """Do what `python -m MODULE ARGS...` does, with LING2 in place also where .pth files are not processed."""
+  from maxtext_ling2.__main__ import run as run_module
+
+  run_module([module, *context.args])
+
+
+def _fail(error: Exception) -> NoReturn:
+  """Prints an error as one text for people and exits with 1."""
+  text: Any = error.args[0] if isinstance(error, KeyError) and error.args else error
+  Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/] {escape(str(text))}")
+  raise typer.Exit(1)

@@ -1,0 +1,87 @@
+"""The demo: unmodified MaxText trains LING2 on real English text, with the documented command.
+
+CPython's documentation becomes a Megatron data set (data.py), MaxText's trainer runs on it in a process of its own
+(train.py), and its metrics become a loss curve (metrics.py, plot.py).
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from maxtext_ling2.demo import data, metrics, plot, train
+from maxtext_ling2.demo.errors import DemoError
+from maxtext_ling2.demo.metrics import Losses
+from maxtext_ling2.demo.train import Run
+
+MODEL = "ling2-tiny"
+STEPS = 100
+
+REQUIRED_DROP = 3.0
+"""Nats between the first and the final loss."""
+
+REQUIRED_LOSS = 7.0
+"""Nats. Guessing among the vocabulary costs 10.4, and knowing no more than how frequent each token is, 6.2."""
+
+LAST_STEPS = 10
+"""The final loss is the mean of so many steps: a step's few rows differ in difficulty by more than a nat."""
+
+_INTERRUPTED = 130  # the shell's exit code for a process that SIGINT ended
+
+
+def run(output_directory: Path, steps: int | None = None, model_name: str = MODEL) -> int:
+  """Run the demo and print what it does; the last line has the losses, the checkpoint and the plot.
+
+  Args:
+    output_directory: folder for the data (`data/`), each run's checkpoint, metrics, log and plot (`run-*/`).
+    steps: training steps; None: as many as take about 4 minutes on 2 CPU cores.
+    model_name: the MaxText model to train.
+
+  Returns:
+    Exit code: 0, 1 after an error, which is printed, or 130 after Ctrl-C.
+  """
+  console = Console(soft_wrap=True, highlight=False, emoji=False)
+  try:
+    _run(output_directory, STEPS if steps is None else steps, model_name, console)
+  except (DemoError, OSError) as error:
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(str(error))}")
+    return 1
+  except KeyboardInterrupt:
+    print("stopped; the trainer has ended, too", file=sys.stderr)
+    return _INTERRUPTED
+  return 0
+
+
+def _run(output_directory: Path, steps: int, model_name: str, console: Console) -> None:
+  dataset = data.prepare(output_directory.resolve() / "data")
+  console.print(f"text: {dataset.documents} documents, {dataset.tokens:,} tokens in {escape(str(dataset.prefix))}.bin")
+  platform = train.backend()
+  files = train.new_run(output_directory, steps)
+  command, variables = train.command(model_name, dataset, files, platform), train.environment(platform)
+  console.print(f"training on {platform} with\n\n{escape(train.as_shell(command, variables))}\n")
+  train.train(command, variables, files, console)
+  losses = metrics.read(files.metrics)
+  picture = files.folder / "loss.png"
+  plot.draw(losses, train.MTP_SCALE, f"{model_name} on CPython's documentation, {platform}", picture)
+  first, final = judge(losses, files)
+  learned = f"loss {first:.3f} -> {final:.3f} nats in {steps} steps (first; mean of the last {LAST_STEPS})"
+  console.print(f"{learned}; {escape(f'checkpoint {files.checkpoint()}, plot {picture}')}")
+
+
+def judge(losses: Losses, files: Run) -> tuple[float, float]:
+  """The first and the final loss in nats.
+
+  Raises:
+    DemoError: the model has not learned what it should.
+  """
+  if len(losses.main) < files.steps:
+    raise DemoError(f"{files.metrics} has {len(losses.main)} of {files.steps} steps; see {files.log}")
+  first, final = losses.main[0], statistics.fmean(losses.main[-LAST_STEPS:])
+  if not (final <= first - REQUIRED_DROP and final < REQUIRED_LOSS):  # so that NaN fails
+    raise DemoError(
+      f"loss went from {first:.3f} to {final:.3f} nats in {files.steps} steps; a model that learns gets {REQUIRED_DROP} "
+      f"nats lower and below {REQUIRED_LOSS}: {STEPS} steps are enough. See {files.folder}"
+    )
+  return first, final

@@ -1,0 +1,28 @@
+"""Draws the loss curve."""
+
+from pathlib import Path
+
+from maxtext_ling2.demo.metrics import Losses
+
+
+def draw(losses: Losses, mtp_scale: float, title: str, path: Path) -> None:
+  """Draw losses over steps into a PNG file.
+
+  Args:
+    losses: what to draw; MTP only where the model has it.
+    mtp_scale: mtp_loss_scaling_factor, which is taken out of the MTP loss again, so that both are nats per token.
+    title: title of the plot.
+    path: the file; an old one is replaced.
+  """
+  # The class instead of pyplot, which would pick a window system: it draws with Agg, on machines without a display too.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  axes = figure.subplots()
+  axes.plot(losses.main, label="next token")
+  if any(losses.mtp):
+    axes.plot([loss / mtp_scale for loss in losses.mtp], label="the token after it (MTP)")
+  axes.set(title=title, xlabel="training step", ylabel="loss (nats per token)")
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=120)

@@ -1,0 +1,213 @@
+"""Finds out whether a LING2 run would work in this environment, and if not, why and what to do."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from maxtext_ling2 import discovery, plugin, startup
+
+_VARIABLES = (
+  startup.DISABLE_VARIABLE,
+  discovery.ALLOW_VARIABLE,
+  "M_MODEL_NAME",
+  "JAX_PLATFORMS",
+  "XLA_FLAGS",
+  "DECOUPLE_GCLOUD",
+)
+_DISTRIBUTIONS = ("maxtext-ling2", "maxtext", "jax", "jaxlib", "flax", "pydantic", "libtpu", "wrapt", "aenum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """Something wrong (or only noteworthy) and its remedy."""
+
+  what: str
+  remedy: str
+
+
+@dataclasses.dataclass
+class Diagnosis:
+  """All that was found.
+
+  Attributes:
+    versions: distribution -> version, None where it is not installed; "tested maxtext" lists what was tested.
+    start: how the plugin came into this process, and every entry point of the group.
+    environment: the variables that matter, as they are set.
+    seams: name, module, state and breaches of each seam.
+    models: model name -> problem with its configuration, None if it is fine.
+    fields: field name -> who defines it.
+    backends: JAX's platform and devices, and the implementations of linear attention.
+    faults: what keeps a LING2 run from working.
+    notes: what does not, but should be known.
+  """
+
+  versions: dict[str, Any]
+  start: dict[str, Any]
+  environment: dict[str, str | None]
+  seams: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  models: dict[str, str | None] = dataclasses.field(default_factory=dict)
+  fields: dict[str, str] = dataclasses.field(default_factory=dict)
+  backends: dict[str, Any] = dataclasses.field(default_factory=dict)
+  faults: list[Finding] = dataclasses.field(default_factory=list)
+  notes: list[Finding] = dataclasses.field(default_factory=list)
+
+  @property
+  def ok(self) -> bool:
+    """Whether a LING2 run would work."""
+    return not self.faults
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain data, "ok" first."""
+    return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def diagnose() -> Diagnosis:
+  """Looks at everything a LING2 run needs; imports MaxText, trains nothing, writes nothing."""
+  found = Diagnosis(_versions(), {"found_by": startup.found_by}, {name: os.environ.get(name) for name in _VARIABLES})
+  if startup.disabled():
+    found.faults.append(
+      Finding(f"{startup.DISABLE_VARIABLE}={os.environ[startup.DISABLE_VARIABLE]} switches the plugin off", "unset it")
+    )
+    return found
+  if not _maxtext_imports(found):
+    return found
+  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  for step in (_start, _seams, _fields, _models, _backends):
+    try:
+      step(found)
+    except Exception as error:
+      found.faults.append(
+        Finding(f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "mend what the text names, then run again")
+      )
+  return found
+
+
+def _versions() -> dict[str, Any]:
+  def version(name: str) -> str | None:
+    try:
+      return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      return None
+
+  return {
+    "python": platform.python_version(),
+    **{name: version(name) for name in _DISTRIBUTIONS},
+    "tested maxtext": list(plugin.TESTED_MAXTEXT),
+  }
+
+
+def _maxtext_imports(found: Diagnosis) -> bool:
+  """Whether MaxText and what it stands on can be imported at all."""
+  try:
+    import maxtext.configs.pyconfig  # noqa: F401  the configuration, hence jax, pydantic and omegaconf
+  except ImportError as error:
+    remedy = "install the plugin with MaxText's dependencies: pip install 'maxtext-ling2[tpu]' (or [cuda12])"
+    found.faults.append(Finding(f"MaxText does not import: {error}", remedy))
+    return False
+  return True
+
+
+def _start(found: Diagnosis) -> None:
+  records = [dataclasses.asdict(record) for record in discovery.plugins]
+  found.start["plugins"] = records
+  ours = [record for record in discovery.plugins if record.value == discovery.OWN_ENTRY.value]
+  if not any(record.state == "loaded" for record in ours):
+    reason = "; ".join(record.reason or "" for record in ours) or "no entry point was found"
+    remedy = f"let {discovery.ALLOW_VARIABLE} name ling2, or unset it; else install maxtext-ling2 again"
+    found.faults.append(Finding(f"the plugin is installed but not loaded: {reason}", remedy))
+  for record in discovery.plugins:
+    if record.state == "failed":
+      remedy = f"mend or uninstall {record.distribution}; LING2 goes on without it"
+      found.notes.append(Finding(f"plugin {record.name} failed: {record.reason}", remedy))
+    if record.state == "skipped" and record.value == discovery.OWN_ENTRY.value and record.reason:
+      remedy = "uninstall maxtext-ling2 until none is left, then install it once"
+      found.notes.append(Finding(f"a second installation at {record.location}: {record.reason}", remedy))
+  if startup.found_by == "import":
+    found.notes.append(
+      Finding(
+        "Python did not process maxtext_ling2.pth here, so `python -m maxtext...` does not know LING2",
+        "use `python -m maxtext_ling2 run maxtext...`, or install the package into the environment",
+      )
+    )
+
+
+def _seams(found: Diagnosis) -> None:
+  registry = plugin.REGISTRY
+  registry.complete()
+  for seam in registry.seams:
+    breaches = [str(breach) for breach in registry.breaches if breach.seam == seam.name]
+    found.seams.append({"name": seam.name, "module": seam.module, "state": seam.state.value, "breaches": breaches})
+  tested = ", ".join(registry.tested)
+  for breach in registry.breaches:
+    found.faults.append(Finding(str(breach), f"install a MaxText version this plugin was tested with: {tested}"))
+  if registry.stood_down is not None:
+    found.notes.append(Finding(registry.stood_down, "uninstall maxtext-ling2: MaxText needs it no longer"))
+  if found.versions["maxtext"] not in registry.tested:
+    text = f"MaxText {found.versions['maxtext']} was not tested with this plugin (tested: {tested})"
+    found.notes.append(Finding(text, "compare numbers with `maxtext-ling2 verify` before you trust them"))
+
+
+def _fields(found: Diagnosis) -> None:
+  from maxtext.configs import types
+
+  from maxtext_ling2.host.config_fields import ConfigFieldsSeam
+
+  added = {name for seam in plugin.REGISTRY.seams if isinstance(seam, ConfigFieldsSeam) for name in seam.added}
+  for field in plugin.fields.FIELDS:
+    if field.name in types.MaxTextConfig.model_fields:
+      found.fields[field.name] = "maxtext-ling2" if field.name in added else "maxtext"
+    elif plugin.REGISTRY.usable:
+      found.faults.append(Finding(f"the config field {field.name} is missing", "install maxtext-ling2 again"))
+
+
+def _models(found: Diagnosis) -> None:
+  from maxtext_ling2.host import session
+
+  for name in plugin.MODEL_NAMES:
+    found.models[name] = _problem(lambda name=name: session.make_config(model_name=name))
+    if found.models[name] is not None:
+      found.faults.append(Finding(f"model_name={name}: {found.models[name]}", "install maxtext-ling2 again"))
+
+
+def _problem(call: Callable[[], Any]) -> str | None:
+  """The error of a call in words, None if it has none."""
+  try:
+    call()
+  except Exception as error:
+    return f"{type(error).__name__}: {error}"
+  return None
+
+
+def _backends(found: Diagnosis) -> None:
+  import jax
+
+  from maxtext_ling2.ops.gla import api
+
+  found.backends = {
+    "platform": jax.default_backend(),
+    "devices": [str(device) for device in jax.devices()],
+    "gla": list(api.backends()),
+  }
+
+
+def lines(found: Diagnosis) -> Iterator[str]:
+  """The diagnosis for people, as rich markup."""
+  yield "[bold]versions[/]   " + ", ".join(f"{name} {value or 'not installed'}" for name, value in found.versions.items())
+  yield f"[bold]start-up[/]   found by: {found.start["found_by"] or "none"}"
+  for record in found.start.get("plugins", ()):
+    yield f"             plugin {record['name']}: {record['state']} ({record['distribution']} {record['version']})"
+  set_variables = [f"{name}={value}" for name, value in found.environment.items() if value is not None]
+  yield "[bold]environment[/] " + (", ".join(set_variables) or "nothing set")
+  for seam in found.seams:
+    yield f"[bold]seam[/]        {seam['name']}: {seam['state']}"
+  for name, problem in found.models.items():
+    yield f"[bold]model[/]       {name}: {problem or 'fine'}"
+  if found.backends:
+    yield f"[bold]backend[/]     {found.backends['platform']}, {len(found.backends['devices'])} device(s)"
+  for kind, findings in (("[red]fault[/]", found.faults), ("[yellow]note[/] ", found.notes)):
+    for finding in findings:
+      yield f"{kind}       {finding.what}\n             remedy: {finding.remedy}"
+  yield "[green]A LING2 run would work.[/]" if found.ok else "[red]A LING2 run would not work.[/]"

@@ -1,0 +1,6 @@
+"""Gated linear attention with a constant decay per head: the operation, and the decays of a LING2 layer."""
+
+from maxtext_ling2.ops.gla.api import gla
+from maxtext_ling2.ops.gla.decay import log_decay, slopes
+
+__all__ = ["gla", "log_decay", "slopes"]

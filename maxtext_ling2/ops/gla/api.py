@@ -1,0 +1,140 @@
+"""The one entry to GLA: checks the arguments, fills in the defaults and hands over to a backend."""
+
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxtext_ling2.ops.gla.chunked import chunked
+from maxtext_ling2.ops.gla.reference import reference
+
+
+class Backend(Protocol):
+  """An implementation of GLA. Its arguments are those of `gla`, checked and with the defaults filled in.
+
+  It returns o [B, T, H, Dv] in v's dtype and the final state [B, H, D, Dv] float32.
+  """
+
+  def __call__(
+      self,
+      q: jax.Array,
+      k: jax.Array,
+      v: jax.Array,
+      g_gamma: jax.Array,
+      *,
+      segment_ids: jax.Array | None,
+      initial_state: jax.Array,
+      scale: float,
+  ) -> tuple[jax.Array, jax.Array]: ...
+
+
+_BACKENDS: Final[Mapping[str, Backend]] = {"reference": reference, "chunked": chunked}
+_AUTO: Final = "chunked"
+_OPERANDS: Final = (jnp.float32, jnp.bfloat16)
+
+
+def gla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g_gamma: jax.Array | np.ndarray,
+    *,
+    segment_ids: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    output_final_state: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array | None]:
+  """Gated linear attention with one constant decay per head, causal over the sequence.
+
+  For each batch row and head h, over the tokens t of the sequence, with a float32 state S [D, Dv]:
+
+      S_t = exp(g_gamma[h]) * S_{t-1} + k_t v_t^T
+      o_t = scale * q_t S_t
+
+  Source: lightning attention (Qin et al. 2024, arXiv:2405.17381); "simple GLA" with a constant gate.
+
+  Padding and documents: `segment_ids` gives the document of each token, and id 0 marks padding.
+  - A padded token does not exist: it adds nothing, does not decay the state, and its output is 0. So with padding on
+    the right the final state is the state after the last real token, and a row of nothing but padding returns its
+    initial state. The values of q, k and v there are never used: even a NaN does no harm.
+  - The state restarts at zero at each real token whose id differs from that of the last real token before it, however
+    much padding lies between. If the ids are equal, the state goes on across the padding. Ids need no order, and an
+    id that comes back later (1, 2, 1) is a new document.
+  - `initial_state` belongs to the document of the first real token. A caller who cuts a sequence and passes the state
+    on must therefore zero the state of the rows where the cut falls on a border of documents.
+
+  Args:
+    q: queries [B, T, H, D], float32 or bfloat16, T at least 1.
+    k: keys [B, T, H, D], float32 or bfloat16.
+    v: values [B, T, H, Dv], float32 or bfloat16; Dv may differ from D.
+    g_gamma: natural log of the decay per token, [H] float32, at most 0. A constant: it gets no gradient.
+    segment_ids: [B, T] integer, or None when each row is one document without padding.
+    initial_state: [B, H, D, Dv] float32, or None for zeros.
+    output_final_state: whether to return the state after the last token.
+    scale: factor of the outputs (not of the state); None means D ** -0.5.
+    backend: "reference" (the recurrence in float32, slow), "chunked" (plain JAX matmuls), or "auto", which chooses.
+      "chunked" multiplies in bfloat16 with float32 sums if q, k and v are all bfloat16, else in full float32.
+
+  Returns:
+    o [B, T, H, Dv] in v's dtype, and the final state [B, H, D, Dv] float32 (None without output_final_state). Both
+    are differentiable in q, k, v and initial_state.
+
+  Raises:
+    ValueError: the backend is unknown, or an argument has a wrong shape or dtype.
+  """
+  run = _backend(backend)
+  _check(q, k, v, g_gamma, segment_ids, initial_state)
+  if initial_state is None:
+    # Like a product, not plain zeros: so the state has the sharding (or shard_map's varying axes) a scan needs to see.
+    initial_state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
+  g_gamma = jax.lax.stop_gradient(jnp.asarray(g_gamma))
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  o, final_state = run(q, k, v, g_gamma, segment_ids=segment_ids, initial_state=initial_state, scale=scale)
+  return o, final_state if output_final_state else None
+
+
+def _backend(name: str) -> Backend:
+  """The backend of a name, "auto" included."""
+  try:
+    return _BACKENDS[_AUTO if name == "auto" else name]
+  except KeyError:
+    choices = ", ".join(map(repr, ("auto", *_BACKENDS)))
+    raise ValueError(f"gla: backend is {name!r}, expected one of {choices}.") from None
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g_gamma: jax.Array | np.ndarray,
+    segment_ids: jax.Array | None,
+    initial_state: jax.Array | None,
+) -> None:
+  """Raises ValueError for the first argument that is wrong in itself or does not fit those before it."""
+  for name, value in (("q", q), ("v", v)):
+    if value.ndim != 4 or 0 in value.shape:
+      raise ValueError(f"gla: {name} has shape {value.shape}, expected 4 dimensions [B, T, H, D], none of size 0.")
+  batch, length, heads, key_dim = q.shape
+  value_dim = v.shape[3]
+  because = f"q is {q.shape} and v is {v.shape}"
+  _check_one("q", q, q.shape, _OPERANDS, because)
+  _check_one("k", k, q.shape, _OPERANDS, because)
+  _check_one("v", v, (batch, length, heads, value_dim), _OPERANDS, because)
+  _check_one("g_gamma", g_gamma, (heads,), (jnp.float32,), because)
+  if segment_ids is not None:
+    _check_one("segment_ids", segment_ids, (batch, length), (jnp.integer,), because)
+  if initial_state is not None:
+    _check_one("initial_state", initial_state, (batch, heads, key_dim, value_dim), (jnp.float32,), because)
+
+
+def _check_one(
+    name: str, value: jax.Array | np.ndarray, shape: tuple[int, ...], dtypes: tuple[Any, ...], because: str
+) -> None:
+  if value.shape != shape:
+    raise ValueError(f"gla: {name} has shape {value.shape}, expected {shape}, because {because}.")
+  if not any(jnp.issubdtype(value.dtype, dtype) for dtype in dtypes):
+    choices = " or ".join(dtype.__name__ for dtype in dtypes)
+    raise ValueError(f"gla: {name} has dtype {value.dtype}, expected {choices}.")

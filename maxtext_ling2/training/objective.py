@@ -1,0 +1,122 @@
+"""The objective of a LING2 step: MaxText's loss plus the router z-loss, averaged over microbatches as configured.
+
+MaxText's own accumulation sums the microbatches' objectives L_m and divides the sum of their gradients by D, the tokens of
+the whole global batch; it reports sum(xent_m) / D + mean(auxiliary_m). Both follow from the terms chosen here, for
+
+  calculate_per_token_loss = True   the objective of one undivided batch: token losses over all tokens, MTP's over all of
+                                    MTP's tokens, the z-loss over all positions;
+  calculate_per_token_loss = False  Megatron's: the mean of the microbatches' own means.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from maxtext.utils.globals import EPS
+
+from maxtext_ling2.model.moe import Z_LOSS_NAME
+from maxtext_ling2.model.mtp import scored_tokens
+from maxtext_ling2.training.statistics import collect
+
+LossFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+  """Numbers of scored tokens in the whole global batch, known before the microbatches are gone through.
+
+  Attributes:
+    tokens: scored tokens, [] int32.
+    mtp_tokens: the same for each MTP depth, [K] int32.
+  """
+
+  tokens: jax.Array
+  mtp_tokens: jax.Array
+
+
+def totals(data: dict[str, jax.Array], config: Any) -> Totals:
+  """Counts what the microbatches of a global batch will score. `data` holds arrays [B, T], as MaxText's step gets them."""
+  segments, scored = (_used_rows(data[key], config) for key in ("inputs_segmentation", "targets_segmentation"))
+  depths = scored_tokens((scored != 0).astype(jnp.int32), segments, config.mtp_num_layers)
+  return Totals(jnp.sum(scored != 0), jnp.asarray([jnp.sum(depth) for depth in depths], jnp.int32))
+
+
+def _used_rows(x: jax.Array, config: Any) -> jax.Array:
+  """The rows [B', T] that the loss looks at; with less than one row a device, MaxText loads more than it uses."""
+  steps = config.gradient_accumulation_steps
+  microbatches = jnp.swapaxes(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 0, 1)
+  return microbatches[:, : config.micro_batch_size_to_train_on].reshape(-1, *x.shape[1:])
+
+
+def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen: list[jax.Array]) -> LossFn:
+  """MaxText's loss function with LING2's terms.
+
+  Args:
+    loss_fn: MaxText's `loss_fn`.
+    config: MaxText config.
+    total: token numbers of the global batch where gradients are accumulated, else None.
+    seen: gets the raw z-loss (mean over layers) of an evaluation.
+  """
+
+  signature = inspect.signature(loss_fn)
+
+  @functools.wraps(loss_fn)
+  def ling2_loss_fn(*args: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
+    loss, aux = loss_fn(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    z_losses = [jnp.ravel(z) for z in collect(aux["intermediate_outputs"], Z_LOSS_NAME)]
+    z_loss = jnp.sum(jnp.concatenate(z_losses)) * config.moe_z_loss_weight if z_losses else 0.0
+    if not bound.arguments["is_train"]:
+      seen.extend([jnp.mean(jnp.concatenate(z_losses))] if z_losses else [])
+      return loss, aux
+    if total is None:
+      return loss + z_loss, aux
+    return _accumulated(aux, z_loss, total, config)
+
+  return ling2_loss_fn
+
+
+def _accumulated(aux: dict[str, Any], z_loss: Any, total: Totals, config: Any) -> tuple[jax.Array, dict[str, Any]]:
+  """A microbatch's objective and its auxiliary outputs, in the form that MaxText's accumulation expects."""
+  steps = config.gradient_accumulation_steps
+  divisor = jnp.maximum(total.tokens, 1).astype(jnp.float32)
+  tokens = aux["total_weights"].astype(jnp.float32)
+  aux = dict(aux)
+  if config.calculate_per_token_loss:
+    aux["mtp_loss"] = _mtp_over_all_tokens(aux, total, config) * steps
+    balance = aux["moe_lb_loss"] * tokens * steps / divisor  # MaxText's weighting of this loss
+  else:
+    aux["xent_sum"] = aux["xent_sum"] / (tokens + EPS) * divisor / steps
+    balance = aux["moe_lb_loss"]
+  aux["moe_lb_loss"] = balance + z_loss  # so that MaxText's reported loss has both; the metric is mended afterwards
+  loss = aux["xent_sum"] + (aux["mtp_loss"] + aux["moe_lb_loss"]) * divisor / steps
+  return loss, aux
+
+
+def _mtp_over_all_tokens(aux: dict[str, Any], total: Totals, config: Any) -> Any:
+  """This microbatch's share of the MTP loss: its token losses over the tokens of all microbatches, mean over depths."""
+  if not config.mtp_num_layers:
+    return 0.0
+  sums = aux["intermediate_outputs"]["mtp_losses"]["mtp_block"]["token_sums"]
+  return config.mtp_loss_scaling_factor * jnp.mean(sums / jnp.maximum(total.mtp_tokens, 1))
+
+
+@contextlib.contextmanager
+def installed(step: Callable[..., Any], wrapper: Callable[[LossFn], LossFn]) -> Iterator[None]:
+  """Lets a step function of MaxText find `wrapper(loss_fn)` in place of `loss_fn` while it is traced.
+
+  Its globals are those of whichever module holds it, also when that module runs as `__main__`.
+  """
+  names = step.__globals__
+  original = names["loss_fn"]
+  names["loss_fn"] = wrapper(original)
+  try:
+    yield
+  finally:
+    names["loss_fn"] = original

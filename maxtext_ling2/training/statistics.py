@@ -1,0 +1,87 @@
+"""What the routers of a model count during one training step.
+
+The variables exist inside the step only: they are attached to the routers before MaxText's step function runs and taken
+off its result. So no checkpoint, evaluation or decoding knows them. MaxText carries such variables through scan,
+rematerialisation and gradient accumulation like any other state that is no parameter, which makes them sums over all
+microbatches of the global batch.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from maxtext_ling2.model.moe import Router
+
+COUNTS = "expert_counts"
+Z_LOSS = "z_loss"
+Path = tuple[Any, ...]
+
+
+class RouterStatistic(nnx.Variable):
+  """A sum over the microbatches of one step, kept by a router."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterStatistics:
+  """The sums of one router, or of a stack of routers in a layer scan.
+
+  Attributes:
+    path: of the router in the train state.
+    counts: tokens sent to each expert by the whole global batch, [..., E] int32.
+    z_loss: sum over microbatches of the raw z-loss, [...] float32; None at weight 0.
+  """
+
+  path: Path
+  counts: jax.Array
+  z_loss: jax.Array | None
+
+
+def attach(graph: Any, state: Any, config: Any) -> tuple[Any, Any]:
+  """Gives every router of a train state its sums, at zero.
+
+  Args:
+    graph: graph definition of MaxText's train state.
+    state: its state.
+    config: MaxText config.
+
+  Returns:
+    (graph definition, state) of the same train state with the sums.
+  """
+  train_state = nnx.merge(graph, state)
+  for _, node in nnx.iter_graph(train_state.model):
+    if isinstance(node, Router):
+      stack = _stack(node.kernel.get_value().shape, config.param_scan_axis)
+      setattr(node, COUNTS, RouterStatistic(jnp.zeros((*stack, config.num_experts), jnp.int32)))
+      if config.moe_z_loss_weight > 0.0:
+        setattr(node, Z_LOSS, RouterStatistic(jnp.zeros(stack, jnp.float32)))
+  return nnx.split(train_state)
+
+
+def detach(state: Any) -> tuple[Any, list[RouterStatistics]]:
+  """Takes the sums off a train state that a step returned."""
+  flat = dict(nnx.to_flat_state(state))
+  sums = {path: flat.pop(path).get_value() for path in list(flat) if isinstance(flat[path], RouterStatistic)}
+  routers = [path[:-1] for path in sums if path[-1] == COUNTS]
+  found = [RouterStatistics(path, sums[(*path, COUNTS)], sums.get((*path, Z_LOSS))) for path in sorted(routers, key=str)]
+  return nnx.from_flat_state(list(flat.items())), found
+
+
+def _stack(kernel_shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+  """The stacked axes of a router kernel [C, E], which a layer scan inserts at `axis`."""
+  depth = len(kernel_shape) - 2
+  return kernel_shape[axis : axis + depth]
+
+
+def collect(intermediates: Any, name: str) -> list[jax.Array]:
+  """The arrays sown under `name` anywhere in MaxText's intermediate outputs."""
+  return list(_leaves(intermediates, name))
+
+
+def _leaves(tree: Any, name: str) -> Iterator[jax.Array]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if any(getattr(key, "key", None) == name for key in path):
+      yield leaf

@@ -1,0 +1,121 @@
+"""MaxText's train and eval step for LING2: the same step functions, with router statistics around and z-loss inside."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from maxtext_ling2.model.layout import ScanLayout
+from maxtext_ling2.training import objective, statistics
+from maxtext_ling2.training.balancing import bias_axis, load_metrics, updated_bias
+from maxtext_ling2.training.statistics import RouterStatistics
+
+Step = Callable[..., Any]
+
+
+def wrap_train_step(train_step: Step, config: Any) -> Step:
+  """MaxText's `train_step` for a LING2 run: z-loss in the objective, biases balanced after the update, more metrics."""
+
+  @functools.wraps(train_step)
+  def ling2_train_step(
+    model: Any, cfg: Any, state_shardings: Any, params_shardings: Any, state: Any, data: Any, dropout_rng: Any = None
+  ) -> tuple[Any, dict[str, Any]]:
+    graph, state = statistics.attach(model, state, config)
+    accumulates = config.gradient_accumulation_steps > 1
+    total = objective.totals(data, config) if accumulates else None
+    with objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, [])):
+      state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
+    state, routers = statistics.detach(state)
+    scalars = metrics["scalar"]
+    state = _balance(state, routers, config, skipped=scalars.get("optim/step_skipped"))
+    scalars.update(_router_metrics(state, routers, config))
+    _separate_z_loss(scalars, routers, config)
+    return state, metrics
+
+  return ling2_train_step
+
+
+def wrap_eval_step(eval_step: Step, config: Any) -> Step:
+  """MaxText's `eval_step` for a LING2 run: with the raw z-loss among the metrics. Nothing is balanced here."""
+
+  @functools.wraps(eval_step)
+  def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    seen: list[jax.Array] = []
+    with objective.installed(eval_step, lambda f: objective.with_router_losses(f, config, None, seen)):
+      metrics: dict[str, Any] = eval_step(*args, **kwargs)
+    if seen:
+      metrics["scalar"]["evaluation/moe_z_loss"] = seen[0]
+    return metrics
+
+  return ling2_eval_step
+
+
+def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: jax.Array | None) -> Any:
+  """Moves every router bias by its own counts; a step that the optimizer skipped leaves it alone."""
+  if not config.routed_bias or config.routed_bias_update_rate == 0.0:
+    return state
+  flat = dict(nnx.to_flat_state(state))
+  for router in routers:
+    path = (*router.path, "bias")
+    bias = flat[path].get_value()
+    axis = bias_axis(config, router.counts.ndim - 1)
+    moved = updated_bias(
+      jnp.moveaxis(bias, axis, -1), router.counts, config.routed_bias_update_rate, config.routed_bias_zero_mean_update
+    )
+    moved = jnp.moveaxis(moved, -1, axis)
+    flat[path] = flat[path].replace(moved if skipped is None else jnp.where(skipped > 0, bias, moved))
+  return nnx.from_flat_state(list(flat.items()))
+
+
+def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) -> dict[str, jax.Array]:
+  """Bias norm and load of every router, and the mean z-loss, under `learning/`."""
+  flat = dict(nnx.to_flat_state(state))
+  metrics = {}
+  for router in routers:
+    values = load_metrics(router.counts)
+    if config.routed_bias:
+      bias = flat[(*router.path, "bias")].get_value().astype(jnp.float32)
+      axis = bias_axis(config, router.counts.ndim - 1)
+      values["bias_norm"] = jnp.linalg.norm(jnp.moveaxis(bias, axis, -1), axis=-1)
+    names = layer_names(router.path, config)
+    for kind, value in values.items():
+      metrics |= {f"learning/moe/{kind}/{name}": v for name, v in zip(names, jnp.ravel(value), strict=True)}
+  z_losses = [jnp.ravel(router.z_loss) for router in routers if router.z_loss is not None]
+  if z_losses:
+    metrics["learning/moe_z_loss"] = jnp.mean(jnp.concatenate(z_losses)) / config.gradient_accumulation_steps
+  return metrics
+
+
+def _separate_z_loss(scalars: dict[str, Any], routers: list[RouterStatistics], config: Any) -> None:
+  """Takes the z-loss out of the load balance metric, through which it reached MaxText's reported loss."""
+  if config.gradient_accumulation_steps == 1 or config.moe_z_loss_weight == 0.0:
+    return
+  if config.load_balance_loss_weight == 0.0:
+    scalars["learning/moe_lb_loss"] = jnp.zeros((), jnp.float32)
+    return
+  z_loss = sum(jnp.sum(router.z_loss) for router in routers if router.z_loss is not None)
+  scalars["learning/moe_lb_loss"] -= config.moe_z_loss_weight * z_loss / config.gradient_accumulation_steps
+
+
+def layer_names(path: tuple[Any, ...], config: Any) -> list[str]:
+  """Names of the layers whose routers stand at a path of the train state, in the order of the raveled stack."""
+  words = [str(word) for word in path]
+  if "mtp_block" in words:
+    return [next(word for word in words if word.startswith("mtp_layer_"))]
+  if "scanned_blocks" not in words:
+    index = int(next(word for word in words if word.startswith("layers_")).removeprefix("layers_"))
+    return [_layer_name(index)]
+  layout = ScanLayout.of(
+    config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
+  )
+  last = layout.cycle - 1
+  positions = range(last) if "local_layers" in words else range(last, last + 1)
+  starts = range(layout.start, layout.end, layout.cycle)
+  return [_layer_name(start + position) for start in starts for position in positions]
+
+
+def _layer_name(index: int) -> str:
+  return f"layer_{index:03d}"
