@@ -5,10 +5,6 @@ READY := $(VENV)/.maxtext-ling2-ready
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 
-# Tests compile the same small programs again and again: keep them. On a machine with an accelerator, JAX_PLATFORMS= lets tests use it.
-TEST_ENV = JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} JAX_COMPILATION_CACHE_DIR=$${JAX_COMPILATION_CACHE_DIR-$(CURDIR)/.cache/jax} \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
-
 .PHONY: help setup test test-all demo lint format bench clean always
 help:
 	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
@@ -27,11 +23,12 @@ $(READY): pyproject.toml constraints.txt scripts/set_up $(wildcard site_files/*)
 	@scripts/set_up $(VENV)
 	@touch $@
 
+# Environment (CPU, cache of compiled programs): tests/conftest.py, so that pytest by hand has the same.
 test: $(READY)
-	$(TEST_ENV) $(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(READY)
-	$(TEST_ENV) $(PYTEST) -n $(WORKERS) $(ARGS)
+	$(PYTEST) -n $(WORKERS) $(ARGS)
 
 demo: $(READY)
 	$(BIN)/maxtext-ling2 demo $(ARGS)

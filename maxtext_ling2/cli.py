@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.markup import escape
-import typer
 
 app = typer.Typer(help="LING2 for stock MaxText.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -40,14 +40,17 @@ def verify(
   decay_offset: Annotated[int, typer.Option(min=0, max=1, help="gla_decay_layer_offset of the reference.")] = 0,
   grads: Annotated[Path | None, typer.Option(help="npz of gradients by Hugging Face tensor name.")] = None,
   rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first rows only.")] = None,
+  scan: Annotated[bool, typer.Option("--scan", help="Scan the layers (scan_layers=true).")] = False,
+  remat: Annotated[str | None, typer.Option(help="MaxText's remat_policy, such as full, minimal or none.")] = None,
 ) -> None:
   """Compare LING2 in float32 with recorded outputs of a reference; exit 1 if they differ by more than 1e-4."""
   from maxtext_ling2.checkpoint import verify_command
 
+  console = Console(soft_wrap=True, highlight=False)
+  settings: dict[str, Any] = {"gla_decay_layer_offset": decay_offset, "scan_layers": scan}
+  settings |= {"remat_policy": remat} if remat is not None else {}
   try:
-    passed = verify_command.run(
-      Console(soft_wrap=True, highlight=False), folder, reference, logits_key, ids_key, decay_offset, grads, rows
-    )
+    passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows)
   except (ValueError, KeyError, OSError) as error:
     _fail(error)
   raise typer.Exit(0 if passed else 1)

@@ -1,13 +1,15 @@
 """Finds out whether a LING2 run would work in this environment, and if not, why and what to do."""
 
-from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from maxtext_ling2 import discovery, plugin, startup
+from maxtext_ling2.configs.fields import FIELDS
 
 _VARIABLES = (
   startup.DISABLE_VARIABLE,
@@ -80,7 +82,9 @@ def diagnose() -> Diagnosis:
       step(found)
     except Exception as error:
       found.faults.append(
-        Finding(f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "mend what the text names, then run again")
+        Finding(
+          f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "mend what the text names, then run again"
+        )
       )
   return found
 
@@ -156,7 +160,7 @@ def _fields(found: Diagnosis) -> None:
   from maxtext_ling2.host.config_fields import ConfigFieldsSeam
 
   added = {name for seam in plugin.REGISTRY.seams if isinstance(seam, ConfigFieldsSeam) for name in seam.added}
-  for field in plugin.fields.FIELDS:
+  for field in FIELDS:
     if field.name in types.MaxTextConfig.model_fields:
       found.fields[field.name] = "maxtext-ling2" if field.name in added else "maxtext"
     elif plugin.REGISTRY.usable:
@@ -167,7 +171,7 @@ def _models(found: Diagnosis) -> None:
   from maxtext_ling2.host import session
 
   for name in plugin.MODEL_NAMES:
-    found.models[name] = _problem(lambda name=name: session.make_config(model_name=name))
+    found.models[name] = _problem(functools.partial(session.make_config, model_name=name))
     if found.models[name] is not None:
       found.faults.append(Finding(f"model_name={name}: {found.models[name]}", "install maxtext-ling2 again"))
 
@@ -196,7 +200,7 @@ def _backends(found: Diagnosis) -> None:
 def lines(found: Diagnosis) -> Iterator[str]:
   """The diagnosis for people, as rich markup."""
   yield "[bold]versions[/]   " + ", ".join(f"{name} {value or 'not installed'}" for name, value in found.versions.items())
-  yield f"[bold]start-up[/]   found by: {found.start["found_by"] or "none"}"
+  yield f"[bold]start-up[/]   found by: {found.start['found_by'] or 'none'}"
   for record in found.start.get("plugins", ()):
     yield f"             plugin {record['name']}: {record['state']} ({record['distribution']} {record['version']})"
   set_variables = [f"{name}={value}" for name, value in found.environment.items() if value is not None]

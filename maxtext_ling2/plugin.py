@@ -7,8 +7,8 @@ imported, and the model's own classes are imported when MaxText builds the first
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2.configs import fields, validation
-from maxtext_ling2.configs.fields import DEFAULTS
+from maxtext_ling2.configs import validation
+from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.decoder_block import DecoderBlockSeam
@@ -56,7 +56,7 @@ REGISTRY = Registry(
   "maxtext-ling2",
   seams=(
     DecoderBlockSeam("LING2", DECODER_BLOCK),
-    ConfigFieldsSeam(fields.FIELDS, MODEL_NAMES, validation.validate, validation.shown_to_maxtext),
+    ConfigFieldsSeam(FIELDS, MODEL_NAMES, validation.validate, validation.shown_to_maxtext),
     ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),

@@ -1,4 +1,4 @@
-"""Environment of all tests: the CPU, no cloud clients, compiled programs kept between runs. `make test` may set others."""
+"""Environment of all tests: the CPU, no cloud clients, compiled programs kept between runs. `make test` may differ."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny LING2 models with given weights, and MaxText's own train step on them; shared by the tests of model and training."""
+"""Tiny LING2 models with given weights, and MaxText's own train step on them; for the tests of model and training."""
 
 import functools
 import zlib
@@ -92,8 +92,8 @@ class Run:
   """A training run: MaxText's train step as its trainer would jit it, on a tiny model with given weights."""
 
   def __init__(self, values=None, **settings):
-    from flax import nnx
     import jax
+    from flax import nnx
     from maxtext.common import train_state_nnx
     from maxtext.trainers.pre_train import train
     from maxtext.utils import maxtext_utils, train_utils

@@ -1,7 +1,7 @@
 """config.json of a BailingMoeV2_5 checkpoint, read as plain JSON, as MaxText settings; other models refused by name."""
 
-from collections.abc import Iterator
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

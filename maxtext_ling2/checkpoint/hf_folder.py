@@ -1,7 +1,7 @@
 """A Hugging Face folder as a set of named tensors, read lazily from its safetensors files."""
 
-from collections.abc import Iterable
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class HfFolder:
         file = self._stack.enter_context(safe_open(path, framework="numpy"))
       except Exception as error:
         raise UnsupportedCheckpoint(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
-      for name in file.keys():
+      names: list[str] = file.keys()  # the file itself is not iterable
+      for name in names:
         if name in self._files:
           raise UnsupportedCheckpoint(f"{path}: holds {name}, which another file of the folder holds too")
         self._files[name] = file

@@ -3,8 +3,8 @@
 Every transform is a transpose, a reshape or a stack over experts; no value changes, so the way back is exact.
 """
 
-from collections.abc import Iterator
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np

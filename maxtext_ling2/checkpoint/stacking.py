@@ -4,14 +4,14 @@ MaxText stacks parameters on `param_scan_axis` and other variables on axis 0; a 
 before the inner one.
 """
 
-from collections.abc import Callable, Iterator
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint.mapping import entries, Entry, Path
+from maxtext_ling2.checkpoint.mapping import Entry, Path, entries
 from maxtext_ling2.model.layout import ScanLayout
 
 Array = NDArray[Any]
@@ -68,7 +68,8 @@ def leaves(config: Any) -> list[Leaf]:
   layout = ScanLayout.of(
     config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
   )
-  singles, stacks = [], {}
+  singles: list[Leaf] = []
+  stacks: dict[Path, list[tuple[int, Entry]]] = {}
   for entry in entries(config):
     place = _place(entry, layout)
     if place is None:

@@ -3,8 +3,8 @@
 Everything runs in float32 at the highest matmul precision, through MaxText's own Transformer.
 """
 
-from collections.abc import Iterator, Mapping
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,6 @@ class Reference:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from maxtext.layers.multi_token_prediction import mtp_losses
 
     targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], -100)], axis=1)
     scored = (targets != -100).astype(np.int32)
@@ -116,8 +115,7 @@ class Reference:
       picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
       loss = -jnp.sum(picked * scored) / jnp.sum(scored)
       if with_mtp:
-        mtp = nnx.state(model, mtp_losses)["mtp_block"]
-        loss += self.config.mtp_loss_scaling_factor * jnp.mean(mtp["losses"].get_value())
+        loss += self.config.mtp_loss_scaling_factor * jnp.mean(model.mtp_block.losses.get_value())
       return loss
 
     with self.context():
@@ -125,7 +123,7 @@ class Reference:
     flat = {path: np.asarray(value.get_value()) for path, value in nnx.to_flat_state(gradient)}
     return float(loss), self.by_hf_name(flat)
 
-  def by_hf_name(self, values: Mapping[tuple[str, ...], Array]) -> dict[str, Array]:
+  def by_hf_name(self, values: Mapping[Any, Array]) -> dict[str, Array]:
     """Tensors by path in the model, such as gradients, as tensors by Hugging Face name; not all need be there."""
     present = (leaf for leaf in self.leaves if leaf.path in values)
     parts = (part for leaf in present for part in leaf.take_apart(values[leaf.path]))

@@ -20,11 +20,11 @@ def run(
   reference: Path,
   logits_key: str,
   ids_key: str,
-  decay_offset: int,
+  settings: Mapping[str, Any],
   grads: Path | None,
   rows: int | None,
 ) -> bool:
-  """Compares and prints; returns the verdict.
+  """Compares and prints; returns the verdict. `settings` are MaxText's, such as gla_decay_layer_offset.
 
   Raises:
     ValueError: the folder or a file is not what it must be; the text names what.
@@ -32,8 +32,10 @@ def run(
   recorded = _load(reference)
   ids, expected = _tokens(reference, recorded, ids_key), _array(reference, recorded, logits_key)
   if expected.shape[:2] != ids.shape:
-    raise ValueError(f"{reference}: {logits_key} is {expected.shape}, expected (*{ids.shape}, vocabulary) as {ids_key} has")
-  model = Reference(folder, *ids.shape, gla_decay_layer_offset=decay_offset)
+    raise ValueError(
+      f"{reference}: {logits_key} is {expected.shape}, expected (*{ids.shape}, vocabulary) as {ids_key} has"
+    )
+  model = Reference(folder, *ids.shape, **settings)
   _check_ids(reference, ids, ids_key, model.config.vocab_size)
   report = verify.compare_logits(model.logits(ids), expected)
   _print_logits(console, report)
@@ -45,7 +47,13 @@ def run(
 
 
 def _gradients(
-  console: Console, model: Reference, ids: Array, recorded: Mapping[str, Array], reference: Path, grads: Path, rows: int | None
+  console: Console,
+  model: Reference,
+  ids: Array,
+  recorded: Mapping[str, Array],
+  reference: Path,
+  grads: Path,
+  rows: int | None,
 ) -> bool:
   """Compares gradients; ids and labels come from the gradients' own file where it has them."""
   expected = dict(_load(grads))
@@ -74,7 +82,9 @@ def _print_logits(console: Console, report: LogitsReport) -> None:
 def _print_gradients(console: Console, loss: float, with_mtp: bool, reports: list[GradientReport]) -> None:
   what = "mean token loss + MTP loss" if with_mtp else "mean token loss"
   within = sum(report.passed for report in reports)
-  console.print(f"gradients of the {what} ({loss:.6f}): {within} of {len(reports)} tensors within tolerance, the worst three:")
+  console.print(
+    f"gradients of the {what} ({loss:.6f}): {within} of {len(reports)} tensors within tolerance, the worst three:"
+  )
   for report in sorted(reports, key=lambda report: -report.excess)[:3]:
     console.print(f"  {report.name}: max abs error {report.max_abs_error:.3e}, {report.excess:.2f} of the tolerance")
 
@@ -105,4 +115,6 @@ def _tokens(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
 
 def _check_ids(path: Path, ids: Array, key: str, vocab_size: int) -> None:
   if ids.min() < 0 or ids.max() >= vocab_size:
-    raise ValueError(f"{path}: {key} holds ids from {ids.min()} to {ids.max()}, but the model's vocabulary has {vocab_size}")
+    raise ValueError(
+      f"{path}: {key} holds ids from {ids.min()} to {ids.max()}, but the model's vocabulary has {vocab_size}"
+    )

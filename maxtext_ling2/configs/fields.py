@@ -89,7 +89,9 @@ FIELDS = (
   Field("blend_cache_dir", "GrainDataset", "PathStr", "", "Cache folder of the blended Megatron dataset's indices."),
   Field("blend_index_dir", "GrainDataset", "PathStr", "", "Folder of pre-generated blended dataset indices."),
   Field("reset_attention_mask", "GrainDataset", "bool", True, "Start a new segment after each end-of-document token."),
-  Field("eod_mask_loss", "GrainDataset", "bool", False, "Exclude positions whose input is end-of-document from the loss."),
+  Field(
+    "eod_mask_loss", "GrainDataset", "bool", False, "Exclude positions whose input is end-of-document from the loss."
+  ),
   Field("mmap_split_sentences", "GrainDataset", "bool", False, "Whether the data was made with --split-sentences."),
   Field("pad_id", "Tokenizer", "int", 0, "Padding token of the mmap pipeline, so that it needs no tokenizer for it."),
   Field("bos_id", "Tokenizer", "int", 1, "BOS token inserted between documents with concat_then_split packing."),

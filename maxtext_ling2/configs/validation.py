@@ -101,8 +101,8 @@ def _experts(c: Any) -> Iterator[str]:
     return
   if c.num_experts < 2:
     yield (
-      f"num_experts={c.num_experts}: layers from first_num_dense_layers={c.first_num_dense_layers} on, and MTP, are mixtures "
-      "of experts; use at least 2 experts, or only dense layers and mtp_num_layers=0"
+      f"num_experts={c.num_experts}: layers from first_num_dense_layers={c.first_num_dense_layers} on, and MTP, are "
+      "mixtures of experts; use at least 2 experts, or only dense layers and mtp_num_layers=0"
     )
     return
   if not 1 <= c.num_experts_per_tok <= c.num_experts:
@@ -142,8 +142,8 @@ def _groups(c: Any) -> Iterator[str]:
 def _dtypes(c: Any) -> Iterator[str]:
   if c.routed_bias_dtype not in BIAS_DTYPES:
     yield (
-      f"routed_bias_dtype={c.routed_bias_dtype!r}: not a dtype for a router bias; use one of {', '.join(BIAS_DTYPES[1:])}, "
-      "or '' for weight_dtype"
+      f"routed_bias_dtype={c.routed_bias_dtype!r}: not a dtype for a router bias; use one of "
+      f"{', '.join(BIAS_DTYPES[1:])}, or '' for weight_dtype"
     )
 
 

@@ -4,12 +4,12 @@
 and to every class that derives from it; then the schemas of these classes are compiled anew (about 10 ms a class).
 """
 
-from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any, get_args, Literal
+from typing import Any, Literal, get_args
 
 from maxtext_ling2.configs.fields import Field
 from maxtext_ling2.host.contract import Expectation
@@ -98,7 +98,7 @@ class ConfigFieldsSeam(Seam):
     taken = sorted(set(known) & set(self.model_names))
     if taken:
       raise Conflict(f"model names {taken} are already in MaxText's ModelName")
-    widened = Literal[(*known, *self.model_names)]
+    widened: Any = Literal.__getitem__((*known, *self.model_names))
     self.patches.attribute(types, "ModelName", widened)
     owners = _descendants(types, types.RunInfo)
     for owner in owners:

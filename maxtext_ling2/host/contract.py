@@ -1,9 +1,9 @@
 """What a seam needs from the installed MaxText, written so that a test and `doctor` can check it."""
 
-from collections.abc import Callable
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 

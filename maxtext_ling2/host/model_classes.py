@@ -55,9 +55,7 @@ class ModelClassesSeam(Seam):
     Expectation(f"{_DECODERS}:NNXDecoder.get_remat_policy", parameters=()),
     # What its layers build on.
     Expectation(f"{_MTP}:MultiTokenPredictionBlock.__call__", parameters=("shared_embedding", "main_hidden_state")),
-    Expectation(
-      f"{_MTP}:MultiTokenPredictionLayer.__call__", parameters=("prev_hidden_state", "target_token_embedding")
-    ),
+    Expectation(f"{_MTP}:MultiTokenPredictionLayer.__call__", parameters=("prev_hidden_state", "target_token_embedding")),
     Expectation(f"{_MTP}:roll_and_mask_by_segment", parameters=("x", "segment_ids")),
     Expectation(f"{_MLA}:MLA.init_rotary_embedding", parameters=()),
     Expectation(f"{_MLA}:MLA.mla_query_projection", parameters=("inputs_q", "inputs_positions", "model_mode")),

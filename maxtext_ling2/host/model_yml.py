@@ -5,9 +5,9 @@ is replaced by a path in the plugin's configs folder, which `_load_config` maps 
 (override checks, M_* variables, base_config inheritance) stays MaxText's.
 """
 
-from collections.abc import Callable, Sequence
 import difflib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote

@@ -1,7 +1,7 @@
 """Replacing attributes so that it can be undone, and noticing when somebody else replaced them too."""
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any
 
 

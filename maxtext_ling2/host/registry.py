@@ -6,12 +6,12 @@ asks: a process that never names a LING2 model gets one warning and an untouched
 """
 
 import abc
-from collections.abc import Iterable, Sequence
 import enum
 import functools
 import importlib
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import ClassVar
 
@@ -109,9 +109,13 @@ class Registry:
       self.guard.apply(module)
 
   def _on_import(self, seam: Seam, module: ModuleType) -> None:
-    """Applies `seam` if all went well so far."""
     del module
-    if self._installed and self.usable and seam.state is not State.APPLIED:
+    if self._installed:
+      self._apply_once(seam)
+
+  def _apply_once(self, seam: Seam) -> None:
+    """Applies `seam` if all went well so far and nobody did it yet."""
+    if self.usable and seam.state is not State.APPLIED:
       self._apply(seam)
 
   def _apply(self, seam: Seam) -> None:
@@ -136,7 +140,9 @@ class Registry:
     seam.state = State.FAILED
     if command_line_asks_for(self.names):
       raise self.error()
-    logger.warning("%s is switched off and MaxText left as it is: %s. Way out: %s.", self.plugin, self._reasons(), WAY_OUT)
+    logger.warning(
+      "%s is switched off and MaxText left as it is: %s. Way out: %s.", self.plugin, self._reasons(), WAY_OUT
+    )
 
   def _stand_down(self, reason: str) -> None:
     self.stood_down = reason
@@ -199,8 +205,7 @@ class Registry:
           self.breaches.append(Breach(seam.name, f"the module {seam.module}", f"{type(error).__name__}: {error}"))
           self._undo_all()
           return
-        if self.usable and seam.state is not State.APPLIED:
-          self._apply(seam)
+        self._apply_once(seam)
 
   def undo(self) -> list[str]:
     """Takes everything back (tests); returns the conflicts in words. `install` starts anew."""

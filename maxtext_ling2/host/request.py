@@ -4,9 +4,9 @@ MaxText takes `model_name` and `decoder_block` from keyword arguments, from `key
 the ymls it inherits from. All of them are looked at here, cheaply: a yml is read as text.
 """
 
-from collections.abc import Iterable, Sequence
 import os
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 FIELDS = ("model_name", "decoder_block")

@@ -1,8 +1,8 @@
 """MaxText used as a library by our own tools: a config for one process, a mesh, a model."""
 
-from collections.abc import Iterator, Mapping
 import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 TOOL_SETTINGS: dict[str, Any] = {
@@ -55,7 +55,7 @@ def make_mesh(config: Any) -> Any:
   return maxtext_utils.get_mesh_from_config(config)
 
 
-def make_model(config: Any, mesh: Any, values: Mapping[tuple[str, ...], Any], seed: int = 0) -> Any:
+def make_model(config: Any, mesh: Any, values: Mapping[Any, Any], seed: int = 0) -> Any:
   """A `maxtext.models.Transformer` (flax NNX) with given weights, built without running any initialiser.
 
   Args:
@@ -94,9 +94,9 @@ def _holds_weights(variable: Any) -> bool:
 
 def _value(variable: Any, given: Any, seed: int) -> Any:
   """The given array, a random key, or zeros, in the shape and dtype of an abstract variable."""
-  from flax import nnx
   import jax
   import jax.numpy as jnp
+  from flax import nnx
 
   abstract = variable.get_value()
   if given is not None:
@@ -109,8 +109,8 @@ def _value(variable: Any, given: Any, seed: int) -> Any:
 @contextlib.contextmanager
 def model_context(config: Any, mesh: Any) -> Iterator[None]:
   """The mesh and the logical axis rules under which MaxText traces a model."""
-  from flax.core.spmd import logical_axis_rules
   import jax
+  from flax.core.spmd import logical_axis_rules
 
   with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
     yield

@@ -54,7 +54,13 @@ class TrainStepSeam(Seam):
 
   def _hand_over(self, wrapper: StepWrapper | None) -> Callable[..., Any]:
     def hand_over(
-      original: Callable[..., Any], step: Any, data_sharding: Any, shardings: Any, model: Any, config: Any, *rest: Any,
+      original: Callable[..., Any],
+      step: Any,
+      data_sharding: Any,
+      shardings: Any,
+      model: Any,
+      config: Any,
+      *rest: Any,
       **kwargs: Any,
     ) -> Any:
       block = getattr(config.decoder_block, "value", config.decoder_block)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
 import jax
+from flax import nnx
 from maxtext.layers import nnx_scan
 from maxtext.utils import maxtext_utils
 
@@ -40,12 +40,22 @@ class Ling2Block(nnx.Module):
       )
     self.global_layer = layer(rngs, mla=True)
 
-  def __call__(self, carry: Carry, *args: Any, slot: int | None = None, previous_chunk: Any = None) -> tuple[Carry, None]:
-    """Applies the cycle; `args` are segment ids, positions, deterministic and model mode, as for a layer."""
+  def __call__(
+    self,
+    carry: Carry,
+    decoder_segment_ids: jax.Array | None,
+    decoder_positions: jax.Array,
+    deterministic: bool,
+    model_mode: str,
+    slot: int | None = None,
+    previous_chunk: Any = None,
+  ) -> tuple[Carry, None]:
+    """Applies the cycle; the arguments are those of a layer."""
+    args = (decoder_segment_ids, decoder_positions, deterministic, model_mode)
 
     def one(layer: Ling2DecoderLayer, carry: Carry) -> Carry:
       x, index = carry
-      y, _ = layer(x, *args, slot=slot, previous_chunk=previous_chunk, layer_index=index)
+      y, _ = layer(x, *args, previous_chunk=previous_chunk, slot=slot, layer_index=index)
       return y, index + 1
 
     if self.num_local:

@@ -1,18 +1,18 @@
 """LING2's decoder: MaxText's, with LING2's layers, unrolled or scanned."""
 
-from collections.abc import Iterable
 import functools
+from collections.abc import Iterable
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.layers.normalizations import RMSNorm
 
-from maxtext_ling2.model.block import apply_layer, Carry, Ling2Block
+from maxtext_ling2.model.block import Carry, Ling2Block, apply_layer
 from maxtext_ling2.model.layer import Ling2DecoderLayer, Ling2MtpLayer
-from maxtext_ling2.model.layout import is_dense, is_mla, ScanLayout
+from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
 
 
 class Ling2Decoder(NNXDecoder):
@@ -39,9 +39,7 @@ class Ling2Decoder(NNXDecoder):
     # MaxText's __call__ hands the stack to `_apply_qwen3_next_scanned_blocks`, the family that is closest.
     self.is_qwen3_next = True
     c = self.config
-    self.scan_layout = ScanLayout.of(
-      c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval, c.first_num_dense_layers
-    )
+    self.scan_layout = ScanLayout.of(c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval, c.first_num_dense_layers)
     for indices in self.scan_layout.unrolled:
       self._create_layers(indices, rngs)
     if self.scan_layout.num_blocks:

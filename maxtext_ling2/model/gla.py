@@ -8,10 +8,10 @@ The decay depends on the layer's index only; it is neither a parameter nor part 
 
 from typing import Any
 
-from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from maxtext.common import common_types as ct
 from maxtext.layers.initializers import nd_dense_init
 from maxtext.layers.linears import DenseGeneral
@@ -120,4 +120,6 @@ class GatedLinearAttention(nnx.Module):
     return jnp.concatenate([rotated.astype(x.dtype), x[..., self.rotary_dims :]], axis=-1)
 
   def _shard(self, x: jax.Array) -> jax.Array:
-    return maybe_shard_with_logical(x, _HEADS, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding)
+    return maybe_shard_with_logical(
+      x, _HEADS, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding
+    )

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from flax import nnx
 import jax
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from maxtext.common.common_types import MODEL_MODE_PREFILL
 from maxtext.layers import linears
@@ -49,6 +49,7 @@ class Ling2DecoderLayer(nnx.Module):
     self.pre_self_attention_layer_norm = self._norm(rngs)
     self.post_self_attention_layer_norm = self._norm(rngs)
     self.is_mla = mla
+    self.self_attention: nnx.Module
     if mla:
       batch, length = max_utils.get_batch_seq_len_for_mode(config, model_mode)
       shape = (batch, length, config.emb_dim)

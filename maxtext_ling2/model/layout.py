@@ -4,7 +4,7 @@ import dataclasses
 
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
-  """Whether 0-based `layer` is MLA: every `cycle`-th layer, and all layers after the last whole cycle; the others are GLA."""
+  """Whether 0-based `layer` is MLA: every `cycle`-th layer, and all after the last whole cycle; others are GLA."""
   return (layer + 1) % cycle == 0 or layer >= num_layers // cycle * cycle
 
 

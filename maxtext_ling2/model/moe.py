@@ -6,16 +6,15 @@ expert chosen differently is a different model.
 
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from maxtext.common.common_types import get_weight_dtype
 from maxtext.layers import linears, moe
 from maxtext.layers.initializers import nd_dense_init
 from maxtext.utils import maxtext_utils
 
 from maxtext_ling2.host.moe_view import DeepSeekRoutingView
-
 
 Z_LOSS_NAME = "moe_z_loss"
 """Under this name a router sows its raw z-loss."""
@@ -28,6 +27,9 @@ class Router(nnx.Module):
   the sums that `training/statistics.py` attaches: `expert_counts` and, with a z-loss, `z_loss`.
   """
 
+  expert_counts: nnx.Variable[jax.Array]
+  z_loss: nnx.Variable[jax.Array]
+
   def __init__(self, config: Any, rngs: nnx.Rngs):
     self.has_z_loss = config.moe_z_loss_weight > 0.0
     init = nd_dense_init(config.dense_init_scale, "fan_in", "truncated_normal")
@@ -36,7 +38,7 @@ class Router(nnx.Module):
     self.kernel = nnx.Param(kernel, out_sharding=("embed_router", None))
     self.bias = self._bias(config) if config.routed_bias else None
 
-  def _bias(self, config: Any) -> nnx.Variable:
+  def _bias(self, config: Any) -> nnx.Variable[jax.Array]:
     """A parameter with gradient and optimizer state, or a variable that only loss-free balancing moves."""
     bias = jnp.zeros((config.num_experts,), config.routed_bias_dtype or config.weight_dtype)
     variable = nnx.Param if config.enable_routed_bias_grad else moe.MoEBiasVar

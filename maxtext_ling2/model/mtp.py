@@ -110,6 +110,12 @@ def scored_tokens(scored: jax.Array, segment_ids: jax.Array | None, depths: int)
   Returns:
     K arrays [B, T] of 0/1.
   """
+  if segment_ids is not None:
+    # MaxText's mmap pipeline scores an end-of-document token against the next document's first token. Not here: as a
+    # target of depth 1 that token would be predicted from a position which does not see its document at all.
+    following = stock.roll_and_mask(segment_ids)
+    last = jnp.arange(segment_ids.shape[1]) == segment_ids.shape[1] - 1
+    scored = jnp.where((segment_ids == following) | last, scored, 0)
   masks = []
   for _ in range(depths):
     scored = stock.roll_and_mask_by_segment(scored, segment_ids)

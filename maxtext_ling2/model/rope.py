@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from maxtext.layers.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 

@@ -52,5 +52,8 @@ def load_metrics(counts: jax.Array) -> dict[str, jax.Array]:
 
 
 def bias_axis(config: Any, stacked: int) -> int:
-  """Where the expert axis of a stacked bias stands: a parameter is stacked on param_scan_axis, other variables on axis 0."""
+  """Where the expert axis of a bias with `stacked` axes of layers stands.
+
+  MaxText stacks parameters on param_scan_axis, so that axis 0 stays the experts', and other variables on axis 0.
+  """
   return 0 if stacked and config.enable_routed_bias_grad and config.param_scan_axis > 0 else -1

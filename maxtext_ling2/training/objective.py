@@ -1,18 +1,18 @@
 """The objective of a LING2 step: MaxText's loss plus the router z-loss, averaged over microbatches as configured.
 
-MaxText's own accumulation sums the microbatches' objectives L_m and divides the sum of their gradients by D, the tokens of
-the whole global batch; it reports sum(xent_m) / D + mean(auxiliary_m). Both follow from the terms chosen here, for
+MaxText's own accumulation sums the microbatches' objectives L_m and divides the sum of their gradients by D, the tokens
+of the whole global batch; it reports sum(xent_m) / D + mean(auxiliary_m). Both follow from the terms chosen here, for
 
   calculate_per_token_loss = True   the objective of one undivided batch: token losses over all tokens, MTP's over all of
                                     MTP's tokens, the z-loss over all positions;
   calculate_per_token_loss = False  Megatron's: the mean of the microbatches' own means.
 """
 
-from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ class Totals:
 
 
 def totals(data: dict[str, jax.Array], config: Any) -> Totals:
-  """Counts what the microbatches of a global batch will score. `data` holds arrays [B, T], as MaxText's step gets them."""
+  """Counts what the microbatches of a global batch will score. `data` holds arrays [B, T], as for MaxText's step."""
   segments, scored = (_used_rows(data[key], config) for key in ("inputs_segmentation", "targets_segmentation"))
   depths = scored_tokens((scored != 0).astype(jnp.int32), segments, config.mtp_num_layers)
   return Totals(jnp.sum(scored != 0), jnp.asarray([jnp.sum(depth) for depth in depths], jnp.int32))
@@ -62,7 +62,6 @@ def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen:
     total: token numbers of the global batch where gradients are accumulated, else None.
     seen: gets the raw z-loss (mean over layers) of an evaluation.
   """
-
   signature = inspect.signature(loss_fn)
 
   @functools.wraps(loss_fn)

@@ -6,13 +6,13 @@ rematerialisation and gradient accumulation like any other state that is no para
 microbatches of the global batch.
 """
 
-from collections.abc import Iterator
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from maxtext_ling2.model.moe import Router
 
@@ -21,7 +21,7 @@ Z_LOSS = "z_loss"
 Path = tuple[Any, ...]
 
 
-class RouterStatistic(nnx.Variable):
+class RouterStatistic(nnx.Variable[jax.Array]):
   """A sum over the microbatches of one step, kept by a router."""
 
 

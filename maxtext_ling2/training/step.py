@@ -1,12 +1,12 @@
 """MaxText's train and eval step for LING2: the same step functions, with router statistics around and z-loss inside."""
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from maxtext_ling2.model.layout import ScanLayout
 from maxtext_ling2.training import objective, statistics
@@ -73,7 +73,7 @@ def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: 
 def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) -> dict[str, jax.Array]:
   """Bias norm and load of every router, and the mean z-loss, under `learning/`."""
   flat = dict(nnx.to_flat_state(state))
-  metrics = {}
+  metrics: dict[str, jax.Array] = {}
   for router in routers:
     values = load_metrics(router.counts)
     if config.routed_bias:

@@ -5,10 +5,10 @@ model.safetensors. Of the recordings: inputs, logits, losses, the output of each
 experts, padding, packing and MTP. Of the gradients: those whose objective MTP's two-row error does not touch.
 """
 
-from pathlib import Path
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 

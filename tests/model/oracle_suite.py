@@ -47,9 +47,9 @@ def cross_entropy(logits, labels):
 
 def layer_outputs(reference, hidden_states, embed):
   """Attention and MLP output of every layer for the recorded inputs of that layer, and the experts it chooses."""
-  from flax import nnx
   import jax
   import jax.numpy as jnp
+  from flax import nnx
 
   graph, state = reference.split()
   inputs = [embed, *hidden_states[1:-1]]
@@ -123,7 +123,9 @@ class OracleSuite:
     for d, document in enumerate(documents):
       row = np.zeros_like(packed[0])
       row[: len(document)] = document  # the rest is padding, segment 0
-      alone = reference.logits(np.stack([row] * 2), np.stack([(np.arange(row.size) < len(document)).astype(np.int32)] * 2))
+      alone = reference.logits(
+        np.stack([row] * 2), np.stack([(np.arange(row.size) < len(document)).astype(np.int32)] * 2)
+      )
       part = together[cuts[d] : cuts[d + 1]]
       np.testing.assert_allclose(part, alone[0, : len(document)], atol=1e-5, rtol=0)
       np.testing.assert_allclose(part, io[f"pack.doc{d}.logits"][0], atol=1e-4, rtol=0)

@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-from oracle_suite import model, OracleSuite, recorded, tokens
 import pytest
+from oracle_suite import OracleSuite, model, recorded, tokens
 
 from maxtext_ling2.checkpoint import verify
 from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock

@@ -23,14 +23,14 @@ class Case:
 
 
 def make_case(
-    length: int,
-    heads: int,
-    dim: int,
-    value_dim: int | None = None,
-    *,
-    batch: int = 2,
-    segments: bool = False,
-    seed: int = 0,
+  length: int,
+  heads: int,
+  dim: int,
+  value_dim: int | None = None,
+  *,
+  batch: int = 2,
+  segments: bool = False,
+  seed: int = 0,
 ) -> Case:
   """Normal inputs; log decays from about -0.7 to -0.004; with segments, ids by `random_ids`."""
   rng = np.random.default_rng(seed)
@@ -40,14 +40,14 @@ def make_case(
     return rng.normal(size=shape).astype(np.float32)
 
   return Case(
-      q=normal(batch, length, heads, dim),
-      k=normal(batch, length, heads, dim),
-      v=normal(batch, length, heads, value_dim),
-      g=-np.exp2(-rng.uniform(0.5, 8, heads)).astype(np.float32),
-      ids=random_ids(rng, batch, length) if segments else None,
-      state=normal(batch, heads, dim, value_dim),
-      do=normal(batch, length, heads, value_dim),
-      dstate=normal(batch, heads, dim, value_dim),
+    q=normal(batch, length, heads, dim),
+    k=normal(batch, length, heads, dim),
+    v=normal(batch, length, heads, value_dim),
+    g=-np.exp2(-rng.uniform(0.5, 8, heads)).astype(np.float32),
+    ids=random_ids(rng, batch, length) if segments else None,
+    state=normal(batch, heads, dim, value_dim),
+    do=normal(batch, length, heads, value_dim),
+    dstate=normal(batch, heads, dim, value_dim),
   )
 
 
@@ -68,8 +68,8 @@ def closed_form(case: Case, heads: list[int] | None = None) -> dict[str, np.ndar
   rows = [[_one_row_and_head(case, ids, b, h) for h in heads] for b in range(shape[0])]
   by_time = {"o", "dq", "dk", "dv"}  # [T, .] per row and head; the others are states
   return {
-      name: np.stack([np.stack([one[name] for one in row], axis=1 if name in by_time else 0) for row in rows])
-      for name in rows[0][0]
+    name: np.stack([np.stack([one[name] for one in row], axis=1 if name in by_time else 0) for row in rows])
+    for name in rows[0][0]
   }
 
 
@@ -85,12 +85,12 @@ def _one_row_and_head(case: Case, ids: np.ndarray, b: int, h: int) -> dict[str, 
   last, last_first = weights[real[-1]], first[real[-1]]
   scores, dscores = scale * weights * (q @ k.T), scale * weights * (do @ v.T)
   return {
-      "o": scores @ v + scale * first[:, None] * (q @ s0),
-      "final_state": (last[:, None] * k).T @ v + last_first * s0,
-      "dq": dscores @ k + scale * first[:, None] * (do @ s0.T),
-      "dk": dscores.T @ q + last[:, None] * (v @ ds.T),
-      "dv": scores.T @ do + last[:, None] * (k @ ds),
-      "dinitial_state": scale * (first[:, None] * q).T @ do + last_first * ds,
+    "o": scores @ v + scale * first[:, None] * (q @ s0),
+    "final_state": (last[:, None] * k).T @ v + last_first * s0,
+    "dq": dscores @ k + scale * first[:, None] * (do @ s0.T),
+    "dk": dscores.T @ q + last[:, None] * (v @ ds.T),
+    "dv": scores.T @ do + last[:, None] * (k @ ds),
+    "dinitial_state": scale * (first[:, None] * q).T @ do + last_first * ds,
   }
 
 

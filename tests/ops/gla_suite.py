@@ -15,24 +15,24 @@ from maxtext_ling2.ops.gla import gla, log_decay
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = [
-    # T (around chunks of 64 and 128), H, D, Dv, segments
-    (1, 1, 8, 8, False),
-    (1, 4, 8, 8, True),
-    (2, 3, 24, 8, True),
-    (63, 4, 8, 24, False),
-    (64, 6, 24, 24, True),
-    (65, 16, 8, 8, False),
-    (127, 1, 128, 24, True),
-    (128, 3, 24, 24, False),
-    (129, 4, 8, 8, True),
-    (256, 3, 8, 8, True),
-    (300, 6, 24, 8, False),
-    (300, 3, 8, 24, True),
+  # T (around chunks of 64 and 128), H, D, Dv, segments
+  (1, 1, 8, 8, False),
+  (1, 4, 8, 8, True),
+  (2, 3, 24, 8, True),
+  (63, 4, 8, 24, False),
+  (64, 6, 24, 24, True),
+  (65, 16, 8, 8, False),
+  (127, 1, 128, 24, True),
+  (128, 3, 24, 24, False),
+  (129, 4, 8, 8, True),
+  (256, 3, 8, 8, True),
+  (300, 6, 24, 8, False),
+  (300, 3, 8, 24, True),
 ]
 
 # Nearly all of the time is LLVM's: the least of its optimisation is several times faster and computes the same.
 jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
 
 
@@ -101,7 +101,7 @@ class GlaSuite:
   def test_bfloat16_is_within_its_rounding(self):
     case = make_case(200, 2, 128, segments=True)
     case.q, case.k, case.v, case.do = (
-        np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (case.q, case.k, case.v, case.do)
+      np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (case.q, case.k, case.v, case.do)
     )
     found = self.results(case, jnp.bfloat16)
     assert [found[n].dtype for n in ("o", "dq", "dk", "dv", "final_state")] == [jnp.bfloat16] * 4 + [jnp.float32]
@@ -118,16 +118,14 @@ class GlaSuite:
     np.testing.assert_allclose(np.asarray(o).reshape(expected.shape), expected, rtol=0, atol=1e-6 * largest)
 
   # The class of each backend runs the same test function, which hypothesis would take for a mistake.
-  @settings(
-      derandomize=True, deadline=None, max_examples=5, suppress_health_check=[HealthCheck.differing_executors]
-  )
+  @settings(derandomize=True, deadline=None, max_examples=5, suppress_health_check=[HealthCheck.differing_executors])
   @given(cut=st.integers(1, 149), seed=st.integers(0, 99), segments=st.booleans())
   def test_a_sequence_cut_anywhere_is_one_call(self, cut, seed, segments):
     case = make_case(150, 3, 8, segments=segments, seed=seed)
     ids = np.ones((2, 150), np.int32) if case.ids is None else case.ids
     expected = self.call(case.q, case.k, case.v, case.g, ids, case.state)
     before, after = (
-        [x[:, part] for x in (case.q, case.k, case.v)] + [case.g, ids[:, part]] for part in (slice(cut), slice(cut, None))
+      [x[:, part] for x in (case.q, case.k, case.v)] + [case.g, ids[:, part]] for part in (slice(cut), slice(cut, None))
     )
     first, state = self.call(*before, case.state)
     second, state = self.call(*after, np.where(_border(ids, cut)[:, None, None, None], 0, state).astype(np.float32))
@@ -183,7 +181,7 @@ class GlaSuite:
     case = make_case(140, 3, 8)
     back, new = (np.repeat(np.int32([ids, ids]), [60, 20, 60], axis=1) for ids in ([1, 2, 1], [1, 2, 3]))
     for found, expected in zip(
-        self.call(case.q, case.k, case.v, case.g, back), self.call(case.q, case.k, case.v, case.g, new), strict=True
+      self.call(case.q, case.k, case.v, case.g, back), self.call(case.q, case.k, case.v, case.g, new), strict=True
     ):
       np.testing.assert_array_equal(found, expected)
 

@@ -22,17 +22,17 @@ def test_log_decay_is_that_of_the_official_code(key):
 
 
 @pytest.mark.parametrize(
-    ("heads", "exponents"),
-    [
-        (1, [8]),
-        (2, [4, 8]),
-        (3, [4, 8, 2]),
-        (4, [2, 4, 6, 8]),
-        (6, [2, 4, 6, 8, 1, 3]),
-        (12, [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]),
-        (16, np.arange(1, 17) / 2),
-        (64, np.arange(1, 65) / 8),
-    ],
+  ("heads", "exponents"),
+  [
+    (1, [8]),
+    (2, [4, 8]),
+    (3, [4, 8, 2]),
+    (4, [2, 4, 6, 8]),
+    (6, [2, 4, 6, 8, 1, 3]),
+    (12, [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]),
+    (16, np.arange(1, 17) / 2),
+    (64, np.arange(1, 65) / 8),
+  ],
 )
 def test_slopes_are_powers_of_two_with_the_steps_between_for_other_counts(heads, exponents):
   found = slopes(heads)
@@ -69,15 +69,15 @@ def test_a_result_may_be_changed_without_changing_the_next():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 1, 4, 0), "num_layers is 1, expected at least 2"),
-        ((0, 5, 0, 0), "num_heads is 0, expected at least 1"),
-        ((0, 5, 4, 2), "offset is 2, expected 0 .* or 1"),
-        ((0, 5, 4, -1), "offset is -1, expected 0 .* or 1"),
-        ((5, 5, 4, 0), "layer_index is 5, expected 0 to 4"),
-        ((-1, 5, 4, 0), "layer_index is -1, expected 0 to 4"),
-    ],
+  ("arguments", "message"),
+  [
+    ((0, 1, 4, 0), "num_layers is 1, expected at least 2"),
+    ((0, 5, 0, 0), "num_heads is 0, expected at least 1"),
+    ((0, 5, 4, 2), "offset is 2, expected 0 .* or 1"),
+    ((0, 5, 4, -1), "offset is -1, expected 0 .* or 1"),
+    ((5, 5, 4, 0), "layer_index is 5, expected 0 to 4"),
+    ((-1, 5, 4, 0), "layer_index is -1, expected 0 to 4"),
+  ],
 )
 def test_a_wrong_argument_is_named(arguments, message):
   with pytest.raises(ValueError, match=message):

@@ -34,9 +34,9 @@ class TestChunked(GlaSuite):
     # An infinity that a mask hides in the results would show as NaN here; `gla` itself gives g no gradient.
     case = make_case(130, 3, 8)
     q, k, v, state = (jnp.asarray(x) for x in (case.q, case.k, case.v, case.state))
-    gradient = jit(
-        jax.grad(lambda g: chunked(q, k, v, g, segment_ids=None, initial_state=state, scale=1.0)[0].sum())
-    )(jnp.float32([-50, -1, -1e-6]))
+    gradient = jit(jax.grad(lambda g: chunked(q, k, v, g, segment_ids=None, initial_state=state, scale=1.0)[0].sum()))(
+      jnp.float32([-50, -1, -1e-6])
+    )
     assert bool(jnp.isfinite(gradient).all())
 
   @pytest.mark.parametrize("segments", [False, True], ids=["one_document", "segments"])
@@ -64,7 +64,7 @@ def temporary_bytes(length: int, gradient: bool, segments: bool) -> int:
 def test_auto_is_chunked():
   case = make_case(140, 3, 8)
   auto, expected, reference = (
-      run(case.q, case.k, case.v, case.g, backend=backend)[0] for backend in ("auto", "chunked", "reference")
+    run(case.q, case.k, case.v, case.g, backend=backend)[0] for backend in ("auto", "chunked", "reference")
   )
   np.testing.assert_array_equal(auto, expected)
   assert 0 < error(auto, reference) <= 2e-6
@@ -78,20 +78,20 @@ def test_an_unknown_backend_is_named_with_the_choices():
 
 Q = np.zeros((2, 5, 4, 8), np.float32)
 WRONG = [
-    ({"q": Q[0]}, r"q has shape \(5, 4, 8\), expected 4 dimensions \[B, T, H, D\]"),
-    ({"q": Q[:, :0]}, r"q has shape \(2, 0, 4, 8\), expected 4 dimensions \[B, T, H, D\], none of size 0"),
-    ({"q": Q.astype(np.float16)}, "q has dtype float16, expected float32 or bfloat16"),
-    ({"k": Q[:, :, :3]}, r"k has shape \(2, 5, 3, 8\), expected \(2, 5, 4, 8\), because q is \(2, 5, 4, 8\)"),
-    ({"k": Q.astype(np.int32)}, "k has dtype int32, expected float32 or bfloat16"),
-    ({"v": Q[:, :4]}, r"v has shape \(2, 4, 4, 8\), expected \(2, 5, 4, 8\)"),
-    ({"v": Q[..., 0]}, r"v has shape \(2, 5, 4\), expected 4 dimensions"),
-    ({"v": Q.astype(np.float64)}, "v has dtype float64, expected float32 or bfloat16"),
-    ({"g_gamma": np.zeros((1, 4), np.float32)}, r"g_gamma has shape \(1, 4\), expected \(4,\)"),
-    ({"g_gamma": np.zeros(4)}, "g_gamma has dtype float64, expected float32"),
-    ({"segment_ids": np.ones((2, 6), np.int32)}, r"segment_ids has shape \(2, 6\), expected \(2, 5\)"),
-    ({"segment_ids": np.ones((2, 5), bool)}, "segment_ids has dtype bool, expected integer"),
-    ({"initial_state": np.zeros((2, 4, 8, 7), np.float32)}, r"initial_state has shape .*, expected \(2, 4, 8, 8\)"),
-    ({"initial_state": jnp.zeros((2, 4, 8, 8), jnp.bfloat16)}, "initial_state has dtype bfloat16, expected float32"),
+  ({"q": Q[0]}, r"q has shape \(5, 4, 8\), expected 4 dimensions \[B, T, H, D\]"),
+  ({"q": Q[:, :0]}, r"q has shape \(2, 0, 4, 8\), expected 4 dimensions \[B, T, H, D\], none of size 0"),
+  ({"q": Q.astype(np.float16)}, "q has dtype float16, expected float32 or bfloat16"),
+  ({"k": Q[:, :, :3]}, r"k has shape \(2, 5, 3, 8\), expected \(2, 5, 4, 8\), because q is \(2, 5, 4, 8\)"),
+  ({"k": Q.astype(np.int32)}, "k has dtype int32, expected float32 or bfloat16"),
+  ({"v": Q[:, :4]}, r"v has shape \(2, 4, 4, 8\), expected \(2, 5, 4, 8\)"),
+  ({"v": Q[..., 0]}, r"v has shape \(2, 5, 4\), expected 4 dimensions"),
+  ({"v": Q.astype(np.float64)}, "v has dtype float64, expected float32 or bfloat16"),
+  ({"g_gamma": np.zeros((1, 4), np.float32)}, r"g_gamma has shape \(1, 4\), expected \(4,\)"),
+  ({"g_gamma": np.zeros(4)}, "g_gamma has dtype float64, expected float32"),
+  ({"segment_ids": np.ones((2, 6), np.int32)}, r"segment_ids has shape \(2, 6\), expected \(2, 5\)"),
+  ({"segment_ids": np.ones((2, 5), bool)}, "segment_ids has dtype bool, expected integer"),
+  ({"initial_state": np.zeros((2, 4, 8, 7), np.float32)}, r"initial_state has shape .*, expected \(2, 4, 8, 8\)"),
+  ({"initial_state": jnp.zeros((2, 4, 8, 8), jnp.bfloat16)}, "initial_state has dtype bfloat16, expected float32"),
 ]
 
 

@@ -18,15 +18,15 @@ class Backend(Protocol):
   """
 
   def __call__(
-      self,
-      q: jax.Array,
-      k: jax.Array,
-      v: jax.Array,
-      g_gamma: jax.Array,
-      *,
-      segment_ids: jax.Array | None,
-      initial_state: jax.Array,
-      scale: float,
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g_gamma: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    initial_state: jax.Array,
+    scale: float,
   ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -36,16 +36,16 @@ _OPERANDS: Final = (jnp.float32, jnp.bfloat16)
 
 
 def gla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array | np.ndarray,
-    *,
-    segment_ids: jax.Array | None = None,
-    initial_state: jax.Array | None = None,
-    output_final_state: bool = False,
-    scale: float | None = None,
-    backend: str = "auto",
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g_gamma: jax.Array | np.ndarray,
+  *,
+  segment_ids: jax.Array | None = None,
+  initial_state: jax.Array | None = None,
+  output_final_state: bool = False,
+  scale: float | None = None,
+  backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array | None]:
   """Gated linear attention with one constant decay per head, causal over the sequence.
 
@@ -96,22 +96,27 @@ def gla(
   return o, final_state if output_final_state else None
 
 
+def backends() -> tuple[str, ...]:
+  """The names `gla` takes as `backend`."""
+  return ("auto", *_BACKENDS)
+
+
 def _backend(name: str) -> Backend:
   """The backend of a name, "auto" included."""
   try:
     return _BACKENDS[_AUTO if name == "auto" else name]
   except KeyError:
-    choices = ", ".join(map(repr, ("auto", *_BACKENDS)))
+    choices = ", ".join(map(repr, backends()))
     raise ValueError(f"gla: backend is {name!r}, expected one of {choices}.") from None
 
 
 def _check(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array | np.ndarray,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g_gamma: jax.Array | np.ndarray,
+  segment_ids: jax.Array | None,
+  initial_state: jax.Array | None,
 ) -> None:
   """Raises ValueError for the first argument that is wrong in itself or does not fit those before it."""
   for name, value in (("q", q), ("v", v)):
@@ -131,7 +136,7 @@ def _check(
 
 
 def _check_one(
-    name: str, value: jax.Array | np.ndarray, shape: tuple[int, ...], dtypes: tuple[Any, ...], because: str
+  name: str, value: jax.Array | np.ndarray, shape: tuple[int, ...], dtypes: tuple[Any, ...], because: str
 ) -> None:
   if value.shape != shape:
     raise ValueError(f"gla: {name} has shape {value.shape}, expected {shape}, because {because}.")

@@ -30,15 +30,15 @@ _Step = Callable[[jax.Array, tuple[jax.Array, ...]], tuple[jax.Array, jax.Array]
 
 
 def chunked(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array,
-    scale: float,
-    chunk_size: int = CHUNK_SIZE,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g_gamma: jax.Array,
+  *,
+  segment_ids: jax.Array | None,
+  initial_state: jax.Array,
+  scale: float,
+  chunk_size: int = CHUNK_SIZE,
 ) -> tuple[jax.Array, jax.Array]:
   """GLA in chunks of `chunk_size` tokens. Arguments and results as in `api.Backend`."""
   tokens = (q, k, v) if segment_ids is None else (q, k, v, *_real_and_restart(segment_ids))
@@ -74,7 +74,7 @@ def _step(g_gamma: jax.Array, scale: float, segmented: bool, size: int) -> _Step
 
 
 def _segmented_chunk(
-    state: jax.Array, tokens: tuple[jax.Array, ...], *, g_gamma: jax.Array, scale: float
+  state: jax.Array, tokens: tuple[jax.Array, ...], *, g_gamma: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
   """One chunk with padding and borders of documents."""
   *values, real, restart = tokens
@@ -84,7 +84,7 @@ def _segmented_chunk(
 
 
 def _chunk(
-    state: jax.Array, tokens: tuple[jax.Array, ...], *, decays: _Decays, scale: float
+  state: jax.Array, tokens: tuple[jax.Array, ...], *, decays: _Decays, scale: float
 ) -> tuple[jax.Array, jax.Array]:
   """One chunk: the state that leaves it, and its outputs [B, C, H, Dv] in v's dtype."""
   q, k, v = tokens
@@ -128,10 +128,10 @@ def _decays(g_gamma: jax.Array, count: jax.Array, document: jax.Array) -> _Decay
   distance = jnp.maximum(count[:, :, None] - count[:, None, :], 0)
   last_count, last_document = count[:, -1:], document[:, -1:]
   return _Decays(
-      between=jnp.where(same[:, None], jnp.exp(g_gamma[:, None, None] * distance[:, None]), 0.0),
-      since_start=_masked_exp(document == 0, g_gamma, count),
-      until_end=_masked_exp(document == last_document, g_gamma, last_count - count),
-      whole=_masked_exp(last_document == 0, g_gamma, last_count)[:, 0],
+    between=jnp.where(same[:, None], jnp.exp(g_gamma[:, None, None] * distance[:, None]), 0.0),
+    since_start=_masked_exp(document == 0, g_gamma, count),
+    until_end=_masked_exp(document == last_document, g_gamma, last_count - count),
+    whole=_masked_exp(last_document == 0, g_gamma, last_count)[:, 0],
   )
 
 

@@ -45,7 +45,7 @@ def log_decay(layer_index: int, num_layers: int, num_heads: int, offset: int) ->
 @overload
 def log_decay(layer_index: jax.Array, num_layers: int, num_heads: int, offset: int) -> jax.Array: ...
 def log_decay(
-    layer_index: int | jax.Array, num_layers: int, num_heads: int, offset: int
+  layer_index: int | jax.Array, num_layers: int, num_heads: int, offset: int
 ) -> NDArray[np.float32] | jax.Array:
   """Log decay per token of each head of one layer: `-slope_h * (1 - (layer_index - offset) / (num_layers - 1) + 1e-5)`.
 

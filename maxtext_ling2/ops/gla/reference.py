@@ -10,14 +10,14 @@ _Carry = tuple[jax.Array, jax.Array]
 
 
 def reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array,
-    scale: float,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g_gamma: jax.Array,
+  *,
+  segment_ids: jax.Array | None,
+  initial_state: jax.Array,
+  scale: float,
 ) -> tuple[jax.Array, jax.Array]:
   """GLA by the recurrence. Arguments and results as in `api.Backend`."""
   decay = jnp.exp(g_gamma)[:, None, None]  # [H, 1, 1]

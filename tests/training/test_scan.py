@@ -1,0 +1,94 @@
+"""Scanned layers compute what unrolled layers compute, with the same weights: through MaxText's own train step."""
+
+import numpy as np
+import pytest
+
+from maxtext_ling2.host import session
+from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
+from tiny import Run, batch, cached_run, config, model
+
+SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_three_steps_scanned_equal_unrolled(steps):
+  runs = [cached_run(scan_layers=scan, gradient_accumulation_steps=steps, **SETTINGS) for scan in (False, True)]
+  for seed in range(3):
+    unrolled, scanned = (run.step(batch(run.config, seed)) for run in runs)
+    assert set(unrolled) == set(scanned)
+    for name, value in unrolled.items():
+      exact = "load" in name or "dead" in name or name.endswith("total_weights")
+      np.testing.assert_allclose(scanned[name], value, rtol=1e-7 if exact else 1e-4, atol=1e-6, err_msg=name)
+  unrolled, scanned = (run.weights() for run in runs)
+  assert set(unrolled) == set(scanned)
+  for path, value in unrolled.items():
+    np.testing.assert_allclose(scanned[path], value, rtol=1e-5, atol=1e-5, err_msg=".".join(path))
+
+
+def logits_of(settings, data):
+  import jax
+  from flax import nnx
+
+  cfg = config(**settings)
+  network, mesh = model(cfg)
+  graph, state = nnx.split(network)
+
+  def run(state):
+    return nnx.merge(graph, state, copy=True)(
+      data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False
+    )
+
+  with session.model_context(cfg, mesh):
+    return np.asarray(jax.jit(run)(state))
+
+
+@pytest.mark.parametrize(
+  ("layers", "cycle", "dense"),
+  [(4, 1, 1), (3, 5, 1), (8, 3, 4), (7, 2, 0), (2, 2, 2)],
+  ids=["cycle of one", "fewer layers than a cycle", "dense layers in two cycles", "trailing layer", "all dense"],
+)
+def test_layouts(layers, cycle, dense):
+  settings = {
+    "base_num_decoder_layers": layers,
+    "inhomogeneous_layer_cycle_interval": cycle,
+    "first_num_dense_layers": dense,
+    "mtp_num_layers": 0,
+  }
+  data = batch(config(**settings))
+  unrolled, scanned = (logits_of({**settings, "scan_layers": scan}, data) for scan in (False, True))
+  real = data["inputs_segmentation"] > 0
+  np.testing.assert_allclose(scanned[real], unrolled[real], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_layers", range(2, 22))
+@pytest.mark.parametrize("cycle", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("dense", [0, 1, 2, 6])
+def test_layout_covers_every_layer_once(num_layers, cycle, dense):
+  if dense > num_layers:
+    return
+  layout = ScanLayout.of(num_layers, cycle, dense)
+  before, after = layout.unrolled
+  scanned = [i for i in range(num_layers) if layout.place(i) is not None]
+  assert sorted([*before, *scanned, *after]) == list(range(num_layers))
+  for layer in scanned:
+    assert not is_dense(layer, dense)
+    assert is_mla(layer, num_layers, cycle) == (layout.place(layer)[1] == cycle - 1)
+  assert all(is_mla(layer, num_layers, cycle) for layer in after)
+
+
+REMAT = {"base_num_decoder_layers": 6, "mtp_num_layers": 0, "scan_layers": True, **SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def without_remat():
+  run = Run(remat_policy="none", **REMAT)
+  return run.step(batch(run.config))
+
+
+@pytest.mark.parametrize("policy", ["full", "minimal", "minimal_with_context", "save_out_proj", "custom"])
+def test_remat_changes_no_number(policy, without_remat):
+  saved = {"query_proj": "device", "out_proj": "device"} if policy == "custom" else {}
+  run = Run(remat_policy=policy, **REMAT, **saved)
+  metrics = run.step(batch(run.config))
+  for name, value in without_remat.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
