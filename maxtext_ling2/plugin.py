@@ -12,9 +12,11 @@ from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.decoder_block import DecoderBlockSeam
+from maxtext_ling2.host.flops import FlopsSeam
 from maxtext_ling2.host.hf_tables import HfTablesSeam
 from maxtext_ling2.host.model_classes import ModelClassesSeam
 from maxtext_ling2.host.model_yml import ModelYmlSeam
+from maxtext_ling2.host.muon import MuonSeam
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.shared_expert import SharedExpertSeam
 from maxtext_ling2.host.train_step import TrainStepSeam
@@ -48,6 +50,12 @@ def _eval_step(step: Any, config: Any) -> Any:
   return wrap_eval_step(step, config)
 
 
+def _tflops(config: Any) -> tuple[float, float, float]:
+  from maxtext_ling2.training.flops import training_tflops_per_device
+
+  return training_tflops_per_device(config)
+
+
 def _shared_expert_width(config: Any) -> int:
   return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
 
@@ -59,8 +67,10 @@ REGISTRY = Registry(
     ConfigFieldsSeam(FIELDS, MODEL_NAMES, validation.validate, validation.shown_to_maxtext),
     ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
+    FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
+    MuonSeam(("query_key_value", "output_gate")),
     HfTablesSeam({}),
   ),
   names=(*MODEL_NAMES, DECODER_BLOCK),

@@ -25,6 +25,7 @@ def validate(config: Any) -> None:
     ValueError: all broken rules, one sentence each.
   """
   rules = (_heads, _layers, _mla, _experts, _dtypes, _signs, _unsupported) if is_ling2(config) else (_unread,)
+  rules = (*rules, _unread_by_any_pipeline)
   problems = [problem for rule in rules for problem in rule(config)]
   if problems:
     raise ValueError("\n".join(problems))
@@ -33,12 +34,14 @@ def validate(config: Any) -> None:
 def shown_to_maxtext(config: Any) -> dict[str, Any]:
   """Values that LING2's fields show to MaxText's own validation, whose rules about them know only its own models.
 
-  MaxText allows `routed_bias_update_rate` only for DeepSeek and `partial_rotary_factor` only for Qwen3-Next, and takes a
-  model with cycles of one layer and no dense layer for one whose dense width must equal the experts'.
+  MaxText allows `routed_bias_update_rate` only for DeepSeek, `partial_rotary_factor` only for Qwen3-Next, and muon only
+  for models whose parameters it knows (`host/muon.py` tells it about ours). And it takes a model with cycles of one layer
+  and no dense layer for one whose dense width must equal the experts'.
   """
   if not is_ling2(config):
     return {}
   return {
+    "opt_type": "adamw" if config.opt_type == "muon" else config.opt_type,
     "routed_bias_update_rate": 0.0,
     "partial_rotary_factor": 1.0,
     "inhomogeneous_layer_cycle_interval": max(2, config.inhomogeneous_layer_cycle_interval),
@@ -183,6 +186,7 @@ _OFF = {
   "fused_qkv": False,
   "moe_expert_input_dim": -1,
   "mtp_reuse_input_embedding": False,
+  "use_tunix_gradient_accumulation": False,
 }
 
 
@@ -194,6 +198,16 @@ def _unread(c: Any) -> Iterator[str]:
       yield (
         f"{field}={getattr(c, field)!r}: only decoder_block=ling2 reads this field, this run has decoder_block={block}; "
         f"remove it, or set it to {DEFAULTS[field]!r}"
+      )
+
+
+def _unread_by_any_pipeline(c: Any) -> Iterator[str]:
+  """Data fields of the RFC that MaxText 0.2.5's pipelines do not ask for: they pad with mmap_eod_id, insert no BOS."""
+  for field in ("pad_id", "bos_id"):
+    if getattr(c, field, DEFAULTS[field]) != DEFAULTS[field]:
+      yield (
+        f"{field}={getattr(c, field)!r}: no input pipeline of this version reads it (the mmap pipelines pad with "
+        f"mmap_eod_id); leave it at {DEFAULTS[field]!r}"
       )
 
 

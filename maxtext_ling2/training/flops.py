@@ -1,0 +1,91 @@
+"""Floating point operations of a LING2 training step, for TFLOP/s and MFU.
+
+Forward, per token (C hidden, V vocabulary, H heads, D head dimension, F, M, S widths of the dense MLP, of an expert, of
+all shared experts together, E experts of which k are used, T sequence, c chunk, n/r/v MLA's nope, rope and value
+dimensions, q/l its query and key-value latents); a product of [a, b] by [b] is 2ab:
+
+  GLA layer   weights 2 * 5 C H D (qkv, gate, output);  operation H (4 min(c, T) D + 4 D^2)
+  MLA layer   weights 2 (C q + q H (n + r)) or 2 C H (n + r), + 2 (C (l + r) + l H (n + v) + H v C)
+              attention H (n + r + v) T, the causal half of the T x T scores and their product with the values
+  dense MLP   6 C F;   experts  2 C E + 6 C (k M + S)
+  head        2 C V;   MTP layer  4 C^2 + an MLA layer with experts + the head
+
+A training step is three forward passes; rematerialisation is not counted.
+"""
+
+import dataclasses
+from typing import Any
+
+from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.ops.gla.chunked import CHUNK_SIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardFlops:
+  """Operations of the forward pass for one token.
+
+  Attributes:
+    weights: products with parameters.
+    gla: linear attention itself.
+    mla: causal softmax attention itself.
+  """
+
+  weights: float = 0.0
+  gla: float = 0.0
+  mla: float = 0.0
+
+  def __add__(self, other: "ForwardFlops") -> "ForwardFlops":
+    return ForwardFlops(self.weights + other.weights, self.gla + other.gla, self.mla + other.mla)
+
+
+def forward_flops(config: Any) -> ForwardFlops:
+  """Operations for one token of a sequence of max_target_length tokens, all layers, MTP and head."""
+  c = config
+  total = _head(c)
+  for layer in range(c.num_decoder_layers):
+    mla = is_mla(layer, c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval)
+    total += _mla(c) if mla else _gla(c)
+    total += _dense(c) if is_dense(layer, c.first_num_dense_layers) else _experts(c)
+  for _ in range(c.mtp_num_layers):
+    total += ForwardFlops(weights=4 * c.emb_dim**2) + _mla(c) + _experts(c) + _head(c)
+  return total
+
+
+def training_tflops_per_device(config: Any) -> tuple[float, float, float]:
+  """(total, with parameters, attention) TFLOP of one optimizer step on one device, as MaxText's function returns them."""
+  forward = forward_flops(config)
+  tokens = config.per_device_batch_size * config.max_target_length * config.gradient_accumulation_steps
+  scale = 3 * tokens / 1e12
+  weights, attention = forward.weights * scale, (forward.gla + forward.mla) * scale
+  reference_model = (weights + attention) / 3 if config.use_dpo else 0.0
+  return weights + attention + reference_model, weights, attention
+
+
+def _gla(c: Any) -> ForwardFlops:
+  heads, dim = c.num_query_heads, c.head_dim
+  operation = heads * (4 * min(CHUNK_SIZE, c.max_target_length) * dim + 4 * dim**2)
+  return ForwardFlops(weights=10 * c.emb_dim * heads * dim, gla=operation)
+
+
+def _mla(c: Any) -> ForwardFlops:
+  embed, heads, rank, latent = c.emb_dim, c.num_query_heads, c.q_lora_rank, c.kv_lora_rank
+  query_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+  query = embed * rank + rank * heads * query_dim if rank else embed * heads * query_dim
+  key_value = embed * (latent + c.qk_rope_head_dim) + latent * heads * (c.qk_nope_head_dim + c.v_head_dim)
+  output = heads * c.v_head_dim * embed
+  attention = heads * (query_dim + c.v_head_dim) * c.max_target_length
+  return ForwardFlops(weights=2 * (query + key_value + output), mla=attention)
+
+
+def _dense(c: Any) -> ForwardFlops:
+  return ForwardFlops(weights=6 * c.emb_dim * c.mlp_dim)
+
+
+def _experts(c: Any) -> ForwardFlops:
+  shared = c.shared_experts * (c.moe_shared_expert_dim or c.moe_mlp_dim)
+  width = c.num_experts_per_tok * c.moe_mlp_dim + shared
+  return ForwardFlops(weights=2 * c.emb_dim * c.num_experts + 6 * c.emb_dim * width)
+
+
+def _head(c: Any) -> ForwardFlops:
+  return ForwardFlops(weights=2 * c.emb_dim * c.vocab_size)
