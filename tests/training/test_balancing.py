@@ -19,7 +19,8 @@ def test_update_rule(zero_mean):
   for _ in range(20):
     counts = rng.integers(0, 100, (3, 8)).astype(np.int32)
     ours = np.asarray(updated_bias(bias, counts, 0.01, zero_mean))
-    np.testing.assert_allclose(ours, numpy_update(bias, counts, 0.01, zero_mean), rtol=0, atol=1e-7)
+    # Equal but for the order in which the mean is summed: two roundings of values up to 3.
+    np.testing.assert_allclose(ours, numpy_update(bias, counts, 0.01, zero_mean), rtol=0, atol=5e-7)
     bias = ours
   if zero_mean:
     np.testing.assert_allclose(bias.mean(-1), 0, atol=1e-6)
