@@ -1,6 +1,8 @@
 """The command `maxtext-ling2`: doctor, verify, demo, run."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +23,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
   """Tell whether a LING2 run would work here; exit 0 only if it would."""
   from maxtext_ling2 import doctor as checks
 
-  found = checks.diagnose()
+  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints while it is imported; JSON must stand alone
+    found = checks.diagnose()
   if as_json:
     print(json.dumps(found.to_json(), indent=2))
   else:

@@ -126,7 +126,8 @@ def _start(found: Diagnosis) -> None:
     if record.state == "failed":
       remedy = f"mend or uninstall {record.distribution}; LING2 goes on without it"
       found.notes.append(Finding(f"plugin {record.name} failed: {record.reason}", remedy))
-    if record.state == "skipped" and record.value == discovery.OWN_ENTRY.value and record.reason:
+    allowed = discovery.ALLOW_VARIABLE not in (record.reason or "")
+    if record.state == "skipped" and record.value == discovery.OWN_ENTRY.value and allowed:
       remedy = "uninstall maxtext-ling2 until none is left, then install it once"
       found.notes.append(Finding(f"a second installation at {record.location}: {record.reason}", remedy))
   if startup.found_by == "import":

@@ -49,6 +49,8 @@ def shown_to_maxtext(config: Any) -> dict[str, Any]:
 
 
 def _heads(c: Any) -> Iterator[str]:
+  if c.base_num_query_heads < 1:
+    yield f"base_num_query_heads={c.base_num_query_heads}: attention needs heads; set it to at least 1"
   if c.base_num_kv_heads != c.base_num_query_heads:
     yield (
       f"base_num_kv_heads={c.base_num_kv_heads}: LING2's attention has as many key/value heads as query heads; set it to "

@@ -38,7 +38,7 @@ class Expectation:
     """What stands there instead, in words; None if the expectation is met. The module must be importable."""
     try:
       value = resolve(self.target)
-    except ImportError as error:
+    except Exception as error:  # pylint: disable=broad-exception-caught
       return f"the module does not import ({error})"
     if value is _Missing:
       return "nothing of that name"

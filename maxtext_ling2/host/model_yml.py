@@ -77,9 +77,10 @@ class ModelYmlSeam(Seam):
     value = os.environ.get("M_MODEL_NAME")
     if value is None or not {value, settings.get("model_name")} & set(self.model_names):
       return
+    wanted = value if value in self.model_names else settings["model_name"]
     raise ValueError(
       f"M_MODEL_NAME={value}: MaxText reads this variable only after it has chosen the model's yml, so it would train "
-      f"another model under this name; unset it and pass model_name={value} on the command line"
+      f"another model under this name; unset it and pass model_name={wanted} on the command line"
     )
 
   def _load(self, original: Callable[..., Any], config_name: str) -> Any:

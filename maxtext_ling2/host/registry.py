@@ -204,6 +204,7 @@ class Registry:
         except ImportError as error:
           self.breaches.append(Breach(seam.name, f"the module {seam.module}", f"{type(error).__name__}: {error}"))
           self._undo_all()
+          seam.state = State.FAILED
           return
         self._apply_once(seam)
 
@@ -212,7 +213,7 @@ class Registry:
     conflicts = self._undo_all() + self.guard.patches.undo()
     for seam in self.seams:
       seam.state = State.WAITING
-    self.breaches, self.stood_down, self._installed = [], None, False
+    self.breaches, self.stood_down, self._installed, self._version_checked = [], None, False, False
     return conflicts
 
 

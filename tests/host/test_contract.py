@@ -1,0 +1,98 @@
+"""What the seams expect of MaxText: it holds on the installed one, and a breach says what was expected and found."""
+
+import copy
+import dataclasses
+import enum
+
+import pytest
+
+from maxtext_ling2 import plugin
+from maxtext_ling2.host.contract import Expectation, resolve
+
+SEAMS = {seam.name: seam for seam in plugin.REGISTRY.seams}
+EXPECTATIONS = {
+  f"{name}-{expectation.target.partition(':')[2]}": (seam, expectation)
+  for name, seam in SEAMS.items()
+  for expectation in seam.expectations
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stock():
+  """MaxText without our changes, so that the contracts are checked against what is installed."""
+  registry = plugin.REGISTRY
+  registry.complete()
+  assert registry.usable
+  assert registry.undo() == []
+  yield
+  registry.install()
+  registry.complete()
+  assert registry.usable
+
+
+def broken(seam, expectation, **changes):
+  """What the seam reports when this expectation alone is made one that MaxText cannot meet."""
+  other = copy.copy(seam)
+  other.expectations = (dataclasses.replace(expectation, **changes),)
+  (breach,) = other.breaches()
+  assert breach.seam == seam.name
+  text = str(breach)
+  assert f"'{seam.name}'" in text and breach.expected in text and breach.found in text
+  return breach
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_every_seam_states_a_contract_and_maxtext_meets_it(name):
+  assert SEAMS[name].expectations
+  assert SEAMS[name].breaches() == []
+
+
+@pytest.mark.parametrize(("seam", "expectation"), EXPECTATIONS.values(), ids=EXPECTATIONS)
+def test_a_breach_is_reported(seam, expectation):
+  gone = f"{expectation.target}_that_is_gone"
+  breach = broken(seam, expectation, target=gone)
+  assert gone in breach.expected and breach.found == "nothing of that name"
+
+  module = f"{expectation.target.partition(':')[0]}_that_is_gone"
+  breach = broken(seam, expectation, target=f"{module}:anything")
+  assert module in breach.expected and "does not import" in breach.found and module in breach.found
+
+  breach = broken(seam, expectation, holds=lambda value: False, meaning="of another kind")
+  assert breach.expected.endswith("of another kind") and breach.found.endswith("which is not so")
+
+  if expectation.parameters is not None:
+    wanted = (*expectation.parameters, "parameter_that_is_gone")
+    breach = broken(seam, expectation, parameters=wanted)
+    assert ", ".join(wanted) in breach.expected
+    assert "parameter_that_is_gone" not in breach.found
+    assert all(name in breach.found for name in expectation.parameters)
+
+
+def test_parameters_may_have_others_between_but_not_another_order():
+  target = "maxtext.utils.maxtext_utils:get_functional_train_with_signature"
+  assert Expectation(target, parameters=("train_step", "config")).found() is None
+  assert "taking (train_step" in Expectation(target, parameters=("config", "train_step")).found()
+
+
+def test_a_condition_that_raises_is_not_met():
+  assert "which is not so" in Expectation("enum:Enum", holds=lambda value: 1 / 0).found()
+  assert resolve("enum:Enum") is enum.Enum
+
+
+def test_a_module_that_breaks_in_any_way_is_a_breach(tmp_path, monkeypatch):
+  (tmp_path / "module_that_breaks.py").write_text("raise RuntimeError('a library of another version')")
+  monkeypatch.syspath_prepend(tmp_path)
+  assert "a library of another version" in Expectation("module_that_breaks:anything").found()
+
+
+def test_nothing_of_ours_is_left_in_the_stock_config():
+  from maxtext.common.common_types import DecoderBlockType
+  from maxtext.configs import types
+  from maxtext.models import models
+
+  assert "LING2" not in DecoderBlockType.__members__ and not hasattr(DecoderBlockType, "LING2")
+  with pytest.raises(ValueError, match="ling2"):
+    DecoderBlockType("ling2")
+  for cls in (types.MaxTextConfig, types.RLConfig, types.MoEGeneral, types.DeepSeekMoE, types.Qwen3Next):
+    assert not {"moe_z_loss_weight", "routed_bias_dtype", "group_norm_size"} & set(cls.model_fields)
+  assert isinstance(models.NNXDecoder, type) and isinstance(models.MultiTokenPredictionBlock, type)

@@ -1,0 +1,274 @@
+"""The common fate of the seams, on a stand-in for MaxText: modules of a few lines and seams that wrap one function."""
+
+import importlib
+import itertools
+import sys
+import types
+
+import pytest
+
+from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.host import guard, registry
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import Conflict, StandDown
+from maxtext_ling2.host.registry import Registry, Seam, State
+
+NUMBERS = itertools.count()
+FIRST = "def answer():\n  return 1\n"
+PYCONFIG = "def initialize(argv=None, **kwargs):\n  return argv, kwargs\n"
+
+
+class FakeSeam(Seam):
+  """Makes `answer()` of its module return 10 more."""
+
+  def __init__(self, name, module, expectations=(), error=None, needed=True):
+    super().__init__()
+    self.name, self.module, self.expectations, self.error = name, module, expectations, error
+    self.needed_for_training = needed
+
+  def apply(self):
+    module = importlib.import_module(self.module)
+    self.patches.wrap(module, "answer", lambda original: original() + 10)
+    if self.error is not None:
+      raise self.error
+
+
+class World:
+  """Three fresh modules, and registries of two seams on them."""
+
+  def __init__(self, folder, monkeypatch):
+    number = next(NUMBERS)
+    self.first, self.second, self.pyconfig = (f"fake_{name}_{number}" for name in ("first", "second", "pyconfig"))
+    for name, text in ((self.first, FIRST), (self.second, FIRST), (self.pyconfig, PYCONFIG)):
+      (folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(guard, "MODULE", self.pyconfig)
+
+  def registry(self, second=None, **options):
+    seams = [FakeSeam("first", self.first), second or FakeSeam("second", self.second, **options)]
+    made = Registry("fake-plugin", seams, ["fake-model", "fake-block"], ["1.0", "1.1"])
+    made.install()
+    return made
+
+  def answers(self):
+    modules = [importlib.import_module(name) for name in (self.first, self.second)]
+    return [module.answer() for module in modules]
+
+  def configure(self, *words, **kwargs):
+    return importlib.import_module(self.pyconfig).initialize(["", *words], **kwargs)
+
+  def unmet(self):
+    return (Expectation(f"{self.second}:answer", parameters=("question",), meaning="to be asked"),)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(sys, "argv", ["train.py", "base.yml", "model_name=another"])
+  host_version(monkeypatch, "1.1")
+  return World(tmp_path, monkeypatch)
+
+
+def host_version(monkeypatch, version):
+  """Lets `maxtext.version` say this version."""
+  module = types.ModuleType("maxtext.version")
+  module.__version__ = version
+  monkeypatch.setitem(sys.modules, "maxtext", types.ModuleType("maxtext"))
+  monkeypatch.setitem(sys.modules, "maxtext.version", module)
+
+
+def states(made):
+  return [seam.state for seam in made.seams]
+
+
+def says_all(text, *, found):
+  """Whether a message names seam, expected, found and the way out."""
+  assert "seam 'second'" in text and "fake-plugin" in text
+  assert "expected " in text and "found " in text and found in text
+  assert registry.WAY_OUT in text
+  return True
+
+
+def test_each_seam_is_applied_when_its_module_is_imported(world):
+  made = world.registry()
+  assert states(made) == [State.WAITING, State.WAITING]
+  importlib.import_module(world.first)
+  assert states(made) == [State.APPLIED, State.WAITING]
+  assert world.answers() == [11, 11]
+  assert states(made) == [State.APPLIED, State.APPLIED] and made.usable
+
+
+def test_modules_imported_before_are_extended_too_and_only_once(world):
+  assert world.answers() == [1, 1]
+  made = world.registry()
+  made.install()
+  made.complete()
+  assert world.answers() == [11, 11]
+
+
+def test_one_seam_that_does_not_fit_undoes_all_with_one_warning(world, caplog):
+  made = world.registry(expectations=world.unmet())
+  importlib.import_module(world.first)
+  assert sys.modules[world.first].answer() == 11
+  assert world.answers() == [1, 1]
+  assert states(made) == [State.UNDONE, State.FAILED] and not made.usable
+  (record,) = caplog.records
+  assert record.levelname == "WARNING" and says_all(record.getMessage(), found=f"{world.second}:answer taking ()")
+  assert f"{world.second}:answer taking (question), to be asked" in record.getMessage()
+
+
+def test_who_did_not_ask_goes_on_and_who_asks_later_gets_the_error(world, caplog):
+  world.registry(expectations=world.unmet())
+  world.answers()
+  assert world.configure("model_name=another", steps=3) == (["", "model_name=another"], {"steps": 3})
+  assert len(caplog.records) == 1
+  for words, kwargs in (
+    (["model_name=fake-model"], {}),
+    (["decoder_block=fake-block"], {}),
+    ([], {"model_name": "fake-model"}),
+  ):
+    with pytest.raises(Ling2Error) as error:
+      world.configure(*words, **kwargs)
+    assert says_all(str(error.value), found=f"{world.second}:answer taking ()")
+
+
+def test_a_yml_can_ask_too(world, tmp_path):
+  world.registry(expectations=world.unmet())
+  (tmp_path / "parent.yml").write_text("steps: 1\nmodel_name: 'fake-model'  # ours\n")
+  (tmp_path / "heir.yml").write_text("base_config: parent.yml\nsteps: 2\n")
+  heir = str(tmp_path / "heir.yml")
+  with pytest.raises(Ling2Error):
+    world.configure(heir)
+  with pytest.raises(Ling2Error):
+    world.configure(base_config=heir)
+  assert world.configure(heir, "model_name=another")[0] == ["", heir, "model_name=another"]
+
+
+@pytest.mark.parametrize("word", ["model_name=fake-model", "decoder_block=fake-block", "model_name='fake-model'"])
+def test_asked_for_on_the_command_line_the_import_fails_at_once(world, monkeypatch, caplog, word):
+  monkeypatch.setattr(sys, "argv", ["train.py", "base.yml", word])
+  world.registry(expectations=world.unmet())
+  importlib.import_module(world.first)
+  with pytest.raises(Ling2Error) as error:
+    importlib.import_module(world.second)
+  assert error.value.fatal and says_all(str(error.value), found=f"{world.second}:answer taking ()")
+  assert sys.modules[world.first].answer() == 1
+  assert not caplog.records
+
+
+def test_any_error_while_applying_leaves_the_host_as_it_was(world, caplog):
+  made = world.registry(error=ZeroDivisionError("by chance"))
+  assert world.answers() == [1, 1]
+  assert states(made) == [State.UNDONE, State.FAILED]
+  assert says_all(caplog.records[0].getMessage(), found="ZeroDivisionError: by chance")
+
+
+def test_a_conflict_names_the_other_party(world, caplog):
+  def entry():
+    pass
+
+  entry.__module__ = "their_plugin.tables"
+
+  class Table(FakeSeam):
+    def apply(self):
+      self.patches.entry({"fake-model": entry}, "fake-model", object())
+
+  world.registry(Table("second", world.second))
+  assert world.answers() == [1, 1]
+  text = caplog.records[0].getMessage()
+  assert says_all(text, found="'fake-model' is already registered, by 'their_plugin.tables'")
+  assert len(caplog.records) == 1
+
+
+def test_a_conflict_raised_by_a_seam_is_reported(world, caplog):
+  world.registry(error=Conflict("taken by another plugin"))
+  assert world.answers() == [1, 1]
+  assert says_all(caplog.records[0].getMessage(), found="taken by another plugin")
+
+
+def test_where_the_host_brings_the_model_itself_the_plugin_stands_down(world, caplog):
+  made = world.registry(error=StandDown("this MaxText brings fake-model itself"))
+  assert world.answers() == [1, 1]
+  (record,) = caplog.records
+  assert "stands down: this MaxText brings fake-model itself" in record.getMessage()
+  assert not made.usable and not made.breaches
+  assert world.configure("model_name=fake-model")[0] == ["", "model_name=fake-model"]
+
+
+def test_undo_restores_everything_and_install_starts_anew(world):
+  made = world.registry()
+  originals = {}
+  for name in (world.first, world.second, world.pyconfig):
+    module = importlib.import_module(name)
+    originals[module] = {key: value.__wrapped__ for key, value in vars(module).items() if hasattr(value, "__wrapped__")}
+    assert originals[module]
+  assert made.undo() == []
+  assert all(vars(module)[key] is value for module, values in originals.items() for key, value in values.items())
+  assert states(made) == [State.WAITING, State.WAITING] and made.usable
+  made.install()
+  assert world.answers() == [11, 11]
+
+
+def test_undo_after_a_failure_forgets_it(world):
+  seam = FakeSeam("second", world.second, world.unmet())
+  made = world.registry(seam)
+  world.answers()
+  made.undo()
+  seam.expectations = ()
+  made.install()
+  assert world.answers() == [11, 11]
+
+
+def test_undo_leaves_what_somebody_else_replaced_again_and_names_them(world, caplog):
+  made = world.registry()
+  world.answers()
+
+  def answer():
+    return 42
+
+  answer.__module__ = "intruder.patches"
+  sys.modules[world.second].answer = answer
+  (conflict,) = made.undo()
+  assert f"{world.second}.answer was replaced again by 'intruder.patches'" in conflict
+  assert world.answers() == [1, 42]
+  assert conflict in caplog.text
+
+
+def test_a_request_imports_what_training_needs_and_no_more(world):
+  made = world.registry(needed=False)
+  assert world.first not in sys.modules
+  world.configure("model_name=another")
+  assert world.first not in sys.modules
+  world.configure("model_name=fake-model")
+  assert world.first in sys.modules and world.second not in sys.modules
+  assert states(made) == [State.APPLIED, State.WAITING]
+  made.complete()
+  assert states(made) == [State.APPLIED, State.APPLIED]
+
+
+def test_a_module_that_is_gone_is_named(world):
+  made = world.registry(FakeSeam("second", "fake_module_that_is_gone"))
+  with pytest.raises(Ling2Error) as error:
+    world.configure("model_name=fake-model")
+  assert says_all(str(error.value), found="ModuleNotFoundError")
+  assert "the module fake_module_that_is_gone" in str(error.value)
+  assert sys.modules[world.first].answer() == 1
+  assert states(made) == [State.UNDONE, State.FAILED]
+
+
+def test_an_untested_version_gets_one_warning_naming_both(world, monkeypatch, caplog):
+  host_version(monkeypatch, "1.2")
+  world.registry()
+  world.configure("model_name=another")
+  assert not caplog.records
+  world.configure("model_name=fake-model")
+  world.configure("model_name=fake-model")
+  (record,) = caplog.records
+  assert record.levelname == "WARNING"
+  assert "tested with MaxText 1.0, 1.1 and found 1.2" in record.getMessage()
+  assert world.answers() == [11, 11]
+
+
+def test_a_tested_version_gets_none(world, caplog):
+  world.registry()
+  world.configure("model_name=fake-model")
+  assert not caplog.records

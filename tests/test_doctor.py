@@ -1,0 +1,91 @@
+"""`maxtext-ling2 doctor` in processes of its own: here, switched off, and left out by the allow-list."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "maxtext_ling2", "doctor"]
+SITUATIONS = {
+  "here": ({}, ["--json"]),
+  "disabled": ({"MAXTEXT_LING2_DISABLE": "1"}, ["--json"]),
+  "not allowed": ({"MAXTEXT_PLUGINS": "other"}, ["--json"]),
+  "disabled, for people": ({"MAXTEXT_LING2_DISABLE": "1"}, []),
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+  """All situations at once: exit status and standard output of each."""
+  clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAXTEXT_", "M_"))}
+  started = {
+    name: subprocess.Popen(
+      [*COMMAND, *options],
+      env={**clean, **variables},
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for name, (variables, options) in SITUATIONS.items()
+  }
+  found = {}
+  for name, process in started.items():
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err, err[-3000:]
+    found[name] = process.returncode, out
+  return found
+
+
+def report(answers, situation):
+  status, out = answers[situation]
+  return status, json.loads(out[out.index("{\n") :])
+
+
+def test_it_works_here(answers):
+  status, found = report(answers, "here")
+  assert (status, found["ok"], found["faults"]) == (0, True, [])
+  assert found["versions"]["maxtext"] and "0.2.5" in found["versions"]["tested maxtext"]
+  assert found["start"]["found_by"] in ("pth", "start", "import")
+  assert any(record["name"] == "ling2" and record["state"] == "loaded" for record in found["start"]["plugins"])
+  assert {seam["state"] for seam in found["seams"]} == {"applied"} and len(found["seams"]) >= 7
+  assert found["models"] == {"ling2": None, "ling2-tiny": None}
+  assert found["fields"]["moe_z_loss_weight"] == "maxtext-ling2" and found["fields"]["eod_mask_loss"] == "maxtext"
+  assert found["backends"]["platform"] == "cpu" and "chunked" in found["backends"]["gla"]
+
+
+@pytest.mark.parametrize("situation", [name for name, (_, options) in SITUATIONS.items() if options])
+def test_standard_output_is_json_alone(answers, situation):
+  json.loads(answers[situation][1])
+
+
+def test_switched_off(answers):
+  status, found = report(answers, "disabled")
+  assert (status, found["ok"]) == (1, False)
+  (fault,) = found["faults"]
+  assert "MAXTEXT_LING2_DISABLE=1" in fault["what"] and "unset" in fault["remedy"]
+  assert found["environment"]["MAXTEXT_LING2_DISABLE"] == "1"
+
+
+def test_switched_off_for_people(answers):
+  status, out = answers["disabled, for people"]
+  assert status == 1
+  assert "MAXTEXT_LING2_DISABLE=1" in out and "remedy: unset it" in out
+  assert "would not work" in out.splitlines()[-1]
+
+
+def test_left_out_by_the_allow_list(answers):
+  status, found = report(answers, "not allowed")
+  assert (status, found["ok"]) == (1, False)
+  (fault,) = found["faults"]
+  assert "not loaded" in fault["what"] and "MAXTEXT_PLUGINS" in fault["what"]
+  assert "MAXTEXT_PLUGINS" in fault["remedy"] and "ling2" in fault["remedy"]
+
+
+def test_left_out_is_not_installed_twice(answers):
+  _, found = report(answers, "not allowed")
+  assert not [note for note in found["notes"] if "second installation" in note["what"]]
