@@ -77,7 +77,9 @@ def diagnose() -> Diagnosis:
   if not _maxtext_imports(found):
     return found
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
-  for step in (_start, _seams, _fields, _models, _backends):
+  # Where the plugin was not loaded, that is the fault; missing fields and models would only repeat it.
+  details = (_fields, _models) if plugin.REGISTRY.installed else ()
+  for step in (_start, _seams, *details, _backends):
     try:
       step(found)
     except Exception as error:
@@ -141,7 +143,8 @@ def _start(found: Diagnosis) -> None:
 
 def _seams(found: Diagnosis) -> None:
   registry = plugin.REGISTRY
-  registry.complete()
+  if registry.installed:
+    registry.complete()
   for seam in registry.seams:
     breaches = [str(breach) for breach in registry.breaches if breach.seam == seam.name]
     found.seams.append({"name": seam.name, "module": seam.module, "state": seam.state.value, "breaches": breaches})

@@ -64,7 +64,12 @@ REGISTRY = Registry(
   "maxtext-ling2",
   seams=(
     DecoderBlockSeam("LING2", DECODER_BLOCK),
-    ConfigFieldsSeam(FIELDS, MODEL_NAMES, validation.validate, validation.shown_to_maxtext),
+    ConfigFieldsSeam(
+      FIELDS,
+      MODEL_NAMES,
+      {"MaxTextConfig": validation.validate, "RLConfig": validation.validate_rl},
+      validation.shown_to_maxtext,
+    ),
     ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),

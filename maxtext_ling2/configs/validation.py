@@ -31,6 +31,20 @@ def validate(config: Any) -> None:
     raise ValueError("\n".join(problems))
 
 
+def validate_rl(config: Any) -> None:
+  """As `validate`, for MaxText's reinforcement learning, whose trainer has a loss of its own.
+
+  Raises:
+    ValueError: all broken rules, one sentence each.
+  """
+  validate(config)
+  if is_ling2(config) and config.moe_z_loss_weight:
+    raise ValueError(
+      f"moe_z_loss_weight={config.moe_z_loss_weight}: only pre-training adds the router z-loss to its loss, MaxText's "
+      "reinforcement learning does not; set it to 0"
+    )
+
+
 def shown_to_maxtext(config: Any) -> dict[str, Any]:
   """Values that LING2's fields show to MaxText's own validation, whose rules about them know only its own models.
 
@@ -174,7 +188,7 @@ def _unsupported(c: Any) -> Iterator[str]:
       f"sequence, which load balancing of {context} context ranks breaks; set context_parallel_load_balance=false"
     )
   for field, off in _OFF.items():
-    if getattr(c, field) != off:
+    if getattr(c, field, off) != off:
       yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"
 
 

@@ -7,7 +7,8 @@ and to every class that derives from it; then the schemas of these classes are c
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,12 @@ from maxtext_ling2.host.patches import Conflict
 from maxtext_ling2.host.registry import Seam
 
 _TYPES = "maxtext.configs.types"
-_VALIDATOR = "set_derived_and_validate_values"
+_VALIDATORS = {"MaxTextConfig": "set_derived_and_validate_values", "RLConfig": "set_derived_values_and_validate"}
+"""The config classes of MaxText's trainers and the validator in which each checks its fields against each other."""
+
+
+def _has_validator(name: str, cls: Any) -> bool:
+  return name in cls.__pydantic_decorators__.model_validators
 
 
 class ConfigFieldsSeam(Seam):
@@ -26,8 +32,8 @@ class ConfigFieldsSeam(Seam):
   Args:
     fields: the fields; one that MaxText already defines stays MaxText's.
     model_names: additional values of `model_name`.
-    validate: called with the config object before MaxText's own validation (and before it counts devices); raises
-      ValueError.
+    validate: config class -> function called with the config object before MaxText's own validation (and before it counts
+      devices); raises ValueError.
     masked: gives, for a config object, the values some fields must show to MaxText's own validation, whose rules about
       them know only its own models.
   """
@@ -39,12 +45,14 @@ class ConfigFieldsSeam(Seam):
     Expectation(
       f"{_TYPES}:RunInfo", holds=lambda value: "model_name" in value.model_fields, meaning="with the field model_name"
     ),
-    Expectation(
-      f"{_TYPES}:MaxTextConfig",
-      holds=lambda value: _VALIDATOR in value.__pydantic_decorators__.model_validators,
-      meaning=f"a pydantic model with the validator {_VALIDATOR}",
+    *(
+      Expectation(
+        f"{_TYPES}:{cls}",
+        holds=functools.partial(_has_validator, validator),
+        meaning=f"a pydantic model with the validator {validator}",
+      )
+      for cls, validator in _VALIDATORS.items()
     ),
-    Expectation(f"{_TYPES}:MaxTextConfig.{_VALIDATOR}"),
     *(
       Expectation(f"{_TYPES}:{owner}", holds=lambda value: bool(value.model_fields), meaning="a pydantic mixin")
       for owner in ("MoEGeneral", "DeepSeekMoE", "MlaAttention", "Qwen3Next", "GrainDataset", "Tokenizer", "Optimizer")
@@ -55,7 +63,7 @@ class ConfigFieldsSeam(Seam):
     self,
     fields: Sequence[Field],
     model_names: Sequence[str],
-    validate: Callable[[Any], None],
+    validate: Mapping[str, Callable[[Any], None]],
     masked: Callable[[Any], dict[str, Any]],
   ):
     super().__init__()
@@ -74,9 +82,10 @@ class ConfigFieldsSeam(Seam):
       touched |= self._add_field(types, field)
     self.added = tuple(field.name for field in absent)
     touched |= self._add_model_names(types)
-    self._wrap_validator(types.MaxTextConfig)
-    touched.add(types.MaxTextConfig)
-    _rebuild(touched)
+    for name, validate in self.validate.items():
+      self._wrap_validator(getattr(types, name), _VALIDATORS[name], validate)
+      touched.add(getattr(types, name))
+    rebuild(touched)
 
   def _add_field(self, types: ModuleType, field: Field) -> set[Any]:
     """Adds one field to its mixin and every class deriving from it."""
@@ -87,7 +96,7 @@ class ConfigFieldsSeam(Seam):
     info = FieldInfo.from_annotated_attribute(
       annotation, pydantic_field(default=field.default, description=field.description)
     )
-    owners = _descendants(types, getattr(types, field.owner))
+    owners = descendants(types, getattr(types, field.owner))
     for owner in owners:
       self._set_field(owner, field.name, info)
     return owners
@@ -100,7 +109,7 @@ class ConfigFieldsSeam(Seam):
       raise Conflict(f"model names {taken} are already in MaxText's ModelName")
     widened: Any = Literal.__getitem__((*known, *self.model_names))
     self.patches.attribute(types, "ModelName", widened)
-    owners = _descendants(types, types.RunInfo)
+    owners = descendants(types, types.RunInfo)
     for owner in owners:
       info = copy.copy(owner.model_fields["model_name"])
       info.annotation = widened
@@ -117,25 +126,25 @@ class ConfigFieldsSeam(Seam):
         del owner.model_fields[name]
       else:
         owner.model_fields[name] = before
-      _rebuild([owner])
+      rebuild([owner])
 
     self.patches.also(undo)
 
-  def _wrap_validator(self, cls: Any) -> None:
+  def _wrap_validator(self, cls: Any, name: str, validate: Callable[[Any], None]) -> None:
     """Runs our rules before MaxText's, and MaxText's with masked values."""
     validators = cls.__pydantic_decorators__.model_validators
-    original = validators[_VALIDATOR]
+    original = validators[name]
 
-    def set_derived_and_validate_values(config: Any) -> Any:
-      self.validate(config)
+    def validated(config: Any) -> Any:
+      validate(config)
       with _shown(config, self.masked(config)):
         return original.func(config)
 
-    validators[_VALIDATOR] = dataclasses.replace(original, func=set_derived_and_validate_values)
+    validators[name] = dataclasses.replace(original, func=validated)
 
     def undo() -> None:
-      validators[_VALIDATOR] = original
-      _rebuild([cls])
+      validators[name] = original
+      rebuild([cls])
 
     self.patches.also(undo)
 
@@ -153,12 +162,12 @@ def _shown(config: Any, values: dict[str, Any]) -> Any:
       setattr(config, name, value)
 
 
-def _descendants(types: ModuleType, base: Any) -> set[Any]:
+def descendants(types: ModuleType, base: Any) -> set[Any]:
   """The classes of MaxText's config module that are `base` or derive from it."""
   return {value for value in vars(types).values() if isinstance(value, type) and issubclass(value, base)}
 
 
-def _rebuild(classes: Iterable[Any]) -> None:
+def rebuild(classes: Iterable[Any]) -> None:
   """Compiles pydantic schemas anew, bases first."""
   for cls in sorted(classes, key=lambda cls: len(cls.__mro__)):
     cls.model_rebuild(force=True)

@@ -1,9 +1,12 @@
 """Seam: one more member in MaxText's closed enum of decoder blocks, before its config schemas are compiled."""
 
 import enum
+import functools
 import inspect
+import sys
 from typing import Any
 
+from maxtext_ling2.host.config_fields import descendants, rebuild
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import Conflict, StandDown
 from maxtext_ling2.host.registry import Seam
@@ -44,7 +47,7 @@ class DecoderBlockSeam(Seam):
     import aenum
 
     aenum.extend_enum(DecoderBlockType, self.member, self.value)
-    self.patches.also(lambda: _remove(DecoderBlockType, self.member, self.value))
+    self.patches.also(functools.partial(_remove, DecoderBlockType, self.member, self.value))
 
 
 def _remove(cls: Any, member: str, value: str) -> None:
@@ -54,3 +57,6 @@ def _remove(cls: Any, member: str, value: str) -> None:
   del cls._value2member_map_[value]
   if member in cls.__dict__:
     type.__delattr__(cls, member)
+  types = sys.modules.get("maxtext.configs.types")
+  if types is not None:  # its compiled schemas know the member
+    rebuild(descendants(types, types.ModelArchitecture))

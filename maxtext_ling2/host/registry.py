@@ -95,6 +95,11 @@ class Registry:
     """Whether nothing has gone wrong so far."""
     return not self.breaches and self.stood_down is None
 
+  @property
+  def installed(self) -> bool:
+    """Whether `install` was called, that is, whether the plugin was loaded in this process."""
+    return self._installed
+
   def install(self) -> None:
     """Arranges for each seam to be applied when its module is imported. Idempotent."""
     if self._installed:
@@ -201,7 +206,9 @@ class Registry:
       if self.usable and seam.state is not State.APPLIED and (seam.needed_for_training or not only_training):
         try:
           importlib.import_module(seam.module)  # its hook applies the seam
-        except ImportError as error:
+        except Ling2Error:
+          raise
+        except Exception as error:  # whatever stops it, the user needs to know for which seam it was needed
           self.breaches.append(Breach(seam.name, f"the module {seam.module}", f"{type(error).__name__}: {error}"))
           self._undo_all()
           seam.state = State.FAILED
