@@ -89,9 +89,14 @@ def test_the_trainer_ends_with_the_demo(files: Run, number: signal.Signals) -> N
     os.kill(os.getpid(), number)
 
   before = signal.getsignal(signal.SIGTERM)
-  threading.Thread(target=interrupt, daemon=True).start()
-  with pytest.raises(KeyboardInterrupt):
-    train.train(trainer(files, [], "hang"), {"ASKED": "yes"}, files, Console(quiet=True))
+  # A shell starts its background jobs with SIGINT ignored, and so may whoever runs the tests.
+  inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+      train.train(trainer(files, [], "hang"), {"ASKED": "yes"}, files, Console(quiet=True))
+  finally:
+    signal.signal(signal.SIGINT, inherited)
   assert not alive(int(pid_file.read_text()))
   assert signal.getsignal(signal.SIGTERM) is before
 
