@@ -12,6 +12,7 @@ from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.decoder_block import DecoderBlockSeam
+from maxtext_ling2.host.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.flops import FlopsSeam
 from maxtext_ling2.host.hf_tables import HfTablesSeam
 from maxtext_ling2.host.model_classes import ModelClassesSeam
@@ -20,6 +21,7 @@ from maxtext_ling2.host.muon import MuonSeam
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.shared_expert import SharedExpertSeam
 from maxtext_ling2.host.train_step import TrainStepSeam
+from maxtext_ling2.host.weight_variables import WeightLoadingSeam, WeightVariablesSeam
 
 CONFIGS = Path(__file__).parent / "configs"
 MODEL_NAMES = tuple(sorted(path.stem for path in (CONFIGS / "models").glob("*.yml")))
@@ -74,7 +76,10 @@ REGISTRY = Registry(
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
+    EvalMetricsSeam(("evaluation/moe_z_loss",)),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
+    WeightVariablesSeam(),
+    WeightLoadingSeam(),
     MuonSeam(("query_key_value", "output_gate")),
     HfTablesSeam({}),
   ),

@@ -15,6 +15,7 @@ from maxtext.layers.initializers import nd_dense_init
 from maxtext.utils import maxtext_utils
 
 from maxtext_ling2.host.moe_view import DeepSeekRoutingView
+from maxtext_ling2.host.weight_variables import MARK
 
 Z_LOSS_NAME = "moe_z_loss"
 """Under this name a router sows its raw z-loss."""
@@ -42,7 +43,7 @@ class Router(nnx.Module):
     """A parameter with gradient and optimizer state, or a variable that only loss-free balancing moves."""
     bias = jnp.zeros((config.num_experts,), config.routed_bias_dtype or config.weight_dtype)
     variable = nnx.Param if config.enable_routed_bias_grad else moe.MoEBiasVar
-    return variable(bias, out_sharding=(None,))
+    return variable(bias, out_sharding=(None,), **{MARK: True})
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Raw router logits [B, T, E], float32."""

@@ -1,0 +1,51 @@
+"""Seam: metrics of the eval step that MaxText's logger does not know, and would drop.
+
+The logger sums a fixed list of metrics over the batches of an evaluation and writes their means.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+
+_LOGGER = "maxtext.common.metric_logger"
+
+
+class EvalMetricsSeam(Seam):
+  """Writes the mean of further metrics over the batches of an evaluation.
+
+  Args:
+    names: as the eval step returns them.
+  """
+
+  name = "eval metrics"
+  module = _LOGGER
+  expectations = (
+    Expectation(f"{_LOGGER}:MetricLogger._accumulate_eval_metrics", parameters=("metrics",)),
+    Expectation(f"{_LOGGER}:MetricLogger._finalize_eval_metrics", parameters=("train_step",)),
+  )
+
+  def __init__(self, names: Sequence[str]):
+    super().__init__()
+    self.names = tuple(names)
+
+  def apply(self) -> None:
+    from maxtext.common.metric_logger import MetricLogger
+
+    self.patches.wrap(MetricLogger, "_accumulate_eval_metrics", self._accumulate)
+    self.patches.wrap(MetricLogger, "_finalize_eval_metrics", self._finalize)
+
+  def _accumulate(self, original: Callable[..., Any], logger: Any, metrics: Any) -> Any:
+    scalars, sums = metrics.get("scalar", {}), logger.cumulative_eval_metrics["scalar"]
+    for name in self.names:
+      if name in scalars:
+        sums[name] += float(scalars[name])
+    return original(logger, metrics)
+
+  def _finalize(self, original: Callable[..., Any], logger: Any, train_step: int) -> Any:
+    sums = logger.cumulative_eval_metrics["scalar"]
+    for name in self.names:
+      if name in sums:
+        sums[name] /= logger._pending_eval_step_count
+    return original(logger, train_step)

@@ -1,0 +1,132 @@
+"""Seam: variables that are no parameters but belong to a checkpoint's weights.
+
+MaxText stores `nnx.Param` under `params/params` and every other variable under `nnx_aux`, where only a full resume looks:
+loading the weights of a training checkpoint (fine-tuning, decoding) then misses them. A variable whose metadata has
+`MARK` is stored with the weights instead, wherever MaxText writes or reads a training state. Its place on disk is so the
+same whether it is trained, and the same in training and converted checkpoints.
+
+A checkpoint that lacks such a variable can be loaded all the same: it keeps its initial value, and the log says so.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+
+MARK = "stored_with_weights"
+
+_STATE = "maxtext.common.train_state_nnx"
+_CHECKPOINTING = "maxtext.common.checkpointing"
+_SHOWN = 3
+
+
+class WeightVariablesSeam(Seam):
+  """Moves marked variables from `nnx_aux` to `params/params` on disk."""
+
+  name = "weight variables"
+  module = _STATE
+  expectations = (
+    Expectation(f"{_STATE}:split_for_checkpoint", parameters=("state",)),
+    Expectation(f"{_STATE}:to_checkpoint_dict", parameters=("state",)),
+  )
+
+  def apply(self) -> None:
+    from maxtext.common import train_state_nnx
+
+    self.patches.wrap(train_state_nnx, "split_for_checkpoint", _split)
+
+
+class WeightLoadingSeam(Seam):
+  """Lets a checkpoint without marked variables be loaded."""
+
+  name = "weight loading"
+  module = _CHECKPOINTING
+  expectations = (
+    Expectation(
+      f"{_CHECKPOINTING}:load_params_from_path", parameters=("load_parameters_from_path", "abstract_unboxed_params")
+    ),
+    Expectation(f"{_CHECKPOINTING}:load_state_if_possible"),
+    Expectation(f"{_CHECKPOINTING}:_normalize_checkpoint_root", parameters=("path_str",)),
+  )
+
+  def apply(self) -> None:
+    from maxtext.common import checkpointing
+
+    self.patches.wrap(checkpointing, "load_params_from_path", _load_params)
+    self.patches.wrap(checkpointing, "load_state_if_possible", _load_state)
+
+
+def _marked(variable: Any) -> bool:
+  get_metadata = getattr(variable, "get_metadata", None)
+  return get_metadata is not None and bool(get_metadata().get(MARK))
+
+
+def _split(original: Callable[..., Any], state: Any) -> Any:
+  """MaxText's (weights and optimizer, others, not stored), with marked variables among the weights."""
+  from flax import nnx
+
+  stored, others, ephemeral = original(state)
+  flat = nnx.to_flat_state(others)
+  moved = [(path, variable) for path, variable in flat if _marked(variable)]
+  if not moved:
+    return stored, others, ephemeral
+  kept = nnx.from_flat_state([(path, variable) for path, variable in flat if not _marked(variable)])
+  return nnx.merge_state(stored, nnx.from_flat_state(moved)), kept, ephemeral
+
+
+def _load_params(original: Callable[..., Any], path: str, abstract: Any, *rest: Any, **kwargs: Any) -> Any:
+  """MaxText's weights-only load, without the marked variables that the checkpoint does not have."""
+  from flax import nnx
+
+  if not isinstance(abstract, nnx.State):
+    return original(path, abstract, *rest, **kwargs)
+  flat = nnx.to_flat_state(abstract)
+  marked = {tuple(key) for key, variable in flat if _marked(variable)}
+  absent = marked - _stored(path) if marked else set()
+  if absent:
+    _say_initialised(path, absent)
+    abstract = nnx.from_flat_state([(key, variable) for key, variable in flat if tuple(key) not in absent])
+  return original(path, abstract, *rest, **kwargs)
+
+
+def _stored(path: str) -> set[tuple[Any, ...]]:
+  """Paths of all weights in a checkpoint, in every collection."""
+  from etils import epath
+  from flax.traverse_util import flatten_dict
+  from maxtext.common import checkpointing
+  from orbax.checkpoint import v1 as ocp
+
+  root = epath.Path(checkpointing._normalize_checkpoint_root(path))
+  tree = ocp.metadata(root, checkpointable_name="items" if (root / "items").exists() else None).metadata
+  collections = tree.get("params", {}) if isinstance(tree, dict) else {}
+  return {key for collection in collections.values() if isinstance(collection, dict) for key in flatten_dict(collection)}
+
+
+def _load_state(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+  """MaxText's load; says which marked variables and optimizer slots it left at their initial values."""
+  import jax
+  from flax import nnx
+
+  restored, params = original(*args, **kwargs)
+  state = restored.get("items") if isinstance(restored, dict) else None
+  if isinstance(state, nnx.State):
+    flat = nnx.to_flat_state(state)
+    if any(_marked(variable) for _, variable in flat):
+      left = [
+        path
+        for path, variable in flat
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct) and not isinstance(variable, nnx.RngState)
+      ]
+      if left:
+        _say_initialised("the checkpoint", left)
+  return restored, params
+
+
+def _say_initialised(source: str, paths: Iterable[tuple[Any, ...]]) -> None:
+  from maxtext.utils import max_logging
+
+  names = sorted("/".join(map(str, path)) for path in paths)
+  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+  listed = ", ".join(names[:_SHOWN]) + more
+  max_logging.warning(f"LING2: {source} does not have {listed}: {len(names)} variable(s) start at their initial values")
