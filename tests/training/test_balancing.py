@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from router_model import balanced, chosen_experts
 
 from maxtext_ling2.training.balancing import load_metrics, updated_bias
-from tiny import Run, batch
+from tiny import Run, batch, config, weights
 
 
 def numpy_update(bias, counts, rate, zero_mean):
@@ -107,12 +108,82 @@ def test_nothing_else_moves_at_learning_rate_zero(counted):
 
 SMALL = {"base_num_decoder_layers": 3, "mtp_num_layers": 0}
 
+# The first of two layers has experts, and attention and embedding stand still: its router sees the same tokens each step.
+STEPS, RATE = 20, 2.0**-6
+ALONE = {"base_num_decoder_layers": 2, "mtp_num_layers": 0, "first_num_dense_layers": 0, "learning_rate": 0.0}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("zero_mean", [False, True])
+def test_twenty_steps_equal_a_router_in_numpy(sparse, zero_mean):
+  """Biases start at 0 and move by powers of two, so float32 adds them exactly; router logits are the model's."""
+  settings = {
+    "routed_bias_update_rate": RATE,
+    "routed_bias_zero_mean_update": zero_mean,
+    "sparse_matmul": sparse,
+    **ALONE,
+  }
+  start = with_biases(config(**ALONE), lambda bias: np.zeros_like(bias))
+  run = Run(start, opt_type="sgd", gradient_accumulation_steps=2, per_device_batch_size=2, **settings)
+  data = batch(run.config, packed=False)
+  logits = router_logits(run, data)
+  path = ("decoder", "layers_0", "moe", "MoeBlock_0", "gate", "bias")
+  c = run.config
+  expected = run.weights()[path]
+  for step in range(STEPS):
+    experts = chosen_experts(logits, expected, c.n_routing_groups, c.topk_routing_group, c.num_experts_per_tok)
+    expected = balanced(expected, np.bincount(experts.ravel(), minlength=c.num_experts), RATE, zero_mean)
+    run.step(data)
+    np.testing.assert_array_equal(run.weights()[path], expected, err_msg=f"step {step}")
+
+
+def with_biases(cfg, change):
+  """The tiny weights, with `change(bias)` in place of every router bias."""
+  return {path: change(value) if path[-2:] == ("gate", "bias") else value for path, value in weights(cfg).items()}
+
+
+def router_logits(run, data):
+  """Logits [B * T, E] of the first layer's router, float32."""
+  import jax
+  from flax import nnx
+
+  from maxtext_ling2.host import session
+  from maxtext_ling2.model.moe import Router
+
+  seen = []
+  original = Router.logits
+
+  def keep(self, x):
+    logits = original(self, x)
+    jax.debug.callback(lambda value: seen.append(np.asarray(value)), logits, ordered=True)
+    return logits
+
+  Router.logits = keep
+  try:
+    model = nnx.merge(run.graph, run.state).model
+    with session.model_context(run.config, run.mesh):
+      model(data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False)
+    jax.effects_barrier()
+  finally:
+    Router.logits = original
+  return seen[0].reshape(-1, run.config.num_experts)
+
 
 def test_imbalance_falls():
   run = Run(opt_type="sgd", learning_rate=0.0, routed_bias_update_rate=0.05, **SMALL)
   data = batch(run.config, packed=False)
   loads = [np.mean([v for k, v in run.step(data).items() if "max_over_mean_load" in k]) for _ in range(25)]
   assert loads[-1] < 0.75 * loads[0]
+
+
+def test_imbalance_of_a_skewed_router_falls():
+  """All routers start with one expert far ahead of the others."""
+  skewed = with_biases(config(**SMALL), lambda bias: np.arange(bias.size, dtype=np.float32) * 0.2)
+  run = Run(skewed, opt_type="sgd", learning_rate=0.0, routed_bias_update_rate=0.05, **SMALL)
+  data = batch(run.config, packed=False)
+  loads = [run.step(data)["learning/moe/max_over_mean_load/layer_001"] for _ in range(60)]
+  assert loads[0] > 3.0  # of 4 at most: 8 experts, 2 a token
+  assert loads[-1] < 1.6
 
 
 def test_evaluation_leaves_biases_alone():
@@ -131,6 +202,22 @@ def test_rate_zero_leaves_biases_alone_but_counts():
   assert metrics["learning/moe/max_over_mean_load/layer_001"] > 1.0
   for path, value in biases(run.weights()).items():
     np.testing.assert_array_equal(before[path], value)
+
+
+def test_task_gradient_of_a_trainable_bias_is_zero():
+  """The bias only selects experts, so nothing flows back to it, with a z-loss too."""
+  run = Run(
+    enable_routed_bias_grad=True, opt_type="sgd", learning_rate=1e3, routed_bias_update_rate=0.0, moe_z_loss_weight=1.0,
+    gradient_clipping_threshold=0.0, **SMALL,
+  )  # fmt: skip
+  before = run.weights()
+  run.step(batch(run.config))
+  after = run.weights()
+  for path, value in before.items():
+    if path[-2:] == ("gate", "bias"):
+      np.testing.assert_array_equal(after[path], value)
+    elif path[-2:] == ("gate", "kernel"):
+      assert np.abs(after[path] - value).max() > 0
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -1,0 +1,145 @@
+"""Training goes on from a checkpoint as if it had never stopped, through MaxText's own trainer in new processes."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from stock_runs import arguments, checkpoint, metrics, run, start, write_documents
+
+CASES = list(itertools.product([False, True], [1, 2]))
+
+
+def case_name(scan, accumulation):
+  return f"{'scanned' if scan else 'unrolled'}_{accumulation}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+  return write_documents(folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, data):
+  """In one process 10 steps, and 5 steps; in a second one, 5 more."""
+  first, second = [], []
+  for scan, accumulation in CASES:
+    name = case_name(scan, accumulation)
+    settings = data | {"scan_layers": scan, "gradient_accumulation_steps": accumulation}
+    first.append(arguments(folder, f"straight_{name}", f"straight_{name}", 10, **settings))
+    first.append(arguments(folder, f"parts_{name}", f"first_{name}", 5, **settings))
+    second.append(arguments(folder, f"parts_{name}", f"second_{name}", 10, **settings))
+  run(folder, *first)
+  run(folder, *second)
+  return folder
+
+
+@pytest.mark.parametrize(("scan", "accumulation"), CASES)
+def test_metrics_go_on_to_the_bit(resumed, scan, accumulation):
+  name = case_name(scan, accumulation)
+  straight = metrics(resumed, f"straight_{name}")
+  parts = metrics(resumed, f"first_{name}") | metrics(resumed, f"second_{name}")
+  assert sorted(straight) == list(range(10))
+  assert min(metrics(resumed, f"second_{name}")) == 5
+  assert parts == straight
+
+
+@pytest.mark.parametrize(("scan", "accumulation"), CASES)
+def test_everything_in_the_checkpoint_is_equal_to_the_bit(resumed, scan, accumulation):
+  name = case_name(scan, accumulation)
+  straight, parts = (checkpoint(resumed, f"{kind}_{name}", 9) for kind in ("straight", "parts"))
+  assert set(straight) == set(parts)
+  for path, value in straight.items():
+    np.testing.assert_array_equal(parts[path], value, err_msg=path)
+
+
+def test_what_a_checkpoint_holds(resumed):
+  stored = checkpoint(resumed, "straight_unrolled_1", 9)
+  biases = [path for path in stored if path.endswith("['gate']['bias']")]
+  assert len(biases) == 5 + 1  # all layers but the dense one, and MTP; weights only, no optimizer slot
+  assert all(path.startswith("['params']['params']") for path in biases)
+  assert all(np.abs(stored[path]).max() > 0 for path in biases)
+  assert not [path for path in stored if "counts" in path or "z_loss" in path]
+  for slot in ("mu", "nu"):
+    assert any(f"['{slot}']" in path and "mtp_block" in path and "MoeBlock_0" in path for path in stored)
+
+
+# Checkpoints that differ from the model in the router bias, which is no parameter here.
+NO_BIAS = {"routed_bias": False, "routed_bias_update_rate": 0.0}
+
+
+@pytest.fixture(scope="module")
+def other_checkpoints(folder, data, resumed):
+  """Loads checkpoints without a bias, with a trained one, and the weights of a training checkpoint."""
+  data = data | {"scan_layers": False}
+  run(
+    folder,
+    arguments(folder, "without", "without_1", 2, **data, **NO_BIAS),
+    arguments(folder, "trained", "trained_1", 2, **data, enable_routed_bias_grad=True),
+  )
+  frozen = {"routed_bias_update_rate": 0.0, "learning_rate": 0.0}
+  weights = {"learning_rate": 0.0, "load_parameters_path": folder / "straight_unrolled_1/checkpoints/9/items"}
+  old = weights | {"load_parameters_path": folder / "without/checkpoints/1/items"}
+  printed = run(
+    folder,
+    arguments(folder, "trained", "trained_2", 3, **data | frozen),
+    arguments(folder, "weights", "weights", 1, **data | weights | frozen),
+  )
+  outputs = [
+    run(folder, arguments(folder, "without", "without_2", 3, **data | frozen)),
+    run(folder, arguments(folder, "old_weights", "old_weights", 1, **data | old | frozen)),
+  ]
+  return printed, outputs
+
+
+def bias_norms(line):
+  return {key: value for key, value in line.items() if "bias_norm" in key}
+
+
+@pytest.mark.parametrize(("index", "metrics_name", "step"), [(0, "without_2", 2), (1, "old_weights", 0)])
+def test_a_checkpoint_without_biases_loads_and_says_so(other_checkpoints, folder, index, metrics_name, step):
+  output = other_checkpoints[1][index]
+  assert "does not have" in output and "gate/bias" in output and "6 variable(s) start at their initial values" in output
+  assert set(bias_norms(metrics(folder, metrics_name)[step]).values()) == {0.0}
+
+
+def test_a_trained_bias_is_found_where_it_is_no_parameter(other_checkpoints, folder):
+  assert "does not have" not in other_checkpoints[0]
+  before = bias_norms(metrics(folder, "trained_1")[1])
+  assert min(before.values()) > 0
+  assert bias_norms(metrics(folder, "trained_2")[2]) == before
+
+
+def test_the_weights_of_a_training_checkpoint_include_the_biases(other_checkpoints, folder):
+  before = bias_norms(metrics(folder, "straight_unrolled_1")[9])
+  assert bias_norms(metrics(folder, "weights")[0]) == before
+
+
+def test_killed_during_a_save_the_previous_checkpoint_restores(folder, data):
+  settings = data | {"scan_layers": True, "checkpoint_period": 1}
+  process = start(folder, arguments(folder, "killed", "killed_1", 1000, **settings))
+  checkpoints = folder / "killed" / "checkpoints"
+
+  def unfinished():
+    names = (path.name.partition(".orbax-checkpoint-tmp") for path in checkpoints.glob("*"))
+    return [number for number, temporary, _ in names if temporary and int(number) >= 2]
+
+  deadline = time.monotonic() + 300
+  try:
+    while not unfinished():
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.0005)
+  finally:
+    process.kill()
+    output, _ = process.communicate()
+  assert unfinished(), output[-3000:]
+  complete = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+  last = max(complete)
+  run(folder, arguments(folder, "killed", "killed_2", last + 3, **settings))
+  assert sorted(metrics(folder, "killed_2")) == [last + 1, last + 2]
+  assert all(np.isfinite(list(line.values())).all() for line in metrics(folder, "killed_2").values())
