@@ -72,7 +72,7 @@ REGISTRY = Registry(
       {"MaxTextConfig": validation.validate, "RLConfig": validation.validate_rl},
       validation.shown_to_maxtext,
     ),
-    ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS),
+    ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS, DECODER_BLOCK, validation.INSTEAD_OF_BASE),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),

@@ -10,6 +10,9 @@ from typing import Any
 from maxtext_ling2.configs.fields import DEFAULTS
 
 DECODER_BLOCK = "ling2"
+INSTEAD_OF_BASE = {"mla_naive_kvcache": "false"}
+"""What a LING2 model takes where only MaxText's base.yml says otherwise; see `_mla`."""
+
 BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -111,6 +114,12 @@ def _mla(c: Any) -> Iterator[str]:
   for field in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
     if getattr(c, field) <= 0:
       yield f"{field}={getattr(c, field)}: a dimension of MLA must be positive"
+  if c.mla_naive_kvcache:
+    yield (
+      "mla_naive_kvcache=true: that cache needs keys and values of one size, but LING2's are "
+      f"{c.qk_nope_head_dim + c.qk_rope_head_dim} and {c.v_head_dim}; leave it out or set it to false: the cache then holds "
+      "the latents"
+    )
   if c.qk_rope_head_dim % 2:
     yield f"qk_rope_head_dim={c.qk_rope_head_dim}: RoPE rotates pairs of dimensions, so it must be even"
 

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
-from maxtext_ling2.host.request import requested
+from maxtext_ling2.host.request import asks_for, explicit, requested
 
 _PYCONFIG = "maxtext.configs.pyconfig"
 
@@ -26,6 +26,8 @@ class ModelYmlSeam(Seam):
     folder: the plugin's configs folder.
     model_names: the models whose ymls it holds.
     field_defaults: the plugin's fields, which no base yml names, with their defaults.
+    decoder_block: the plugin's value of `decoder_block`.
+    instead_of_base: for fields of MaxText: the value that the plugin's models take unless the user gives one himself.
   """
 
   name = "model yml"
@@ -43,11 +45,15 @@ class ModelYmlSeam(Seam):
     folder: Path,
     model_names: Sequence[str],
     field_defaults: dict[str, Any],
+    decoder_block: str,
+    instead_of_base: dict[str, str],
   ):
     super().__init__()
     self.folder = folder
     self.model_names = tuple(model_names)
     self.field_defaults = field_defaults
+    self.names = (*self.model_names, decoder_block)
+    self.instead_of_base = instead_of_base
 
   def apply(self) -> None:
     from maxtext.configs import pyconfig
@@ -62,6 +68,8 @@ class ModelYmlSeam(Seam):
     path, words = original(argv, **kwargs)
     settings = requested(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
     self._refuse_environment(settings)
+    if asks_for(settings, self.names):
+      words = [*words, *self._unless_given(path, words, kwargs)]
     model_name = settings.get("model_name")
     if model_name in self.model_names:
       if not (self.folder / "models" / f"{model_name}.yml").is_file():
@@ -71,6 +79,14 @@ class ModelYmlSeam(Seam):
         )
       path = str(self.folder / quote(path, safe=""))
     return path, words
+
+  def _unless_given(self, path: str, words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
+    """Words that replace what MaxText's own base yml says."""
+    return [
+      f"{field}={value}"
+      for field, value in self.instead_of_base.items()
+      if explicit(field, words, kwargs, path, self._configs_folder) is None
+    ]
 
   def _refuse_environment(self, settings: dict[str, str]) -> None:
     """MaxText applies M_MODEL_NAME after the yml was chosen, and would train another model under our name."""

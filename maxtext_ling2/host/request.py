@@ -36,20 +36,46 @@ def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder
   return settings
 
 
+def explicit(field: str, words: Sequence[str], kwargs: dict[str, Any], yml: str, configs_folder: str) -> str | None:
+  """The value that a user gives a field, as text, or None where only MaxText's own ymls name it.
+
+  Args:
+    field: name of the field.
+    words: `key=value` words of the command line.
+    kwargs: keyword arguments, which win over the words.
+    yml: the base yml.
+    configs_folder: MaxText's own ymls: what stands in them nobody has asked for.
+  """
+  if field in kwargs:
+    return str(kwargs[field])
+  given = [word.partition("=")[2] for word in words if word.startswith(f"{field}=")]
+  if given:
+    return given[-1]
+  if f"M_{field.upper()}" in os.environ:
+    return os.environ[f"M_{field.upper()}"]
+  setting = re.compile(rf"^{field}\s*:\s*(?P<value>[^#\n]+)", re.MULTILINE)
+  for text in _chain(yml, configs_folder, skip=configs_folder):
+    match = setting.search(text)
+    if match:
+      return match["value"].strip()
+  return None
+
+
 def asks_for(settings: dict[str, str], names: Iterable[str]) -> bool:
   """Whether one of the settings is one of `names`."""
   return bool(set(settings.values()) & set(names))
 
 
-def _chain(yml: str | None, configs_folder: str) -> Iterable[str]:
-  """The texts of a yml and the ymls it inherits from, the heir first."""
+def _chain(yml: str | None, configs_folder: str, skip: str | None = None) -> Iterable[str]:
+  """The texts of a yml and the ymls it inherits from, the heir first; without those in the folder `skip`."""
   seen: set[str] = set()
   path = _existing(yml, [os.curdir, configs_folder]) if yml else None
   while path is not None and path not in seen:
     seen.add(path)
     with open(path, encoding="utf-8", errors="replace") as file:
       text = file.read()
-    yield text
+    if skip is None or os.path.commonpath([os.path.abspath(skip), path]) != os.path.abspath(skip):
+      yield text
     match = _SETTING["base_config"].search(text)
     parent = match["value"].strip().strip("'\"") if match else None
     path = _existing(parent, [os.path.dirname(path), configs_folder]) if parent else None

@@ -1,9 +1,13 @@
-"""Which positions MTP scores."""
+"""Which positions MTP scores, and what its second depth is fed with."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from maxtext_ling2.model.mtp import scored_tokens
+from maxtext_ling2.host import session
+from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock, scored_tokens
+from tiny import Run, batch, cached_run
 
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]])
 
@@ -34,3 +38,92 @@ def test_masks_are_zero_and_one():
   (mask,) = scored_tokens(scored, SEGMENTS, 1)
   assert set(np.unique(mask)) <= {0, 1}
   np.testing.assert_array_equal(mask[0], [1, 1, 0, 0, 1, 0, 0, 0, 0, 0])
+
+
+TWO = {"base_num_decoder_layers": 3, "mtp_num_layers": 2, "opt_type": "sgd"}
+
+
+def shifted(x, segments):
+  """x [B, T] one step to the left; 0 where the next token is another document's, or none."""
+  result = np.zeros_like(x)
+  same = segments[:, 1:] == segments[:, :-1]
+  result[:, :-1] = np.where(same, x[:, 1:], 0)
+  return result
+
+
+def test_two_depths_by_hand(monkeypatch):
+  """Depth 2 gets depth 1's normalised output and the token two further on; the loss is the mean over both depths."""
+  run = cached_run(**TWO)
+  data = batch(run.config, seed=3)
+  from flax import nnx
+
+  network = nnx.merge(run.graph, run.state).model
+  seen = {}
+  original = Ling2MultiTokenPredictionBlock.__call__
+
+  def keep(self, shared_embedding, main_hidden_state, *args, **kwargs):
+    seen.update(block=self, embedding=shared_embedding, hidden=main_hidden_state, kwargs=kwargs)
+    return original(self, shared_embedding, main_hidden_state, *args, **kwargs)
+
+  monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "__call__", keep)
+  segments = data["inputs_segmentation"]
+  with session.model_context(run.config, run.mesh):
+    network(
+      data["inputs"], data["inputs_position"], segments, enable_dropout=False,
+      decoder_target_tokens=data["targets"], decoder_target_mask=data["targets_segmentation"],
+    )  # fmt: skip
+    block, decoder = seen["block"], network.decoder
+    hidden = decoder.decoder_norm(seen["hidden"])
+    ids, targets, scored = data["inputs"], data["targets"], (data["targets_segmentation"] != 0).astype(int)
+    losses = []
+    for depth in (1, 2):
+      ids, targets, scored = (shifted(x, segments) for x in (ids, targets, scored))
+      layer = getattr(block, f"mtp_layer_{depth}")
+      hidden = layer.final_norm(
+        layer(
+          hidden,
+          jnp.asarray(network.token_embedder.embedding[...])[ids],
+          position_ids=data["inputs_position"],
+          decoder_segment_ids=segments,
+          deterministic=True,
+          model_mode="train",
+        )  # fmt: skip
+      )
+      logits = hidden @ decoder.logits_dense.kernel[...]
+      picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+      losses.append(float(-(picked * scored).sum() / scored.sum()))
+  metrics = Run(**TWO).step(data)
+  assert metrics["learning/mtp_loss"] == pytest.approx(run.config.mtp_loss_scaling_factor * np.mean(losses), rel=1e-5)
+  assert {name for name in metrics if "mtp_layer" in name} == {
+    f"learning/moe/{kind}/mtp_layer_{depth}"
+    for kind in ("bias_norm", "max_over_mean_load", "dead_expert_fraction")
+    for depth in (1, 2)
+  }
+
+
+def test_acceptance_rate_of_evaluation(monkeypatch):
+  """Percent of scored positions where depth 1 predicts what the main head predicts one position further on."""
+  run = cached_run(**TWO, mtp_eval_target_module=1)
+  data = batch(run.config, seed=3)
+  seen = {}
+  original = Ling2MultiTokenPredictionBlock._publish_predictions
+
+  def keep(self, predictions, masks):
+    jax.debug.callback(lambda p, m: seen.update(predictions=np.asarray(p), mask=np.asarray(m)), predictions[0], masks[0])
+    original(self, predictions, masks)
+
+  monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "_publish_predictions", keep)
+  from flax import nnx
+
+  network = nnx.merge(run.graph, run.state).model
+  with session.model_context(run.config, run.mesh):
+    logits = network(
+      data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False,
+      decoder_target_tokens=data["targets"], decoder_target_mask=data["targets_segmentation"],
+    )  # fmt: skip
+  rate = float(run.evaluate(data)["evaluation/mtp_acceptance_rate_percent"])
+  main = np.asarray(logits).argmax(-1)
+  agrees = seen["predictions"][:, :-1] == main[:, 1:]
+  mask = seen["mask"][:, :-1]
+  assert mask.sum() > 20
+  assert rate == pytest.approx(100 * (agrees * mask).sum() / seen["mask"].sum(), abs=1e-3)

@@ -85,10 +85,52 @@ def without_remat():
   return run.step(batch(run.config))
 
 
-@pytest.mark.parametrize("policy", ["full", "minimal", "minimal_with_context", "save_out_proj", "custom"])
+POLICIES = (
+  "full", "minimal", "minimal_with_context", "minimal_with_quantization", "minimal_with_context_and_quantization",
+  "save_dot_with_context_except_mlp", "save_dot_except_mlpwi", "save_dot_except_mlp", "save_qkv_proj", "save_out_proj",
+  "custom", "qkv_proj_offloaded", "minimal_offloaded",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_remat_changes_no_number(policy, without_remat):
   saved = {"query_proj": "device", "out_proj": "device"} if policy == "custom" else {}
   run = Run(remat_policy=policy, **REMAT, **saved)
   metrics = run.step(batch(run.config))
   for name, value in without_remat.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("policy", "names"),
+  [
+    ("save_qkv_proj", {"query_proj", "key_proj", "value_proj", "qkv_proj"}),
+    ("save_out_proj", {"out_proj"}),
+    ("minimal_with_context", {"query_proj", "key_proj", "value_proj", "context", "out_proj"}),
+  ],
+)
+def test_policies_know_the_tensors_of_linear_attention(policy, names):
+  """What a GLA layer names is saved by MaxText's policy, and `full` saves none of it."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+  from jax.ad_checkpoint import checkpoint_name
+
+  cfg = config(remat_policy=policy, **{key: value for key, value in REMAT.items() if key != "scan_layers"})
+  network, mesh = model(cfg)
+  layer, positions = network.decoder.layers_1.self_attention, jnp.arange(8)[None]
+  graph, state = nnx.split(layer)
+
+  def apply(state, x):
+    return nnx.merge(graph, state, copy=True)(x, None, positions, 1)
+
+  with session.model_context(cfg, mesh):
+    jaxpr = str(jax.make_jaxpr(apply)(state, jnp.ones((1, 8, 32))))
+  assert all(f"name={name}" in jaxpr for name in names)
+  policy = network.decoder.get_remat_policy()
+
+  def saved(name):
+    (equation,) = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(1.0).eqns
+    return bool(policy(equation.primitive, *(v.aval for v in equation.invars), **equation.params))
+
+  assert all(saved(name) for name in names - {"qkv_proj"}) and not saved("some_other_name")
