@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 pytest.register_assert_rewrite("gla_suite")
 
@@ -9,7 +11,7 @@ from gla_closed_form import closed_form, make_case  # noqa: E402
 from gla_suite import GlaSuite, assert_close, error, jit, run  # noqa: E402
 
 from maxtext_ling2.ops.gla import gla  # noqa: E402
-from maxtext_ling2.ops.gla.chunked import chunked  # noqa: E402
+from maxtext_ling2.ops.gla.chunked import in_chunks_of  # noqa: E402
 
 
 class TestReference(GlaSuite):
@@ -27,16 +29,18 @@ class TestChunked(GlaSuite):
     expected = closed_form(case)
     args = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.g)]
     options = {"segment_ids": jnp.asarray(case.ids), "initial_state": jnp.asarray(case.state), "scale": 8**-0.5}
-    o, state = jit(lambda: chunked(*args, **options, chunk_size=chunk_size))()
+    o, state = jit(lambda: in_chunks_of(chunk_size)(*args, **options, final=True))()
     assert_close({"o": o, "final_state": state}, {n: expected[n] for n in ("o", "final_state")}, 2e-6)
 
   def test_no_decay_overflows_before_it_is_masked(self):
     # An infinity that a mask hides in the results would show as NaN here; `gla` itself gives g no gradient.
     case = make_case(130, 3, 8)
     q, k, v, state = (jnp.asarray(x) for x in (case.q, case.k, case.v, case.state))
-    gradient = jit(jax.grad(lambda g: chunked(q, k, v, g, segment_ids=None, initial_state=state, scale=1.0)[0].sum()))(
-      jnp.float32([-50, -1, -1e-6])
-    )
+
+    def total(g):
+      return in_chunks_of(None).forward(q, k, v, g, None, state, scale=1.0, final=False, save=False)[0].sum()
+
+    gradient = jit(jax.grad(total))(jnp.float32([-50, -1, -1e-6]))
     assert bool(jnp.isfinite(gradient).all())
 
   @pytest.mark.parametrize("segments", [False, True], ids=["one_document", "segments"])
@@ -46,6 +50,20 @@ class TestChunked(GlaSuite):
     assert long <= 4.5 * short
     # A state for every token would be 64 times the input, the scores of all tokens 16 times or more.
     assert long <= 6 * (4 * 4096 * 2 * 64)
+
+
+class TestPallas(GlaSuite):
+  """The kernels on the CPU, in an interpreter that knows the TPU's memories and looks for races."""
+
+  backend = "pallas"
+  drift = 3e-6
+
+  @pytest.fixture(autouse=True)
+  def _interpreted(self):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+      yield
+    assert not interpret_pallas_call.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
 
 
 def temporary_bytes(length: int, gradient: bool, segments: bool) -> int:
@@ -72,7 +90,7 @@ def test_auto_is_chunked():
 
 def test_an_unknown_backend_is_named_with_the_choices():
   case = make_case(4, 3, 8)
-  with pytest.raises(ValueError, match="backend is 'triton', expected one of 'auto', 'reference', 'chunked'"):
+  with pytest.raises(ValueError, match="backend is 'triton', expected one of 'auto', 'reference', 'chunked', 'pallas'"):
     gla(case.q, case.k, case.v, case.g, backend="triton")
 
 
