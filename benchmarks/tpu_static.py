@@ -2,17 +2,17 @@
 
     python benchmarks/tpu_static.py benchmarks.gla_cases:forward --chip v6e --set length=4096 --set heads=16
 
-The target is a function that returns (function, arguments as jax.ShapeDtypeStruct). For each Mosaic kernel in the compiled
-program: VLIW cycles of one grid step, grid steps, the time of the schedule, the time its operands and results need at the
-bandwidth of the HBM, and the larger of the two, which is the estimate. The count repeats to the cycle.
+The target is a function that returns (function, arguments as jax.ShapeDtypeStruct). For each Mosaic kernel in the
+compiled program: VLIW cycles of one grid step, grid steps, the time of the schedule, the time its operands and results
+need at the bandwidth of the HBM, and the larger of the two, which is the estimate. The count repeats to the cycle.
 
-libtpu writes, for each kernel, one row per VLIW cycle with the slots in use (waiting cycles included), and the final bundles,
-whose marks tell the depth of loops; the exit test of the grid's loop compares with the number of steps + 2, the stages of
-the pipeline. So: cycles of a step = rows - bundles outside of the loop; time = steps * cycles / clock.
+libtpu writes, for each kernel, one row per VLIW cycle with the slots in use (waiting cycles included), and the final
+bundles, whose marks tell the depth of loops; the exit test of the grid's loop compares with the number of steps + 2, the
+stages of the pipeline. So: cycles of a step = rows - bundles outside of the loop; time = steps * cycles / clock.
 
-Limits. A branch counts as if it were always taken: what stands under two `pl.when` is added up (here that makes
-the tables, which a kernel fills once per group of heads, count in every step). A loop within a kernel, or around it, is refused:
-the schedule does not tell how often it runs. Contention for the HBM is not modelled, nor are the microseconds it takes to
+Limits. A branch counts as if it were always taken: what stands under two `pl.when` is added up (so the tables, which
+GLA's kernels fill once per group of heads, count in every step). A loop within a kernel, or around it, is refused: the
+schedule does not tell how often it runs. Contention for the HBM is not modelled, nor are the microseconds it takes to
 start a program: it is a lower bound, good for comparing variants.
 """
 

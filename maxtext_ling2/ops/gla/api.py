@@ -98,8 +98,9 @@ def gla(
   _check(q, k, v, g_gamma, segment_ids, initial_state)
   g_gamma = jax.lax.stop_gradient(jnp.asarray(g_gamma))
   scale = q.shape[3] ** -0.5 if scale is None else scale
-  options = {"segment_ids": segment_ids, "initial_state": initial_state, "scale": scale, "final": output_final_state}
-  return run(q, k, v, g_gamma, **options)
+  return run(
+    q, k, v, g_gamma, segment_ids=segment_ids, initial_state=initial_state, scale=scale, final=output_final_state
+  )
 
 
 def backends() -> tuple[str, ...]:

@@ -209,7 +209,7 @@ def _zero_state(keys: jax.Array, values: jax.Array) -> jax.Array:
 
 def _decays(segments: Segments, *, g_gamma: jax.Array, scale: float) -> _Decays:
   """Decays of a chunk whose segments are [B, C] (`whole`: [B, 1])."""
-  count, document = segments.count, segments.document
+  count, document = segments.position, segments.document
   same = jnp.tri(count.shape[1], dtype=bool) & (document[:, :, None] == document[:, None, :])  # [B, C, C]
   distance = jnp.where(same, count[:, :, None] - count[:, None, :], -1)
   g = g_gamma[:, None]  # [H, 1]

@@ -47,9 +47,8 @@ def backward(
     initial: whether to return the gradient of the initial state.
   """
   state = jax.ShapeDtypeStruct((grid.batch, grid.heads, grid.key_dim, grid.value_dim), jnp.float32)
-  shapes = Outputs(
-    *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.q, inputs.k, inputs.v)), state if initial else None
-  )
+  dq, dk, dv = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3])
+  shapes = Outputs(dq, dk, dv, state if initial else None)
   keys, values = grid.keys(), grid.values()
   in_specs = Inputs(keys, keys, values, values, grid.info(), grid.states(), grid.state())
   out_specs = Outputs(keys, keys, values, grid.state())
@@ -81,16 +80,15 @@ def _kernel(
 def _chunk(inputs: Inputs, outputs: Outputs, dstate: Ref, grid: Grid, index: int, decays: list[Decays]) -> None:
   """One chunk of all heads. All scores come first: they wait for nothing and keep the matrix units busy."""
   q, k, v, do = (grid.per_head(x, index) for x in inputs[:4])
-  dtype = do[0].dtype
-  scores = [(chunks.dot(q[h], k[h], NT) * d.between).astype(dtype) for h, d in enumerate(decays)]
-  dscores = [(chunks.dot(do[h], v[h], NT) * d.between).astype(dtype) for h, d in enumerate(decays)]
+  scores = [chunks.causal_scores(q[h], k[h], d.between) for h, d in enumerate(decays)]
+  dscores = [chunks.causal_scores(do[h], v[h], d.between) for h, d in enumerate(decays)]
   for h, d in enumerate(decays):
-    entering, leaving = inputs.states[0, h, index], dstate[h].astype(dtype)
+    entering, leaving = inputs.states[0, h, index], dstate[h].astype(do[h].dtype)
     k_end, v_end = chunks.scaled(k[h], d.until_end), chunks.scaled(v[h], d.until_end)
     do_start = chunks.scaled(do[h], d.since_start)
-    dv = chunks.dot(scores[h], do[h], TN) + chunks.dot(k_end, leaving, NN)
-    dq = chunks.dot(dscores[h], k[h], NN) + chunks.dot(do_start, entering, NT)
-    dk = chunks.dot(dscores[h], q[h], TN) + chunks.dot(v_end, leaving, NT)
+    dv = chunks.transposed_causal_dot(scores[h], do[h]) + chunks.dot(k_end, leaving, NN)
+    dq = chunks.causal_dot(dscores[h], k[h]) + chunks.dot(do_start, entering, NT)
+    dk = chunks.transposed_causal_dot(dscores[h], q[h]) + chunks.dot(v_end, leaving, NT)
     for block, x in ((outputs.dq, dq), (outputs.dk, dk), (outputs.dv, dv)):
       grid.write(block, index, h, x)
     dstate[h] = d.whole[:, : grid.value_dim] * dstate[h] + chunks.dot(q[h], do_start, TN)

@@ -69,6 +69,35 @@ def dot(x: jax.Array, y: jax.Array, contracted: tuple[Sequence[int], Sequence[in
   return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
+def causal_scores(x: jax.Array, y: jax.Array, between: jax.Array) -> list[jax.Array]:
+  """The lower triangle of (x y^T) * between, rounded to the dtype of x.
+
+  It comes in blocks of 128 rows, each up to the end of the block on the diagonal: [128, 128], [128, 256], ... What is
+  above is zero, and a matrix unit of 128 x 128 need not compute it.
+  """
+  blocks = []
+  for start in range(0, x.shape[0], _LANES):
+    stop = start + _LANES
+    product = dot(x[start:stop], y[:stop], NT) * between[start:stop, :stop]
+    blocks.append(product.astype(x.dtype))
+  return blocks
+
+
+def causal_dot(scores: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+  """Scores [C, C] in the blocks of `causal_scores`, by x [C, D]."""
+  return jnp.concatenate([dot(block, x[: block.shape[1]], NN) for block in scores])
+
+
+def transposed_causal_dot(scores: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+  """Scores [C, C] in the blocks of `causal_scores`, transposed, by x [C, D]."""
+  products = []
+  for index in range(len(scores)):
+    columns = slice(index * _LANES, (index + 1) * _LANES)
+    below = jnp.concatenate([block[:, columns] for block in scores[index:]])
+    products.append(dot(below, x[columns.start :], TN))
+  return jnp.concatenate(products)
+
+
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
   """x [C, D] times decay factors [C, W >= D] in float32, rounded to the dtype of x."""
   return (x.astype(jnp.float32) * factor[:, : x.shape[1]]).astype(x.dtype)
@@ -101,13 +130,13 @@ def masked_decays(distances: Distances, log2_g: jax.Array, scale: float) -> Deca
 def segment_info(segments: Segments) -> jax.Array:
   """Segments as the kernels read them: [B, INFO_ROWS, N * C] float32.
 
-  Rows: count, document, real, since_start, until_end, whole (at each token of the chunk), and two of zeros.
+  Rows: position, document, real, since_start, until_end, whole (at each token of the chunk), and two of zeros.
   """
-  whole = jnp.broadcast_to(segments.whole, segments.count.shape)
+  whole = jnp.broadcast_to(segments.whole, segments.position.shape)
   flows = [jnp.where(x < 0, _FAR, x) for x in (segments.since_start, segments.until_end, whole)]
-  rows = [segments.count, segments.document, segments.real, *flows]
-  rows += [jnp.zeros_like(segments.count)] * (INFO_ROWS - len(rows))
-  batch = segments.count.shape[0]
+  rows = [segments.position, segments.document, segments.real, *flows]
+  rows += [jnp.zeros_like(segments.position)] * (INFO_ROWS - len(rows))
+  batch = segments.position.shape[0]
   return jnp.stack([x.astype(jnp.float32).reshape(batch, -1) for x in rows], axis=1)
 
 

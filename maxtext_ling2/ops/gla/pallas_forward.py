@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from maxtext_ling2.ops.gla import pallas_chunk as chunks
-from maxtext_ling2.ops.gla.pallas_chunk import NN, NT, Ref, Tables
+from maxtext_ling2.ops.gla.pallas_chunk import NN, Decays, Ref, Tables
 from maxtext_ling2.ops.gla.pallas_grid import Grid, call, run_chunks
 
 
@@ -79,17 +79,19 @@ def _kernel(
       outputs.final_state[0] = state[...]
 
 
-def _chunk(inputs: Inputs, outputs: Outputs, state: Ref, grid: Grid, index: int, decays: list[chunks.Decays]) -> None:
+def _chunk(inputs: Inputs, outputs: Outputs, state: Ref, grid: Grid, index: int, decays: list[Decays]) -> None:
   """One chunk of all heads. All scores come first: they wait for nothing and keep the matrix units busy."""
   q, k, v = (grid.per_head(x, index) for x in inputs[:3])
-  scores = [(chunks.dot(q[h], k[h], NT) * d.between).astype(v[h].dtype) for h, d in enumerate(decays)]
+  scores = [chunks.causal_scores(q[h], k[h], d.between) for h, d in enumerate(decays)]
   for h, d in enumerate(decays):
     entering = state[h].astype(v[h].dtype)
     if outputs.states is not None:
       outputs.states[0, h, index] = entering
-    # Two products with v in one, so that its way into the matrix unit is paid once: [C + D, C] by [C, Dv].
-    left = jnp.concatenate([scores[h], jnp.transpose(chunks.scaled(k[h], d.until_end))])
-    within, added = jnp.split(chunks.dot(left, v[h], NN), [grid.tile.chunk])
+    *first, last = scores[h]
+    # Two products with v in one, so that its way into the matrix unit is paid once: [128 + D, C] by [C, Dv].
+    left = jnp.concatenate([last, jnp.transpose(chunks.scaled(k[h], d.until_end))])
+    last_within, added = jnp.split(chunks.dot(left, v[h], NN), [last.shape[0]])
+    within = [chunks.dot(x, v[h][: x.shape[1]], NN) for x in first]
     before = chunks.dot(chunks.scaled(q[h], d.since_start), entering, NN)
-    grid.write(outputs.o, index, h, within + before)
+    grid.write(outputs.o, index, h, jnp.concatenate([*within, last_within]) + before)
     state[h] = d.whole[:, : grid.value_dim] * state[h] + added

@@ -6,6 +6,7 @@ is tiled in another way on TPU, and a reshape between them is a copy.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class Grid:
   value_dim: int
   tile: Tile
   reverse: bool  # whether the steps go from the end of the sequence to its start
+  all_masked: bool = False  # treat every step as one with borders: only to count the cycles of such a step
 
   @property
   def tokens(self) -> int:
@@ -122,6 +124,8 @@ def call(
   Inputs and outputs are NamedTuples; specs are given for all of their fields, used for those that are not None.
   """
   flags = jnp.zeros((1, 1), jnp.int32) if flags is None else flags  # the kernel does not look at them then
+  g_gamma, flags, inputs = _vary_alike((g_gamma, flags, inputs))
+  out_shapes = jax.tree.map(functools.partial(_varying_shape, jax.typeof(inputs[0])), out_shapes)
   return pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -137,6 +141,22 @@ def call(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20, disable_bounds_checks=True
     ),
   )(g_gamma, flags, inputs)[0]
+
+
+def _vary_alike(arrays: Any) -> Any:
+  """Within a `jax.shard_map` that checks them, all arrays of a kernel must vary over the same mesh axes."""
+  varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+  def vary(x: jax.Array) -> jax.Array:
+    missing = tuple(varying - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(vary, arrays)
+
+
+def _varying_shape(like: Any, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """The shape of an output that varies over mesh axes as an input does."""
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=like.manual_axis_type)
 
 
 def _used(specs: Any, arrays: Any) -> Any:
@@ -183,6 +203,10 @@ def run_chunks(
     for index in order:
       distances = chunks.distances(info[0, :, grid.rows(index)], grid.width)
       one(index, [chunks.masked_decays(distances, g, scale) for g in log2_g])
+
+  if grid.all_masked:
+    masked()
+    return
 
   def clear() -> None:
     for index in order:

@@ -36,7 +36,7 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
   """`Implementation.forward`."""
   grid = _grid(q, v, reverse=False)
-  flags, info = _segments(segment_ids, grid)
+  flags, info = segments_by_step(segment_ids, grid)
   inputs = pallas_forward.Inputs(_flat(q), _flat(k), _flat(v), info, _padded_state(initial_state))
   found = pallas_forward.forward(inputs, g_gamma, flags, grid, scale=scale, final=final, save=save)
   key_dim, value_dim = q.shape[3], v.shape[3]
@@ -59,9 +59,10 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """`Implementation.backward`."""
   grid = _grid(q, v, reverse=True)
-  flags, info = _segments(segment_ids, grid)
-  tokens = (_flat(x) for x in (q, k, v, do))
-  inputs = pallas_backward.Inputs(*tokens, info, _padded_state(states), _padded_state(dfinal_state))
+  flags, info = segments_by_step(segment_ids, grid)
+  inputs = pallas_backward.Inputs(
+    _flat(q), _flat(k), _flat(v), _flat(do), info, _padded_state(states), _padded_state(dfinal_state)
+  )
   found = pallas_backward.backward(inputs, g_gamma, flags, grid, scale=scale, initial=initial)
   dstate = found.dinitial_state
   dstate = None if dstate is None else dstate[..., : q.shape[3], : v.shape[3]]
@@ -94,7 +95,7 @@ def _grid(q: jax.Array, v: jax.Array, *, reverse: bool) -> Grid:
   return Grid(batch, length, heads, key_dim, value_dim, tile, reverse)
 
 
-def _segments(segment_ids: jax.Array | None, grid: Grid) -> tuple[jax.Array | None, jax.Array | None]:
+def segments_by_step(segment_ids: jax.Array | None, grid: Grid) -> tuple[jax.Array | None, jax.Array | None]:
   """What each step holds [B, steps] int32 and the information on segments, or None where all is plain."""
   if segment_ids is None:
     if grid.length % grid.tokens == 0:

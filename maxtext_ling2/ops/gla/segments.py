@@ -13,7 +13,7 @@ class Segments(NamedTuple):
   """
 
   real: jax.Array  # [B, N, C] bool: whether the token is not padding
-  count: jax.Array  # [B, N, C] int32: real tokens of the chunk up to and with this place
+  position: jax.Array  # [B, N, C] int32: real tokens of the chunk up to and with this place
   document: jax.Array  # [B, N, C] int32: restarts in the chunk up to and with this place; 0 = that of the entering state
   since_start: jax.Array  # [B, N, C] int32: distance from the state that enters the chunk to this token
   until_end: jax.Array  # [B, N, C] int32: distance from this token to the state that leaves the chunk
@@ -37,7 +37,7 @@ def count_segments(segment_ids: jax.Array, chunk: int, num_chunks: int | None = 
   last_count, last_document = count[:, :, -1:], document[:, :, -1:]
   return Segments(
     real=real,
-    count=count,
+    position=count,
     document=document,
     since_start=jnp.where(document == 0, count, -1),
     until_end=jnp.where(document == last_document, last_count - count, -1),
