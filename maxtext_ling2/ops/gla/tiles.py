@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 
 _TILES: Final = {
-  "TPU v4": Tiles(Tile(128, 4, 2), Tile(128, 4, 2)),
+  "TPU v4": Tiles(Tile(128, 4, 4), Tile(128, 4, 2)),
   "TPU v5 lite": Tiles(Tile(256, 4, 8), Tile(256, 4, 8)),
   "TPU v5": Tiles(Tile(128, 8, 8), Tile(128, 8, 8)),
   "TPU v6 lite": Tiles(Tile(256, 4, 8), Tile(256, 4, 8)),
