@@ -1,4 +1,4 @@
-"""The config fields LING2 adds to MaxText: the RFC's 16, and the decay offset its sources disagree about.
+"""The config fields LING2 adds to MaxText: the RFC's 16, the decay offset its sources disagree about, GLA's backend.
 
 Names, owners, types and defaults are those of the RFC "Refactor PR1 - Ling2 config extension". A field that the installed
 MaxText already defines stays MaxText's own.
@@ -86,6 +86,14 @@ FIELDS = (
     "Offset of the layer index in linear attention's decay: 0 as trained (Megatron, SGLang, vLLM), 1 as in the Hugging "
     "Face code.",
   ),
+  Field(
+    "gla_backend",
+    "Qwen3Next",
+    "str",
+    "auto",
+    "What computes linear attention: pallas (a TPU kernel), chunked (plain JAX), reference (its recurrence, slow), or "
+    "auto: pallas on TPU, chunked elsewhere.",
+  ),
   Field("blend_cache_dir", "GrainDataset", "PathStr", "", "Cache folder of the blended Megatron dataset's indices."),
   Field("blend_index_dir", "GrainDataset", "PathStr", "", "Folder of pre-generated blended dataset indices."),
   Field("reset_attention_mask", "GrainDataset", "bool", True, "Start a new segment after each end-of-document token."),
@@ -104,5 +112,7 @@ FIELDS = (
     "with equal weight (Megatron: not --no-calculate-per-token-loss).",
   ),
 )
+
+GLA_BACKENDS = ("auto", "pallas", "chunked", "reference")  # those of ops/gla, named here so that no config needs JAX
 
 DEFAULTS = {field.name: field.default for field in FIELDS}

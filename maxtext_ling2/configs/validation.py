@@ -7,7 +7,7 @@ only, so that any object with MaxText's field names will do.
 from collections.abc import Iterator
 from typing import Any
 
-from maxtext_ling2.configs.fields import DEFAULTS
+from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
 
 DECODER_BLOCK = "ling2"
 INSTEAD_OF_BASE = {"mla_naive_kvcache": "false"}
@@ -106,6 +106,8 @@ def _layers(c: Any) -> Iterator[str]:
       f"gla_decay_layer_offset={c.gla_decay_layer_offset}: it must be 0 (as trained; Megatron, SGLang, vLLM) or 1 (as in "
       "the Hugging Face code)"
     )
+  if c.gla_backend not in GLA_BACKENDS:
+    yield f"gla_backend={c.gla_backend!r}: use one of {', '.join(GLA_BACKENDS)}; auto picks the fastest for the platform"
 
 
 def _mla(c: Any) -> Iterator[str]:
@@ -246,5 +248,6 @@ LING2_ONLY = (
   "group_norm_size",
   "use_linear_silu",
   "gla_decay_layer_offset",
+  "gla_backend",
   "calculate_per_token_loss",
 )

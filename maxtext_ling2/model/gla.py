@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from maxtext.common import common_types as ct
 from maxtext.layers.initializers import nd_dense_init
 from maxtext.layers.linears import DenseGeneral
 from maxtext.layers.normalizations import RMSNorm
@@ -20,9 +19,8 @@ from maxtext.utils.sharding import maybe_shard_with_logical
 
 from maxtext_ling2.model.norms import GatedGroupRMSNorm
 from maxtext_ling2.model.rope import rotary_embedding
-from maxtext_ling2.ops.gla import gla, log_decay
-
-_HEADS = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD, ct.KV_HEAD_DIM)
+from maxtext_ling2.model.sharded_gla import HEADS, sharded_gla
+from maxtext_ling2.ops.gla import log_decay
 
 
 class GatedLinearAttention(nnx.Module):
@@ -95,7 +93,8 @@ class GatedLinearAttention(nnx.Module):
     """
     q, k, v = self._project(x, positions)
     decay = log_decay(layer_index, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
-    o, _ = gla(q, k, v, jnp.asarray(decay), segment_ids=segment_ids)
+    backend = self.config.gla_backend
+    o = sharded_gla(q, k, v, jnp.asarray(decay), segment_ids, mesh=self.mesh, backend=backend)
     o = checkpoint_name(self._shard(o), "context")
     gate = checkpoint_name(self.output_gate(x), "output_gate")  # [B, T, H, D]
     flat = (*o.shape[:2], -1)
@@ -121,5 +120,5 @@ class GatedLinearAttention(nnx.Module):
 
   def _shard(self, x: jax.Array) -> jax.Array:
     return maybe_shard_with_logical(
-      x, _HEADS, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding
+      x, HEADS, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding
     )

@@ -17,7 +17,7 @@ import dataclasses
 from typing import Any
 
 from maxtext_ling2.model.layout import is_dense, is_mla
-from maxtext_ling2.ops.gla.chunked import CHUNK_SIZE
+from maxtext_ling2.ops.gla import chunk_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def training_tflops_per_device(config: Any) -> tuple[float, float, float]:
 
 def _gla(c: Any) -> ForwardFlops:
   heads, dim = c.num_query_heads, c.head_dim
-  operation = heads * (4 * min(CHUNK_SIZE, c.max_target_length) * dim + 4 * dim**2)
+  operation = heads * (4 * min(chunk_size(c.max_target_length), c.max_target_length) * dim + 4 * dim**2)
   return ForwardFlops(weights=10 * c.emb_dim * heads * dim, gla=operation)
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from maxtext_ling2.host import session
 
-# Name, class, type, default: the RFC's table, and the decay offset. Copied from spec/model.md section 9.
+# Name, class, type, default: the RFC's table, the decay offset and GLA's backend. Copied from spec/model.md section 9.
 RFC_FIELDS = [
   ("moe_z_loss_weight", "MoEGeneral", float, 0.0),
   ("moe_shared_expert_dim", "DeepSeekMoE", int, 0),
@@ -21,6 +21,7 @@ RFC_FIELDS = [
   ("group_norm_size", "Qwen3Next", int, 1),
   ("use_linear_silu", "Qwen3Next", bool, False),
   ("gla_decay_layer_offset", "Qwen3Next", int, 0),
+  ("gla_backend", "Qwen3Next", str, "auto"),
   ("blend_cache_dir", "GrainDataset", str, ""),
   ("blend_index_dir", "GrainDataset", str, ""),
   ("reset_attention_mask", "GrainDataset", bool, True),

@@ -25,6 +25,8 @@ BAD = [
   ({"first_num_dense_layers": -1}, "between 0 and base_num_decoder_layers=20"),
   ({"gla_decay_layer_offset": 2}, "must be 0 (as trained"),
   ({"gla_decay_layer_offset": -1}, "must be 0 (as trained"),
+  ({"gla_backend": "triton"}, "gla_backend='triton': use one of auto, pallas, chunked, reference"),
+  ({"gla_backend": ""}, "use one of auto"),
   ({"attention_type": "global"}, "set attention_type=mla"),
   ({"kv_lora_rank": 0}, "must be positive"),
   ({"qk_nope_head_dim": 0}, "must be positive"),
@@ -73,6 +75,7 @@ GOOD = [
   {"group_norm_size": 1},
   {"group_norm_size": 2048},
   {"gla_decay_layer_offset": 1},
+  {"gla_backend": "reference"},
   {"first_num_dense_layers": 0},
   {"inhomogeneous_layer_cycle_interval": 1},
   {"q_lora_rank": 0},
@@ -93,6 +96,7 @@ IN_VAIN = {
   "group_norm_size": 4,
   "use_linear_silu": True,
   "gla_decay_layer_offset": 1,
+  "gla_backend": "chunked",
   "calculate_per_token_loss": False,
 }
 

@@ -1,5 +1,6 @@
 """What every backend of GLA must do: one class that the test class of each backend inherits."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -62,9 +63,15 @@ def assert_close(found, expected, tolerance: float) -> None:
   assert max(errors.values()) <= tolerance, errors
 
 
+# The class of each backend runs the same test function, which hypothesis would take for a mistake.
+SETTINGS = {"derandomize": True, "deadline": None, "suppress_health_check": [HealthCheck.differing_executors]}
+
+
 class GlaSuite:
   backend: str
-  drift: float  # relative error allowed after 2048 tokens
+  drift: float  # relative error allowed after `long` tokens
+  long = 2048
+  many = 64  # heads of a case with decays of all strengths
 
   def call(self, q, k, v, g, ids=None, state=None):
     return run(q, k, v, g, ids, state, backend=self.backend)
@@ -75,25 +82,28 @@ class GlaSuite:
 
   @pytest.mark.parametrize(("length", "heads", "dim", "value_dim", "segments"), SHAPES)
   def test_results_and_gradients_are_those_of_the_closed_form(self, length, heads, dim, value_dim, segments):
+    self.check_shape(length, heads, dim, value_dim, segments)
+
+  def check_shape(self, length, heads, dim, value_dim, segments):
     case = make_case(length, heads, dim, value_dim, segments=segments, seed=length)
     assert_close(self.results(case), closed_form(case), 3e-6)
 
   @pytest.mark.parametrize("segments", [False, True], ids=["one_document", "segments"])
   def test_decays_of_every_strength_stay_finite_and_exact(self, segments):
-    case = make_case(2048, 64, 8, batch=1, segments=segments)
-    case.g = -np.geomspace(1e-6, 50, 64).astype(np.float32)  # exp(50 * 127) is far beyond any float
+    case = make_case(self.long, self.many, 8, batch=1, segments=segments)
+    case.g = -np.geomspace(1e-6, 50, self.many).astype(np.float32)  # exp(50 * 127) is far beyond any float
     found = self.results(case)
     assert all(bool(jnp.isfinite(x).all()) for x in found.values())
-    heads = [0, 40, 63]
+    heads = [0, 5 * self.many // 8, self.many - 1]
     picked = {name: x[:, heads] if "state" in name else x[:, :, heads] for name, x in found.items()}
     assert_close(picked, closed_form(case, heads), self.drift)
 
   @pytest.mark.parametrize("layer", [0, 79])
   def test_decays_of_the_64_heads_of_the_large_model(self, layer):
-    case = make_case(2048, 64, 8, batch=1)
-    case.g = log_decay(layer, 80, 64, 0)
+    case = make_case(self.long, self.many, 8, batch=1)
+    case.g = log_decay(layer, 80, 64, 0)[np.linspace(0, 63, self.many).astype(int)]
     o, state = self.call(case.q, case.k, case.v, case.g, None, case.state)
-    heads = [0, 31, 63]
+    heads = [0, self.many // 2, self.many - 1]
     expected = closed_form(case, heads)
     assert error(o[:, :, heads], expected["o"]) <= self.drift
     assert error(state[:, heads], expected["final_state"]) <= self.drift
@@ -117,10 +127,12 @@ class GlaSuite:
     expected, largest = golden["gla_o"], np.abs(golden["gla_o"]).max()
     np.testing.assert_allclose(np.asarray(o).reshape(expected.shape), expected, rtol=0, atol=1e-6 * largest)
 
-  # The class of each backend runs the same test function, which hypothesis would take for a mistake.
-  @settings(derandomize=True, deadline=None, max_examples=5, suppress_health_check=[HealthCheck.differing_executors])
+  @settings(**SETTINGS, max_examples=5)
   @given(cut=st.integers(1, 149), seed=st.integers(0, 99), segments=st.booleans())
   def test_a_sequence_cut_anywhere_is_one_call(self, cut, seed, segments):
+    self.check_cut(cut, seed, segments)
+
+  def check_cut(self, cut, seed, segments):
     case = make_case(150, 3, 8, segments=segments, seed=seed)
     ids = np.ones((2, 150), np.int32) if case.ids is None else case.ids
     expected = self.call(case.q, case.k, case.v, case.g, ids, case.state)
@@ -131,6 +143,21 @@ class GlaSuite:
     second, state = self.call(*after, np.where(_border(ids, cut)[:, None, None, None], 0, state).astype(np.float32))
     assert error(np.concatenate([first, second], axis=1), expected[0]) <= 2e-6
     assert error(state, expected[1]) <= 2e-6
+
+  @settings(**SETTINGS, max_examples=5)
+  @given(order=st.permutations(range(4)), lengths=st.lists(st.integers(1, 45), min_size=4, max_size=4))
+  def test_permuted_documents_give_permuted_outputs(self, order, lengths):
+    self.check_permutation(order, lengths)
+
+  def check_permutation(self, order, lengths):
+    case = make_case(180, 3, 8, batch=1)  # what the documents leave over is padding
+    ids = np.repeat(np.arange(5), [*lengths, 180 - sum(lengths)]).astype(np.int32)
+    ids = np.where(ids == 4, 0, ids + 1)
+    rank = np.array([0, *(1 + np.argsort(order))])  # of each id among the permuted ones; padding first
+    places = np.argsort(rank[ids], kind="stable")
+    o, _ = self.call(case.q, case.k, case.v, case.g, ids[None])
+    permuted, _ = self.call(*(x[:, places] for x in (case.q, case.k, case.v)), case.g, ids[None, places])
+    assert error(permuted, o[:, places]) <= 2e-6
 
   def test_packed_documents_equal_each_alone(self):
     case = make_case(165, 3, 8, batch=1)
@@ -206,7 +233,39 @@ class GlaSuite:
     case.v, case.state = np.asarray(jnp.asarray(case.v, jnp.bfloat16), np.float32), np.zeros_like(case.state)
     assert error(state, closed_form(case)["final_state"]) <= 1e-6
 
+  def test_mapped_over_another_axis(self):
+    cases = [make_case(70, 2, 8, batch=1, segments=True, seed=seed) for seed in range(2)]
+    q, k, v, ids = (np.stack([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "ids"))
+
+    def call(q, k, v, ids):
+      return gla(q, k, v, cases[0].g, segment_ids=ids, backend=self.backend)[0]
+
+    for index, found in enumerate(jit(jax.vmap(call))(q, k, v, ids)):
+      assert error(found, self.call(q[index], k[index], v[index], cases[0].g, ids[index])[0]) <= 1e-6
+
+  def test_the_gradient_of_a_gradient(self):
+    case = make_case(70, 2, 8, batch=1, segments=True)
+    case = dataclasses.replace(case, state=0 * case.state, dstate=0 * case.dstate)
+
+    def size_of_gradient(q, k, v):
+      def total(q, k, v):
+        return (case.do * gla(q, k, v, case.g, segment_ids=case.ids, backend=self.backend)[0]).sum()
+
+      return sum((x**2).sum() for x in jax.grad(total, (0, 1, 2))(q, k, v))
+
+    found, slope = jit(jax.value_and_grad(size_of_gradient))(case.q, case.k, case.v)
+    direction = np.random.default_rng(1).normal(size=case.q.shape)
+    sizes = []
+    for step in (-1e-3, 1e-3):  # the size is quadratic in q, so the central difference is exact
+      expected = closed_form(dataclasses.replace(case, q=case.q + step * direction))
+      sizes.append(sum((expected[name] ** 2).sum() for name in ("dq", "dk", "dv")))
+    assert float(found) == pytest.approx(sum(sizes) / 2, rel=1e-5)
+    assert float((slope * direction).sum()) == pytest.approx((sizes[1] - sizes[0]) / 2e-3, rel=1e-4)
+
   def test_within_a_rematerialised_scan_over_layers(self):
+    self.check_scan(jax.checkpoint)
+
+  def check_scan(self, remat):
     case = make_case(130, 3, 8, segments=True)
 
     def layer(x, index):
@@ -214,7 +273,7 @@ class GlaSuite:
       return x + o / (1 + jnp.abs(o)), None
 
     def scanned(x):
-      return jax.lax.scan(jax.checkpoint(layer), x, jnp.arange(2))[0]
+      return jax.lax.scan(remat(layer), x, jnp.arange(2))[0]
 
     def unrolled(x):
       return layer(layer(x, 0)[0], 1)[0]

@@ -5,74 +5,47 @@ import pytest
 
 pytest.register_assert_rewrite("gla_suite")
 
-from gla_closed_form import closed_form, make_case  # noqa: E402
-from gla_suite import GlaSuite, assert_close, error, jit, run  # noqa: E402
+from gla_closed_form import make_case  # noqa: E402
+from gla_suite import error, run_with_gradients  # noqa: E402
 
+from maxtext_ling2.configs.fields import GLA_BACKENDS  # noqa: E402
 from maxtext_ling2.ops.gla import gla  # noqa: E402
-from maxtext_ling2.ops.gla.chunked import chunked  # noqa: E402
+from maxtext_ling2.ops.gla.api import backends  # noqa: E402
 
 
-class TestReference(GlaSuite):
-  backend = "reference"
-  drift = 2048 * 2.0**-24  # a decay close to 1 is rounded by half an ulp, the same way at every token
+def test_auto_is_chunked_on_a_cpu():
+  case = make_case(140, 3, 8, segments=True)
+  args = (case.q, case.k, case.v, case.g, case.ids, case.state, case.do, case.dstate)
+  auto, expected, reference = (run_with_gradients(*args, backend=name) for name in ("auto", "chunked", "reference"))
+  for name, value in auto.items():
+    np.testing.assert_array_equal(value, expected[name])
+    assert 0 < error(value, reference[name]) <= 2e-6
 
 
-class TestChunked(GlaSuite):
-  backend = "chunked"
-  drift = 3e-6
+@pytest.mark.parametrize("remat", [lambda layer: layer, jax.checkpoint], ids=["kept", "rematerialised"])
+def test_auto_is_the_kernel_where_the_program_is_for_a_tpu(remat):
+  x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
 
-  @pytest.mark.parametrize("chunk_size", [1, 16, 64, 130, 256])
-  def test_the_size_of_the_chunks_does_not_matter(self, chunk_size):
-    case = make_case(130, 3, 8, segments=True)
-    expected = closed_form(case)
-    args = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.g)]
-    options = {"segment_ids": jnp.asarray(case.ids), "initial_state": jnp.asarray(case.state), "scale": 8**-0.5}
-    o, state = jit(lambda: chunked(*args, **options, chunk_size=chunk_size))()
-    assert_close({"o": o, "final_state": state}, {n: expected[n] for n in ("o", "final_state")}, 2e-6)
+  def layer(x, _):
+    return gla(x, x, x, np.float32([-0.1, -0.2]))[0], None
 
-  def test_no_decay_overflows_before_it_is_masked(self):
-    # An infinity that a mask hides in the results would show as NaN here; `gla` itself gives g no gradient.
-    case = make_case(130, 3, 8)
-    q, k, v, state = (jnp.asarray(x) for x in (case.q, case.k, case.v, case.state))
-    gradient = jit(jax.grad(lambda g: chunked(q, k, v, g, segment_ids=None, initial_state=state, scale=1.0)[0].sum()))(
-      jnp.float32([-50, -1, -1e-6])
-    )
-    assert bool(jnp.isfinite(gradient).all())
+  def objective(x):
+    return jax.lax.scan(remat(layer), x, length=2)[0].astype(jnp.float32).sum()
 
-  @pytest.mark.parametrize("segments", [False, True], ids=["one_document", "segments"])
-  @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
-  def test_memory_is_linear_in_the_length(self, gradient, segments):
-    short, long = (temporary_bytes(length, gradient, segments) for length in (1024, 4096))
-    assert long <= 4.5 * short
-    # A state for every token would be 64 times the input, the scores of all tokens 16 times or more.
-    assert long <= 6 * (4 * 4096 * 2 * 64)
+  traced = jax.jit(jax.grad(objective)).trace(x)
+  lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu")}
+  for kernel in ("gla_forward", "gla_backward"):
+    assert kernel in lowered["tpu"]
+    assert kernel not in lowered["cpu"]
 
 
-def temporary_bytes(length: int, gradient: bool, segments: bool) -> int:
-  """What the compiled op needs beside its arguments and results, for q [1, T, 2, 64] float32."""
-  x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
-  ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if segments else None
-
-  def objective(q, k, v, ids):
-    o, state = gla(q, k, v, np.float32([-0.1, -0.01]), segment_ids=ids, output_final_state=True, backend="chunked")
-    return (o**2).sum() + (state**2).sum()
-
-  function = jax.grad(objective, (0, 1, 2)) if gradient else objective
-  return jit(function).lower(x, x, x, ids).compile().memory_analysis().temp_size_in_bytes
-
-
-def test_auto_is_chunked():
-  case = make_case(140, 3, 8)
-  auto, expected, reference = (
-    run(case.q, case.k, case.v, case.g, backend=backend)[0] for backend in ("auto", "chunked", "reference")
-  )
-  np.testing.assert_array_equal(auto, expected)
-  assert 0 < error(auto, reference) <= 2e-6
+def test_the_backends_are_those_of_the_config():
+  assert set(backends()) == set(GLA_BACKENDS)
 
 
 def test_an_unknown_backend_is_named_with_the_choices():
   case = make_case(4, 3, 8)
-  with pytest.raises(ValueError, match="backend is 'triton', expected one of 'auto', 'reference', 'chunked'"):
+  with pytest.raises(ValueError, match="backend is 'triton', expected one of 'auto', 'reference', 'chunked', 'pallas'"):
     gla(case.q, case.k, case.v, case.g, backend="triton")
 
 

@@ -2,5 +2,6 @@
 
 from maxtext_ling2.ops.gla.api import gla
 from maxtext_ling2.ops.gla.decay import log_decay, slopes
+from maxtext_ling2.ops.gla.tiles import chunk_size
 
-__all__ = ["gla", "log_decay", "slopes"]
+__all__ = ["chunk_size", "gla", "log_decay", "slopes"]

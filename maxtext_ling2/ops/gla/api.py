@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxtext_ling2.ops.gla.chunked import chunked
+from maxtext_ling2.ops.gla.by_platform import by_platform
+from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.pallas_tpu import pallas
 from maxtext_ling2.ops.gla.reference import reference
 
 
 class Backend(Protocol):
   """An implementation of GLA. Its arguments are those of `gla`, checked and with the defaults filled in.
 
-  It returns o [B, T, H, Dv] in v's dtype and the final state [B, H, D, Dv] float32.
+  It returns o [B, T, H, Dv] in v's dtype and the final state [B, H, D, Dv] float32, or None unless `final`.
   """
 
   def __call__(
@@ -25,13 +27,18 @@ class Backend(Protocol):
     g_gamma: jax.Array,
     *,
     segment_ids: jax.Array | None,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     scale: float,
-  ) -> tuple[jax.Array, jax.Array]: ...
+    final: bool,
+  ) -> tuple[jax.Array, jax.Array | None]: ...
 
 
-_BACKENDS: Final[Mapping[str, Backend]] = {"reference": reference, "chunked": chunked}
-_AUTO: Final = "chunked"
+_BACKENDS: Final[Mapping[str, Backend]] = {
+  "auto": by_platform,
+  "reference": reference,
+  "chunked": in_chunks_of(None),
+  "pallas": pallas,
+}
 _OPERANDS: Final = (jnp.float32, jnp.bfloat16)
 
 
@@ -75,8 +82,10 @@ def gla(
     initial_state: [B, H, D, Dv] float32, or None for zeros.
     output_final_state: whether to return the state after the last token.
     scale: factor of the outputs (not of the state); None means D ** -0.5.
-    backend: "reference" (the recurrence in float32, slow), "chunked" (plain JAX matmuls), or "auto", which chooses.
-      "chunked" multiplies in bfloat16 with float32 sums if q, k and v are all bfloat16, else in full float32.
+    backend: "reference" (the recurrence in float32, slow), "chunked" (plain JAX matmuls), "pallas" (a TPU kernel), or
+      "auto": "pallas" where the program is compiled for a TPU, else "chunked". Both multiply in bfloat16 with float32
+      sums if q, k and v are all bfloat16, else in full float32. "pallas" must not be sharded from outside (use
+      `jax.shard_map` over batch and heads).
 
   Returns:
     o [B, T, H, Dv] in v's dtype, and the final state [B, H, D, Dv] float32 (None without output_final_state). Both
@@ -87,24 +96,22 @@ def gla(
   """
   run = _backend(backend)
   _check(q, k, v, g_gamma, segment_ids, initial_state)
-  if initial_state is None:
-    # Like a product, not plain zeros: so the state has the sharding (or shard_map's varying axes) a scan needs to see.
-    initial_state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
   g_gamma = jax.lax.stop_gradient(jnp.asarray(g_gamma))
   scale = q.shape[3] ** -0.5 if scale is None else scale
-  o, final_state = run(q, k, v, g_gamma, segment_ids=segment_ids, initial_state=initial_state, scale=scale)
-  return o, final_state if output_final_state else None
+  return run(
+    q, k, v, g_gamma, segment_ids=segment_ids, initial_state=initial_state, scale=scale, final=output_final_state
+  )
 
 
 def backends() -> tuple[str, ...]:
   """The names `gla` takes as `backend`."""
-  return ("auto", *_BACKENDS)
+  return tuple(_BACKENDS)
 
 
 def _backend(name: str) -> Backend:
-  """The backend of a name, "auto" included."""
+  """The backend of a name."""
   try:
-    return _BACKENDS[_AUTO if name == "auto" else name]
+    return _BACKENDS[name]
   except KeyError:
     choices = ", ".join(map(repr, backends()))
     raise ValueError(f"gla: backend is {name!r}, expected one of {choices}.") from None

@@ -16,9 +16,10 @@ def reference(
   g_gamma: jax.Array,
   *,
   segment_ids: jax.Array | None,
-  initial_state: jax.Array,
+  initial_state: jax.Array | None,
   scale: float,
-) -> tuple[jax.Array, jax.Array]:
+  final: bool,
+) -> tuple[jax.Array, jax.Array | None]:
   """GLA by the recurrence. Arguments and results as in `api.Backend`."""
   decay = jnp.exp(g_gamma)[:, None, None]  # [H, 1, 1]
   ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
@@ -35,6 +36,9 @@ def reference(
 
   q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
   tokens = (ids[..., None, None, None], q32[..., None, :], k32[..., None], v32[..., None, :])
+  if initial_state is None:
+    # Like a product, not plain zeros: so the state has the sharding (or shard_map's varying axes) a scan needs to see.
+    initial_state = jnp.zeros_like(k32[:, 0, :, :, None] * v32[:, 0, :, None, :])
   start = (initial_state, jnp.zeros_like(tokens[0][:, 0]))
   (state, _), o = jax.lax.scan(step, start, jax.tree.map(lambda x: x.swapaxes(0, 1), tokens))  # o: [T, B, H, 1, Dv]
-  return o.swapaxes(0, 1)[..., 0, :].astype(v.dtype), state
+  return o.swapaxes(0, 1)[..., 0, :].astype(v.dtype), state if final else None

@@ -1,0 +1,221 @@
+"""The grid both TPU kernels run on: (batch, groups of heads, steps along the sequence), blocks, and what a step does.
+
+Batch and heads are "parallel", so that the two cores of a v4 or v5p share them; steps are in order, and the state stays
+in the chip's memory between them. Tokens are [B, T, H * D], the layout of a projection's output: a [B, T, H, D] array
+is tiled in another way on TPU, and a reshape between them is a copy.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from maxtext_ling2.ops.gla import pallas_chunk as chunks
+from maxtext_ling2.ops.gla.pallas_chunk import INFO_ROWS, Decays, Ref, Tables
+from maxtext_ling2.ops.gla.tiles import Tile
+
+PLAIN, BORDERS, PADDING = 0, 1, 2
+"""What a grid step holds: nothing special; borders of documents; padding (and maybe borders)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """Shapes of one call: heads H, dimensions D of keys and Dv of values, T tokens, and the tile."""
+
+  batch: int
+  length: int
+  heads: int
+  key_dim: int
+  value_dim: int
+  tile: Tile
+  reverse: bool  # whether the steps go from the end of the sequence to its start
+  all_masked: bool = False  # treat every step as one with borders: only to count the cycles of such a step
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of a step."""
+    return self.tile.chunk * self.tile.chunks
+
+  @property
+  def steps(self) -> int:
+    """Steps along the sequence; the last one may reach beyond its end."""
+    return -(-self.length // self.tokens)
+
+  @property
+  def chunks(self) -> int:
+    """Chunks that hold tokens."""
+    return -(-self.length // self.tile.chunk)
+
+  @property
+  def width(self) -> int:
+    """Columns over which vectors are repeated, as many as the wider of keys and values has."""
+    return max(self.key_dim, self.value_dim)
+
+  def keys(self) -> pl.BlockSpec:
+    """Block of [B, T, H * D]."""
+    return self._block((1, self.tokens, self.tile.heads * self.key_dim), lambda b, h, t: (b, t, h))
+
+  def values(self) -> pl.BlockSpec:
+    """Block of [B, T, H * Dv]."""
+    return self._block((1, self.tokens, self.tile.heads * self.value_dim), lambda b, h, t: (b, t, h))
+
+  def info(self) -> pl.BlockSpec:
+    """Block of [B, INFO_ROWS, T]."""
+    return self._block((1, INFO_ROWS, self.tokens), lambda b, h, t: (b, 0, t))
+
+  def states(self) -> pl.BlockSpec:
+    """Block of [B, H, N, D, Dv], a state for each chunk."""
+    return self._block((1, self.tile.heads, self.tile.chunks, *self._state), lambda b, h, t: (b, h, t, 0, 0))
+
+  def state(self) -> pl.BlockSpec:
+    """Block of [B, H, D, Dv], the same for all steps."""
+    return self._block((1, self.tile.heads, *self._state), lambda b, h, t: (b, h, 0, 0))
+
+  def scratch(self) -> list[Any]:
+    """Memory that lasts from step to step: a state for each head, and the tables."""
+    heads, chunk = self.tile.heads, self.tile.chunk
+    shapes = [self._state, (chunk, chunk), (chunk, self.width), (chunk, self.width)]
+    return [pltpu.VMEM((heads, *shape), jnp.float32) for shape in shapes]
+
+  def rows(self, index: int) -> Any:
+    """The tokens of a chunk in a block."""
+    return pl.ds(index * self.tile.chunk, self.tile.chunk)
+
+  def per_head(self, block: Ref, index: int) -> list[jax.Array]:
+    """The tokens of a chunk in a block [1, tokens, heads * D]: [C, D] for each head."""
+    dim = block.shape[2] // self.tile.heads
+    return [block[0, self.rows(index), pl.ds(head * dim, dim)] for head in range(self.tile.heads)]
+
+  def write(self, block: Ref, index: int, head: int, x: jax.Array) -> None:
+    """Writes the tokens [C, D] of a chunk and head to a block, in its dtype."""
+    dim = x.shape[1]
+    block[0, self.rows(index), pl.ds(head * dim, dim)] = x.astype(block.dtype)
+
+  @property
+  def _state(self) -> tuple[int, int]:
+    return self.key_dim, self.value_dim
+
+  def _block(self, shape: tuple[int, ...], place: Callable[[Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:
+    last = self.steps - 1
+    # An index map also gets the scalars.
+    if self.reverse:
+      return pl.BlockSpec(shape, lambda b, h, t, *_: place(b, h, last - t))
+    return pl.BlockSpec(shape, lambda b, h, t, *_: place(b, h, t))
+
+
+def call(
+  kernel: Callable[..., None],
+  name: str,
+  grid: Grid,
+  g_gamma: jax.Array,
+  flags: jax.Array | None,
+  inputs: Any,
+  in_specs: Any,
+  out_shapes: Any,
+  out_specs: Any,
+) -> Any:
+  """Runs a kernel on the grid; it gets g_gamma, flags, the inputs, the outputs and the scratch memory.
+
+  Inputs and outputs are NamedTuples; specs are given for all of their fields, used for those that are not None.
+  """
+  flags = jnp.zeros((1, 1), jnp.int32) if flags is None else flags  # the kernel does not look at them then
+  g_gamma, flags, inputs = _vary_alike((g_gamma, flags, inputs))
+  out_shapes = jax.tree.map(functools.partial(_varying_shape, jax.typeof(inputs[0])), out_shapes)
+  return pl.pallas_call(
+    kernel,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(grid.batch, grid.heads // grid.tile.heads, grid.steps),
+      in_specs=[_used(in_specs, inputs)],
+      out_specs=[_used(out_specs, out_shapes)],
+      scratch_shapes=grid.scratch(),
+    ),
+    out_shape=[out_shapes],
+    name=name,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20, disable_bounds_checks=True
+    ),
+  )(g_gamma, flags, inputs)[0]
+
+
+def _vary_alike(arrays: Any) -> Any:
+  """Within a `jax.shard_map` that checks them, all arrays of a kernel must vary over the same mesh axes."""
+  varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+  def vary(x: jax.Array) -> jax.Array:
+    missing = tuple(varying - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(vary, arrays)
+
+
+def _varying_shape(like: Any, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """The shape of an output that varies over mesh axes as an input does."""
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=like.manual_axis_type)
+
+
+def _used(specs: Any, arrays: Any) -> Any:
+  """The specs of what is there."""
+  return type(specs)(*(None if array is None else spec for spec, array in zip(specs, arrays, strict=True)))
+
+
+def run_chunks(
+  one: Callable[[int, list[Decays]], None],
+  grid: Grid,
+  flags: Ref,
+  info: Ref | None,
+  tokens: Sequence[Ref],
+  tables: Tables,
+  log2_g: list[jax.Array],
+  scale: float,
+) -> None:
+  """Runs the chunks of a grid step, in order or from the last to the first.
+
+  Chunks are not branches of their own: the compiler fills the waiting time of one with work of the next, which is worth
+  more than plain factors for the plain chunks between two borders.
+
+  Args:
+    one: computes the chunk of an index, given the decays of each head.
+    grid: the shapes.
+    flags: [B, steps], what each step holds.
+    info: block of segment information, or None if all chunks are plain.
+    tokens: blocks of tokens, cleared where they are padding.
+    tables: factors of plain chunks.
+    log2_g: of each head.
+    scale: factor of the outputs.
+  """
+  order = range(grid.tile.chunks)[:: -1 if grid.reverse else 1]
+
+  def plain() -> None:
+    for index in order:
+      one(index, [chunks.plain_decays(tables, head, g) for head, g in enumerate(log2_g)])
+
+  if info is None:
+    plain()
+    return
+
+  def masked() -> None:
+    for index in order:
+      distances = chunks.distances(info[0, :, grid.rows(index)], grid.width)
+      one(index, [chunks.masked_decays(distances, g, scale) for g in log2_g])
+
+  if grid.all_masked:
+    masked()
+    return
+
+  def clear() -> None:
+    for index in order:
+      for block in tokens:
+        rows = grid.rows(index)
+        block[0, rows] = chunks.clear_padding(info[0, :, rows], block[0, rows])
+
+  step = pl.program_id(2)
+  flag = flags[pl.program_id(0), grid.steps - 1 - step if grid.reverse else step]
+  pl.when(flag == PADDING)(clear)
+  pl.when(flag == PLAIN)(plain)
+  pl.when(flag != PLAIN)(masked)

@@ -1,0 +1,132 @@
+"""GLA by Mosaic kernels for TPUs: what surrounds the kernels.
+
+The kernels want tokens [B, T, H * D] with D a multiple of 128; any other D is filled up with zeros here. Any T will do:
+the last grid step may reach beyond the end, and what it finds there is treated as padding.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from maxtext_ling2.ops.gla import pallas_backward, pallas_forward
+from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.pallas_chunk import segment_info
+from maxtext_ling2.ops.gla.pallas_grid import BORDERS, PADDING, PLAIN, Grid
+from maxtext_ling2.ops.gla.segments import count_segments, has_border
+from maxtext_ling2.ops.gla.tiles import Tile, tiles_for
+from maxtext_ling2.ops.gla.vjp import Implementation
+
+_LANES = 128
+
+
+def _forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g_gamma: jax.Array,
+  segment_ids: jax.Array | None,
+  initial_state: jax.Array | None,
+  *,
+  scale: float,
+  final: bool,
+  save: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """`Implementation.forward`."""
+  grid = _grid(q, v, reverse=False)
+  flags, info = segments_by_step(segment_ids, grid)
+  inputs = pallas_forward.Inputs(_flat(q), _flat(k), _flat(v), info, _padded_state(initial_state))
+  found = pallas_forward.forward(inputs, g_gamma, flags, grid, scale=scale, final=final, save=save)
+  key_dim, value_dim = q.shape[3], v.shape[3]
+  final_state, states = (None if x is None else x[..., :key_dim, :value_dim] for x in found[1:])
+  return _heads(found.o, v), final_state, states
+
+
+def _backward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g_gamma: jax.Array,
+  segment_ids: jax.Array | None,
+  states: jax.Array,
+  do: jax.Array,
+  dfinal_state: jax.Array | None,
+  *,
+  scale: float,
+  initial: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+  """`Implementation.backward`."""
+  grid = _grid(q, v, reverse=True)
+  flags, info = segments_by_step(segment_ids, grid)
+  inputs = pallas_backward.Inputs(
+    _flat(q), _flat(k), _flat(v), _flat(do), info, _padded_state(states), _padded_state(dfinal_state)
+  )
+  found = pallas_backward.backward(inputs, g_gamma, flags, grid, scale=scale, initial=initial)
+  dstate = found.dinitial_state
+  dstate = None if dstate is None else dstate[..., : q.shape[3], : v.shape[3]]
+  return _heads(found.dq, q), _heads(found.dk, k), _heads(found.dv, v), dstate
+
+
+def _differentiable[F: Callable[..., Any]](kernel: F, twin: F) -> F:
+  """The kernel with the derivative of its twin in plain JAX: for the gradient of a gradient, no kernel is needed."""
+
+  def call(*args: Any, **static: Any) -> Any:
+    run = jax.custom_vjp(functools.partial(kernel, **static))
+    run.defvjp(
+      lambda *args: (kernel(*args, **static), args),
+      lambda args, cotangents: jax.vjp(functools.partial(twin, **static), *args)[1](cotangents),
+    )
+    return run(*args)
+
+  return cast(F, call)
+
+
+_twin = in_chunks_of(None)
+pallas = Implementation(_differentiable(_forward, _twin.forward), _differentiable(_backward, _twin.backward))
+
+
+def _grid(q: jax.Array, v: jax.Array, *, reverse: bool) -> Grid:
+  batch, length, heads, key_dim = q.shape
+  key_dim, value_dim = _up_to_lanes(key_dim), _up_to_lanes(v.shape[3])
+  tiles = tiles_for(length, heads, max(key_dim, value_dim), q.dtype.itemsize)
+  tile: Tile = tiles.backward if reverse else tiles.forward
+  return Grid(batch, length, heads, key_dim, value_dim, tile, reverse)
+
+
+def segments_by_step(segment_ids: jax.Array | None, grid: Grid) -> tuple[jax.Array | None, jax.Array | None]:
+  """What each step holds [B, steps] int32 and the information on segments, or None where all is plain."""
+  if segment_ids is None:
+    if grid.length % grid.tokens == 0:
+      return None, None
+    segment_ids = jnp.ones((grid.batch, grid.length), jnp.int32)
+  segments = count_segments(segment_ids, grid.tile.chunk, grid.steps * grid.tile.chunks)
+  by_step = (grid.batch, grid.steps, -1)
+  borders = has_border(segments).reshape(by_step).any(axis=2)
+  padding = (~segments.real).reshape(by_step).any(axis=2)
+  return jnp.where(padding, PADDING, jnp.where(borders, BORDERS, PLAIN)).astype(jnp.int32), segment_info(segments)
+
+
+def _up_to_lanes(dim: int) -> int:
+  return -(-dim // _LANES) * _LANES
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  """[B, T, H, D] -> [B, T, H * D'], D' the next multiple of 128."""
+  fill = _up_to_lanes(x.shape[3]) - x.shape[3]
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, fill))) if fill else x
+  return x.reshape(*x.shape[:2], -1)
+
+
+def _heads(flat: jax.Array, like: jax.Array) -> jax.Array:
+  """[B, T, H * D'] -> [B, T, H, D], the shape of `like`."""
+  return flat.reshape(*like.shape[:3], -1)[..., : like.shape[3]]
+
+
+def _padded_state(state: jax.Array | None) -> jax.Array | None:
+  """A state [..., D, Dv], or states, filled up to multiples of 128."""
+  if state is None:
+    return None
+  fill = [(0, 0)] * (state.ndim - 2) + [(0, _up_to_lanes(dim) - dim) for dim in state.shape[-2:]]
+  return jnp.pad(state, fill)

@@ -1,0 +1,172 @@
+"""The TPU kernels on the CPU, in an interpreter that knows the TPU's memories, fills them with NaN, looks for races."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+pytest.register_assert_rewrite("gla_suite")
+
+from gla_closed_form import closed_form, make_case  # noqa: E402
+from gla_suite import SETTINGS, GlaSuite, assert_close, error  # noqa: E402
+
+from maxtext_ling2.ops.gla import gla, log_decay, tiles  # noqa: E402
+from maxtext_ling2.ops.gla.pallas_grid import BORDERS, PADDING, PLAIN, Grid  # noqa: E402
+from maxtext_ling2.ops.gla.pallas_tpu import segments_by_step  # noqa: E402
+from maxtext_ling2.ops.gla.tiles import Tile, tiles_for  # noqa: E402
+
+
+@pytest.fixture
+def interpreted():
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    yield
+  # The interpreter's own record; it has none if nothing ran.
+  assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+  pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestPallas(GlaSuite):
+  backend = "pallas"
+  drift = 3e-6
+  long, many = 300, 8  # the interpreter takes seconds for what a chip does in microseconds
+
+  @pytest.mark.parametrize(
+    ("length", "heads", "dim", "value_dim", "segments"),
+    [
+      (1, 1, 8, 8, False),
+      (2, 3, 24, 8, True),
+      (127, 1, 128, 24, True),
+      (128, 3, 24, 24, False),
+      (300, 3, 8, 24, True),
+      (530, 2, 136, 130, False),  # two steps, two registers a head
+    ],
+  )
+  def test_results_and_gradients_are_those_of_the_closed_form(self, length, heads, dim, value_dim, segments):
+    self.check_shape(length, heads, dim, value_dim, segments)
+
+  @settings(**SETTINGS, max_examples=2)
+  @given(cut=st.integers(1, 149), seed=st.integers(0, 99), segments=st.booleans())
+  def test_a_sequence_cut_anywhere_is_one_call(self, cut, seed, segments):
+    self.check_cut(cut, seed, segments)
+
+  @settings(**SETTINGS, max_examples=2)
+  @given(order=st.permutations(range(4)), lengths=st.lists(st.integers(1, 45), min_size=4, max_size=4))
+  def test_permuted_documents_give_permuted_outputs(self, order, lengths):
+    self.check_permutation(order, lengths)
+
+  @pytest.mark.slow
+  def test_packed_documents_equal_each_alone(self):
+    super().test_packed_documents_equal_each_alone()
+
+  @pytest.mark.slow
+  def test_within_a_rematerialised_scan_over_layers(self):
+    self.check_scan(lambda layer: layer)  # the interpreter has side effects, which jax.checkpoint refuses
+
+  @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto])
+  def test_under_a_mesh(self, axis_type):
+    super().test_under_a_mesh(axis_type)  # explicitly sharded arrays have to go through shard_map
+
+  @pytest.mark.parametrize("segments", [False, True], ids=["one_document", "segments"])
+  def test_long_chunks_of_two_blocks(self, segments, monkeypatch):
+    monkeypatch.setattr(tiles, "device_kind", lambda: "TPU v6 lite")
+    case = make_case(600, 1, 8, batch=1, segments=segments)
+    assert tiles_for(600, 1, 128, 4).forward == Tile(256, 3, 1)
+    assert_close(self.results(case), closed_form(case), 3e-6)
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite"])  # chunks of 128 and of 256
+  @pytest.mark.parametrize(("dtype", "o", "gradients"), [(jnp.float32, 1e-5, 1e-5), (jnp.bfloat16, 0.0035, 0.004)])
+  def test_errors_of_each_head_after_8192_tokens(self, kind, dtype, o, gradients, monkeypatch):
+    monkeypatch.setattr(tiles, "device_kind", lambda: kind)
+    case = make_case(8192, 4, 128, batch=1)
+    case.g = np.concatenate([log_decay(layer, 80, 64, 0)[[0, 63]] for layer in (0, 79)])
+    rounded = {n: np.asarray(jnp.asarray(getattr(case, n), dtype), np.float32) for n in ("q", "k", "v", "do")}
+    case = dataclasses.replace(case, **rounded)
+    found, expected = self.results(case, dtype), closed_form(case)
+    for name, bound in {"o": o, "dq": gradients, "dk": gradients, "dv": gradients}.items():
+      errors = [error(found[name][:, :, h], expected[name][:, :, h]) for h in range(4)]
+      assert max(errors) <= bound, (name, errors)
+
+
+def products(dtype):
+  """(operand dtypes, precision, dtype of the sum) of the matrix products of both kernels."""
+  x = jax.ShapeDtypeStruct((1, 256, 2, 128), dtype)
+  ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+  def objective(q, k, v, ids):
+    return gla(q, k, v, np.float32([-0.1, -0.2]), segment_ids=ids, backend="pallas")[0].astype(jnp.float32).sum()
+
+  found, kernels = set(), set()
+
+  def collect(jaxpr, inside):
+    for equation in jaxpr.eqns:
+      kernel = equation.primitive.name == "pallas_call"
+      if kernel:
+        kernels.add(equation.params["name"])
+      if inside and equation.primitive.name == "dot_general":
+        operands = tuple(x.aval.dtype.name for x in equation.invars)
+        precision = equation.params["precision"]
+        found.add((*operands, precision and precision[0], equation.params["preferred_element_type"].name))
+      for inner in jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+      ):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          collect(inner, inside or kernel)
+
+  collect(jax.make_jaxpr(jax.grad(objective, (0, 1, 2)))(x, x, x, ids).jaxpr, False)
+  assert kernels == {"gla_forward", "gla_backward"}
+  return found
+
+
+def test_float32_is_multiplied_in_full_and_bfloat16_in_one_pass():
+  # The interpreter multiplies as the CPU does, so it cannot tell.
+  assert products(jnp.float32) == {("float32", "float32", jax.lax.Precision.HIGHEST, "float32")}
+  assert products(jnp.bfloat16) == {("bfloat16", "bfloat16", None, "float32")}
+
+
+def test_what_the_steps_of_packed_documents_hold():
+  grid = Grid(2, 1000, 4, 128, 128, Tile(128, 2, 4), reverse=False)
+  ids = np.ones((2, 1000), np.int32)
+  ids[0, 256:] = 2  # a border between two steps belongs to the second
+  ids[1, 700:705] = 0
+  flags, info = segments_by_step(jnp.asarray(ids), grid)
+  np.testing.assert_array_equal(flags, [[PLAIN, BORDERS, PLAIN, PADDING], [PLAIN, PLAIN, PADDING, PADDING]])
+  assert info.shape == (2, 8, 1024)
+  assert segments_by_step(None, dataclasses.replace(grid, length=1024)) == (None, None)
+
+
+def test_one_document_of_whole_steps_needs_no_information_on_segments():
+  def inputs(length, ids=None):
+    x = jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16)
+    run = functools.partial(gla, g_gamma=np.float32([-0.1, -0.2]), segment_ids=ids, backend="pallas")
+    jaxpr = jax.make_jaxpr(lambda q, k, v: run(q, k, v)[0])(x, x, x)
+    return str(jaxpr).count("cumsum")
+
+  assert inputs(512) == 0
+  assert inputs(513) > 0
+
+
+@pytest.mark.parametrize(
+  ("length", "heads", "width", "itemsize", "forward"),
+  [
+    (4096, 16, 128, 2, Tile(128, 8, 8)),
+    (4096, 4, 128, 2, Tile(128, 8, 4)),
+    (4096, 7, 128, 2, Tile(128, 8, 7)),
+    (4096, 11, 128, 2, Tile(128, 8, 1)),
+    (4096, 16, 128, 4, Tile(128, 8, 4)),
+    (4096, 16, 1024, 4, Tile(128, 4, 1)),
+    (300, 16, 128, 2, Tile(128, 3, 8)),
+    (1, 1, 128, 2, Tile(128, 1, 1)),
+  ],
+)
+def test_tiles_fit_the_shape(length, heads, width, itemsize, forward):
+  assert tiles_for(length, heads, width, itemsize, "TPU7x").forward == forward
