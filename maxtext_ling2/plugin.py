@@ -19,6 +19,7 @@ from maxtext_ling2.host.model_classes import ModelClassesSeam
 from maxtext_ling2.host.model_yml import ModelYmlSeam
 from maxtext_ling2.host.muon import MuonSeam
 from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.host.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.shared_expert import SharedExpertSeam
 from maxtext_ling2.host.train_step import TrainStepSeam
 from maxtext_ling2.host.weight_variables import WeightLoadingSeam, WeightVariablesSeam
@@ -35,9 +36,9 @@ def _decoder() -> Any:
 
 
 def _mtp_block() -> Any:
-  from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock
+  from maxtext_ling2.model.mtp import mtp_block
 
-  return Ling2MultiTokenPredictionBlock
+  return mtp_block
 
 
 def _train_step(step: Any, config: Any) -> Any:
@@ -81,6 +82,7 @@ REGISTRY = Registry(
     WeightVariablesSeam(),
     WeightLoadingSeam(),
     MuonSeam(("query_key_value", "output_gate")),
+    ResultTokensSeam(),
     HfTablesSeam({}),
   ),
   names=(*MODEL_NAMES, DECODER_BLOCK),

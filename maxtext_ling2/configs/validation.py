@@ -122,6 +122,13 @@ def _mla(c: Any) -> Iterator[str]:
       f"{c.qk_nope_head_dim + c.qk_rope_head_dim} and {c.v_head_dim}; leave it out or set it to false: the cache then holds "
       "the latents"
     )
+  if c.quantize_kvcache:
+    yield "quantize_kvcache=True: MaxText cannot quantise MLA's compressed cache; set it to false"
+  if c.use_chunked_prefill:
+    yield (
+      "use_chunked_prefill=True: MaxText's compressed cache of MLA cannot be filled piece by piece; set it to false and "
+      "max_prefill_predict_length to the longest prompt"
+    )
   if c.qk_rope_head_dim % 2:
     yield f"qk_rope_head_dim={c.qk_rope_head_dim}: RoPE rotates pairs of dimensions, so it must be even"
 

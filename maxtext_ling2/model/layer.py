@@ -55,7 +55,7 @@ class Ling2DecoderLayer(nnx.Module):
       shape = (batch, length, config.emb_dim)
       self.self_attention = MultiHeadLatentAttention(config, mesh, model_mode, quant, shape, rngs)
     else:
-      self.self_attention = GatedLinearAttention(config, mesh, quant, rngs)
+      self.self_attention = GatedLinearAttention(config, mesh, model_mode, quant, rngs)
     self.is_dense = dense
     if dense:
       self.mlp = self._dense_mlp(quant, rngs)
@@ -151,7 +151,7 @@ class Ling2DecoderLayer(nnx.Module):
       )
     else:
       index = self.layer_idx if layer_index is None else layer_index
-      attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index)
+      attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index, model_mode)
     x = x + self._shard(attended)
     y = x + self._shard(self._mlp(self._shard(self.post_self_attention_layer_norm(x)), deterministic))
     return self._shard(self.dropout(y, deterministic=deterministic)), kv_cache

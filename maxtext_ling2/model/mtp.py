@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.layers import multi_token_prediction as stock
 from maxtext.utils import sharding
 from maxtext.utils.globals import EPS
@@ -70,7 +72,7 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
       sums.append(jnp.sum(losses * masks[depth - 1]))
       predictions.append(jnp.argmax(logits, axis=-1))
-    if model_mode == "train":
+    if model_mode == MODEL_MODE_TRAIN:
       self._publish_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))
     self._publish_predictions(predictions, masks)
     return {}
@@ -97,6 +99,21 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       # Float, because MaxText differentiates the function that returns them.
       self.mtp_preds = stock.mtp_acceptance(predictions[depth - 1].astype(jnp.float32)[None])
       self.mtp_mask = stock.mtp_acceptance(masks[depth - 1][None])
+
+
+class NoMultiTokenPrediction(nnx.Module):
+  """Stands in a model for prefill and decoding, which has no use for MTP: no parameters, no operations."""
+
+  def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    del args, kwargs
+    return {}
+
+
+def mtp_block(config: Any, mesh: Any, transformer_layer_module: Any, decoder: Any, rngs: nnx.Rngs) -> nnx.Module:
+  """The MTP block of a model, built like MaxText's; a stand-in where the decoder is not for training."""
+  if decoder.model_mode != MODEL_MODE_TRAIN:
+    return NoMultiTokenPrediction()
+  return Ling2MultiTokenPredictionBlock(config, mesh, transformer_layer_module, decoder, rngs)
 
 
 def scored_tokens(scored: jax.Array, segment_ids: jax.Array | None, depths: int) -> list[jax.Array]:

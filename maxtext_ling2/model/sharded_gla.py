@@ -27,8 +27,10 @@ def sharded_gla(
   *,
   mesh: jax.sharding.Mesh,
   backend: str,
-) -> jax.Array:
-  """`gla` without states, sharded over batch and heads.
+  initial_state: jax.Array | None = None,
+  output_final_state: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+  """`gla`, sharded over batch and heads.
 
   Args:
     q: queries [B, T, H, D].
@@ -38,23 +40,39 @@ def sharded_gla(
     segment_ids: [B, T] int, or None.
     mesh: the device mesh.
     backend: that of `gla`.
+    initial_state: [B, H, D, D] float32, or None for zeros.
+    output_final_state: whether to return the state after the last token.
 
   Returns:
-    o [B, T, H, D].
+    o [B, T, H, D], and the final state [B, H, D, D] float32 or None.
   """
   axes = logical_to_mesh_axes(HEADS, mesh=mesh, rules=get_logical_axis_rules()) or (None,) * 4
   batch, _, heads, _ = (_dividing(part, size, mesh) for part, size in zip(axes, q.shape, strict=True))
   # The one place that knows how the sequence is cut: it is not, each rank gets all of it. A rank with a piece of the
   # sequence would need the state that enters it, from the ranks before (`gla` takes and returns states).
   length = None
-  tokens, ids = jax.P(batch, length, heads, None), jax.P(batch, length)
+  tokens, ids, states = jax.P(batch, length, heads, None), jax.P(batch, length), jax.P(batch, heads, None, None)
 
   # Checked, so that what a mesh axis does not cut needs no sum over that axis in the backward pass.
-  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(tokens, tokens, tokens, jax.P(heads), ids), out_specs=tokens)
-  def run(q: jax.Array, k: jax.Array, v: jax.Array, g_gamma: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    return gla(q, k, v, g_gamma, segment_ids=segment_ids, backend=backend)[0]
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=(tokens, tokens, tokens, jax.P(heads), ids, states),
+    out_specs=(tokens, states if output_final_state else None),
+  )
+  def run(q: Any, k: Any, v: Any, g_gamma: Any, segment_ids: Any, state: Any) -> tuple[jax.Array, jax.Array | None]:
+    return gla(
+      q,
+      k,
+      v,
+      g_gamma,
+      segment_ids=segment_ids,
+      initial_state=state,
+      output_final_state=output_final_state,
+      backend=backend,
+    )
 
-  return run(q, k, v, g_gamma, segment_ids)
+  return run(q, k, v, g_gamma, segment_ids, initial_state)
 
 
 def _dividing(axes: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
