@@ -119,8 +119,8 @@ def _mla(c: Any) -> Iterator[str]:
   if c.mla_naive_kvcache:
     yield (
       "mla_naive_kvcache=true: that cache needs keys and values of one size, but LING2's are "
-      f"{c.qk_nope_head_dim + c.qk_rope_head_dim} and {c.v_head_dim}; leave it out or set it to false: the cache then holds "
-      "the latents"
+      f"{c.qk_nope_head_dim + c.qk_rope_head_dim} and {c.v_head_dim}; leave it out or set it to false: the cache then "
+      "holds the latents"
     )
   if c.quantize_kvcache:
     yield "quantize_kvcache=True: MaxText cannot quantise MLA's compressed cache; set it to false"

@@ -66,8 +66,8 @@ class Engine:
     length = self.config.max_prefill_predict_length
     if not 0 < len(tokens) <= length:
       raise EngineError(
-        f"a prompt of {len(tokens)} tokens: it needs 1 to max_prefill_predict_length={length} tokens; shorten it or raise "
-        "that"
+        f"a prompt of {len(tokens)} tokens: it needs 1 to max_prefill_predict_length={length} tokens; shorten it or "
+        "raise that"
       )
     if not 0 <= slot < self.slots:
       raise EngineError(f"slot {slot}: there are {self.slots}, counted from 0")

@@ -128,12 +128,13 @@ class GatedLinearAttention(nnx.Module):
     if model_mode == ct.MODEL_MODE_TRAIN:
       return sharded_gla(q, k, v, decay, segment_ids, **options)[0]
     state = self.recurrent_state[...]
+    new: jax.Array | None
     if model_mode == ct.MODEL_MODE_AUTOREGRESSIVE:
-      o, state = gla_step(q[:, 0], k[:, 0], v[:, 0], decay, state)
+      o, new = gla_step(q[:, 0], k[:, 0], v[:, 0], decay, state)
       o = o[:, None]
     else:
-      o, state = sharded_gla(q, k, v, decay, segment_ids, initial_state=state, output_final_state=True, **options)
-    self.recurrent_state[...] = state
+      o, new = sharded_gla(q, k, v, decay, segment_ids, initial_state=state, output_final_state=True, **options)
+    self.recurrent_state[...] = new
     return o
 
   def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
