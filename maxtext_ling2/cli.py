@@ -60,6 +60,24 @@ def verify(
 
 
 @app.command()
+def config(
+  folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder with config.json.")],
+  output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; the default prints it.")] = None,
+) -> None:
+  """Print the MaxText yml of a Hugging Face model, to be passed in the place of base.yml with model_name=ling2-custom."""
+  from maxtext_ling2.checkpoint import model_yml
+
+  try:
+    text = model_yml.text(folder)
+    if output is None:
+      print(text, end="")
+    else:
+      output.write_text(text, encoding="utf-8")
+  except (ValueError, OSError) as error:
+    _fail(error)
+
+
+@app.command()
 def demo(
   output: Annotated[Path, typer.Option(help="Folder for data, checkpoint, metrics and plot.")] = Path("demo_output"),
   steps: Annotated[int | None, typer.Option(min=1, help="Training steps; the default takes minutes on 2 cores.")] = None,

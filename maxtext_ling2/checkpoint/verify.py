@@ -66,7 +66,7 @@ class Reference:
     settings: further MaxText settings, such as gla_decay_layer_offset.
 
   Raises:
-    UnsupportedCheckpoint: the folder is not a LING2 checkpoint; the text names what does not fit.
+    CheckpointError: the folder is not a LING2 checkpoint; the text names what does not fit.
   """
 
   def __init__(self, folder: Path, batch: int, length: int, **settings: Any):

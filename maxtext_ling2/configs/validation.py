@@ -234,6 +234,8 @@ LING2_ONLY = (
   "enable_routed_bias_grad",
   "routed_bias_zero_mean_update",
   "mla_interleaved_rope",
+  "rope_mscale_all_dim",
+  "rope_attention_factor",
   "group_norm_size",
   "use_linear_silu",
   "gla_decay_layer_offset",
