@@ -1,6 +1,7 @@
 """What MaxText's conversion commands call for a LING2 model."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,4 +49,5 @@ class Exporter:
 
 
 def _console() -> Console:
-  return Console(stderr=True, soft_wrap=True, highlight=False)
+  """For the progress bar: standard error; wide where it is a file, so that its one line stays one."""
+  return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)

@@ -79,7 +79,8 @@ class Export:
     shutil.rmtree(partial, ignore_errors=True)
     try:
       partial.mkdir(parents=True)
-      self._write_weights(partial, files, size, console)
+      with progress.bar(console, f"{self.checkpoint} -> {target.name}", size, sum(map(len, files.values()))) as advance:
+        self._write_weights(partial, files, advance)
       self._write_texts(partial, tokenizer)
       os.replace(partial, target)
     except BaseException:
@@ -91,7 +92,7 @@ class Export:
     shards: list[list[tuple[str, tuple[int, ...], np.dtype[Any]]]] = [[]]
     room = SHARD_BYTES
     for entry in mapping.entries(self.config):
-      one = safetensors_file.DTYPES["F32"] if entry.keeps_dtype else _dtype(dtype)
+      one = safetensors_file.DTYPES["F32"] if entry.keeps_dtype else safetensors_file.dtype(dtype)
       nbytes = math.prod(entry.hf_shape) * one.itemsize
       for name in entry.names:
         if nbytes > room and shards[-1]:
@@ -103,17 +104,17 @@ class Export:
       return {"model.safetensors": shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
-  def _write_weights(self, folder: Path, files: Mapping[str, Any], size: int, console: Console) -> None:
+  def _write_weights(self, folder: Path, files: Mapping[str, Any], advance: progress.Advance) -> None:
     views: dict[str, Array] = {}
     for file, tensors in files.items():
       views |= safetensors_file.create(folder / file, tensors)
-    with progress.bar(console, f"{self.checkpoint} -> {folder.parent.name}", size, len(views)) as advance:
-      for leaf in self.leaves:
-        self._write_leaf(leaf, views, advance)
-    views.clear()
+    for leaf in self.leaves:
+      self._write_leaf(leaf, views, advance)
     if len(files) > 1:
       weight_map = {name: file for file, tensors in files.items() for name, _, _ in tensors}
+      size = sum(view.nbytes for view in views.values())
       _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    views.clear()
     for file in files:
       _sync(folder / file)
 
@@ -195,13 +196,6 @@ def read_blocks(store: Any) -> Iterator[tuple[blocks.Box, Array]]:
   while reading:
     done, block = reading.popleft()
     yield done, block.result()
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-  known = {dtype.name: dtype for dtype in safetensors_file.DTYPES.values()}
-  if name not in known:
-    raise CheckpointError(f"weight_dtype={name}: not one of {', '.join(known)}, which the weights can have; choose one")
-  return known[name]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

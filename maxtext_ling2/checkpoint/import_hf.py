@@ -16,7 +16,7 @@ from etils import epath
 from numpy.typing import NDArray
 from rich.console import Console
 
-from maxtext_ling2.checkpoint import blocks, hf_config, mapping, orbax_store, progress, stacking
+from maxtext_ling2.checkpoint import blocks, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.checkpoint.orbax_store import Storage, StreamedLeaf
 from maxtext_ling2.checkpoint.stacking import Leaf
@@ -53,7 +53,7 @@ class Import:
     if save_dtype not in SAVE_DTYPES:
       raise CheckpointError(f"save_dtype={save_dtype}: not one of {', '.join(SAVE_DTYPES)}, which LING2 has; choose one")
     self.folder, self.config, self.output = Path(folder), config, output
-    self.dtype = _dtype(save_dtype)
+    self.dtype = safetensors_file.dtype(save_dtype)
     self.leaves = stacking.leaves(config)
     self._check_target()
     check_same_model(self.folder, config)
@@ -121,12 +121,6 @@ class Import:
 
 def _all_parts(leaf: Leaf, shape: tuple[int, ...]) -> Any:
   return (part for box in blocks.boxes(leaf.shape, shape) for part in blocks.parts(leaf, box))
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-  import jax.numpy as jnp
-
-  return np.dtype(jnp.dtype(name))
 
 
 def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -28,8 +28,21 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes a LING2 checkpoint may have; quantized ones are another format of the same file."""
 
+
 _MAX_HEADER = 100_000_000  # the library's own limit
 _WAY_OUT = "fetch the file again"
+
+
+def dtype(name: str) -> np.dtype[Any]:
+  """The dtype of numpy's name, such as bfloat16.
+
+  Raises:
+    CheckpointError: the weights cannot have it.
+  """
+  known = {one.name: one for one in DTYPES.values()}
+  if name not in known:
+    raise CheckpointError(f"dtype {name}: not one of {', '.join(known)}, which LING2's weights can have; choose one")
+  return known[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.registry import Seam
 
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
@@ -63,6 +63,7 @@ class ToHuggingFaceSeam(Seam):
     Expectation(
       f"{_UTILS}:save_model_files", parameters=("weight_arrays", "config", "tokenizer", "processor", "output_dir")
     ),
+    CommandExpectation(f"{_COMMAND}:main", parameters=("argv",)),
   )
 
   def __init__(self, decoder_block: str, open_checkpoint: Callable[[str, Any], Exporter]):

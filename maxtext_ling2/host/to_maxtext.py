@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.registry import Seam
 
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
@@ -67,7 +67,7 @@ class ToMaxTextSeam(Seam):
       parameters=("maxtext_model_path", "jax_weights", "device_count", "use_ocdbt", "use_zarr3", "config"),
     ),
     Expectation("maxtext.configs.pyconfig:initialize", parameters=("argv",)),
-    Expectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
+    CommandExpectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
   )
 
   def __init__(
