@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from maxtext_ling2.checkpoint import hf_config
-
-MODEL_NAME = "ling2-custom"
-"""The model whose sizes stand in the base yml."""
+from maxtext_ling2.configs.validation import CUSTOM_MODEL
 
 # How LING2 is trained; config.json does not say.
 _TRAINING: dict[str, Any] = {
@@ -36,7 +34,7 @@ def text(folder: Path) -> str:
   head = (
     f"# The LING2 model of {Path(folder).resolve().name}, written by `maxtext-ling2 config`. Use it in the place of "
     "base.yml:\n"
-    f"#   python -m maxtext.trainers.pre_train.train THIS_FILE model_name={MODEL_NAME} run_name=...\n"
+    f"#   python -m maxtext.trainers.pre_train.train THIS_FILE model_name={CUSTOM_MODEL} run_name=...\n"
     "# What stands here can be changed on the command line.\n"
   )
-  return f"{head}base_config: base.yml\n{yaml.safe_dump({'model_name': MODEL_NAME, **settings}, sort_keys=False)}"
+  return f"{head}base_config: base.yml\n{yaml.safe_dump({'model_name': CUSTOM_MODEL, **settings}, sort_keys=False)}"

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -56,16 +55,36 @@ class StreamedLeaf:
     """Bytes of the whole."""
     return self.size * self.dtype.itemsize
 
-  async def write(self, store: Any) -> None:
-    """Writes all blocks to an opened TensorStore, the next one being made while the last ones are written."""
-    writing: deque[tuple[int, Any]] = deque()
+  async def write(self, store: Any, window: "_Window") -> None:
+    """Writes all blocks to an opened TensorStore, the next ones being made while the last ones are written."""
+    writing = []
     for box in boxes(self.shape, self.block):
-      block = self.make(box)
-      writing.append((block.nbytes, store[box].write(block, can_reference_source_data_indefinitely=True)))
-      while sum(size for size, _ in writing) > _IN_FLIGHT:
-        await writing.popleft()[1]
-    for _, written in writing:
-      await written
+      nbytes = math.prod(part.stop - part.start for part in box) * self.dtype.itemsize
+      await window.take(nbytes)
+      written = store[box].write(self.make(box), can_reference_source_data_indefinitely=True)
+      writing.append(asyncio.ensure_future(window.give_back(nbytes, written)))
+    await asyncio.gather(*writing)
+
+
+class _Window:
+  """The bytes that may be in flight at a time, of all leaves together."""
+
+  def __init__(self, size: int):
+    self._size = self._free = size
+    self._changed = asyncio.Condition()
+
+  async def take(self, nbytes: int) -> None:
+    """Waits until there is room; a block larger than the window has it for itself."""
+    async with self._changed:
+      await self._changed.wait_for(lambda: self._free >= min(nbytes, self._size))
+      self._free -= nbytes
+
+  async def give_back(self, nbytes: int, written: Any) -> None:
+    """Waits until a block is on the disk."""
+    await written
+    async with self._changed:
+      self._free += nbytes
+      self._changed.notify_all()
 
 
 class _Handler(type_handlers.NumpyHandler):
@@ -76,13 +95,12 @@ class _Handler(type_handlers.NumpyHandler):
 
   def __init__(self) -> None:
     super().__init__(deepcopy_host_arrays=False)
-    self._one_at_a_time = asyncio.Lock()
+    self._window = _Window(_IN_FLIGHT)
 
   async def _open_and_write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
     _cut(tspec["metadata"], value.block)
-    async with self._one_at_a_time:
-      store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
-      await value.write(store)
+    store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+    await value.write(store, self._window)
 
   async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
     """The opened arrays, unread."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from maxtext_ling2.checkpoint import model_yml, safetensors_file, verify, verify_checkpoint
 from maxtext_ling2.checkpoint.verify import GradientReport, LogitsReport, Reference
 from maxtext_ling2.checkpoint.verify_checkpoint import TensorReport
+from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.host import session
 
 Array = NDArray[Any]
@@ -101,9 +102,7 @@ def _convert(folder: Path, temporary: Path, scan: bool) -> Path:
   """Makes a float32 checkpoint of a Hugging Face folder by MaxText's own command."""
   yml = temporary / "model.yml"
   yml.write_text(model_yml.text(folder), encoding="utf-8")
-  return Path(
-    session.convert(str(yml), model_yml.MODEL_NAME, str(folder), str(temporary / "checkpoint"), "float32", scan)
-  )
+  return Path(session.convert(str(yml), CUSTOM_MODEL, str(folder), str(temporary / "checkpoint"), "float32", scan))
 
 
 def _print_tensors(console: Console, reports: list[TensorReport]) -> None:

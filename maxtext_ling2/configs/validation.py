@@ -10,6 +10,8 @@ from typing import Any
 from maxtext_ling2.configs.fields import DEFAULTS
 
 DECODER_BLOCK = "ling2"
+CUSTOM_MODEL = "ling2-custom"
+"""The model whose sizes stand in the user's base yml, not in one of ours."""
 BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
