@@ -18,8 +18,9 @@ from maxtext_ling2.checkpoint.stacking import Leaf
 Array = NDArray[Any]
 Box = tuple[slice, ...]
 
-BLOCK_BYTES = 32 * 2**20
-"""A block has at most as many bytes: large enough for a disk, small enough to hold several."""
+BLOCK_BYTES = 8 * 2**20
+"""A block has at most as many bytes. Small enough that freed memory is used again: larger blocks are given back to the
+system each time, and come back as pages to be cleared (measured: 395 MB/s with 8 MiB, 309 with 16, 193 with 32)."""
 
 _SMALL = 2**16  # bytes below which handing an array to XLA costs more than it saves
 

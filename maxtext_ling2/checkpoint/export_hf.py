@@ -4,11 +4,13 @@ Memory: a few blocks as the checkpoint stores them. The files are mapped, so tha
 blocks (a scanned layer) needs no collecting, and what is written goes to the disk whenever the system sees fit.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +31,7 @@ logger = logging.getLogger("maxtext_ling2")
 Array = NDArray[Any]
 
 SHARD_BYTES = 4 * 2**30
-_READ_AHEAD = 2 * blocks.BLOCK_BYTES
+_READ_AHEAD = 4 * blocks.BLOCK_BYTES
 _TOKENIZER_FILES = (
   *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
   *("*.model", "*.tiktoken", "generation_config.json"),
@@ -108,15 +110,14 @@ class Export:
     views: dict[str, Array] = {}
     for file, tensors in files.items():
       views |= safetensors_file.create(folder / file, tensors)
-    for leaf in self.leaves:
-      self._write_leaf(leaf, views, advance)
+    with _written_back([folder / file for file in files]):
+      for leaf in self.leaves:
+        self._write_leaf(leaf, views, advance)
     if len(files) > 1:
       weight_map = {name: file for file, tensors in files.items() for name, _, _ in tensors}
       size = sum(view.nbytes for view in views.values())
       _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     views.clear()
-    for file in files:
-      _sync(folder / file)
 
   def _write_leaf(self, leaf: Leaf, views: Mapping[str, Array], advance: progress.Advance) -> None:
     itemsize = views[leaf.members[0][0].names[0]].dtype.itemsize
@@ -201,6 +202,30 @@ def read_blocks(store: Any) -> Iterator[tuple[blocks.Box, Array]]:
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
   _sync(path)
+
+
+@contextlib.contextmanager
+def _written_back(files: list[Path]) -> Iterator[None]:
+  """Lets the disk write while the block computes, and waits at its end until all is there.
+
+  Left to itself the system keeps what is written to a mapped file in memory, and the disk has nothing to do until then.
+  """
+  over = threading.Event()
+
+  def write_back() -> None:
+    while not over.wait(0.2):
+      for file in files:
+        _sync(file)
+
+  thread = threading.Thread(target=write_back)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
+  for file in files:
+    _sync(file)
 
 
 def _sync(path: Path) -> None:

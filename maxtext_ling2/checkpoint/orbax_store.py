@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ Array = NDArray[Any]
 ITEM = "items"
 """The name under which MaxText keeps a training state in the folder of a step."""
 
-_IN_FLIGHT = 4 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
+_IN_FLIGHT = 8 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,11 @@ def _nothing_half_written(target: epath.Path) -> Iterator[None]:
 
 def _remove_leftovers(target: epath.Path) -> None:
   for folder in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
-    folder.rmtree(missing_ok=True)
+    for _ in range(50):  # writes that were under way when another one failed may still add files
+      with contextlib.suppress(OSError):
+        folder.rmtree(missing_ok=True)
+        break
+      time.sleep(0.1)
 
 
 def _handler(ocdbt: bool = True, zarr3: bool = True, compress: bool = False) -> Any:
