@@ -28,7 +28,7 @@ def text(folder: Path) -> str:
 
   raw = hf_config.read(folder)
   settings = hf_config.to_maxtext(raw) | _TRAINING
-  if settings["mtp_num_layers"] and raw.get("mtp_loss_scaling_factor") is not None:
+  if raw.get("mtp_loss_scaling_factor") is not None:
     settings["mtp_loss_scaling_factor"] = raw["mtp_loss_scaling_factor"]
   settings["max_target_length"] = settings["max_prefill_predict_length"] = min(4096, raw["max_position_embeddings"])
   head = (
