@@ -37,7 +37,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 @app.command()
 def verify(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json and safetensors.")],
-  reference: Annotated[Path, typer.Option(help="npz with token ids and the reference's logits.")],
+  reference: Annotated[Path | None, typer.Option(help="npz with token ids and the reference's logits.")] = None,
   logits_key: Annotated[str, typer.Option(help="Array of logits [B, T, V] in the reference.")] = "eval.logits",
   ids_key: Annotated[str, typer.Option(help="Array of token ids [B, T] in the reference.")] = "input_ids",
   decay_offset: Annotated[int, typer.Option(min=0, max=1, help="gla_decay_layer_offset of the reference.")] = 0,
@@ -45,18 +45,48 @@ def verify(
   rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first rows only.")] = None,
   scan: Annotated[bool, typer.Option("--scan", help="Scan the layers (scan_layers=true).")] = False,
   remat: Annotated[str | None, typer.Option(help="MaxText's remat_policy, such as full, minimal or none.")] = None,
+  orbax: Annotated[Path | None, typer.Option(help="MaxText checkpoint (DIR/0/items) to compare with HF_DIR.")] = None,
+  via_orbax: Annotated[bool, typer.Option("--via-orbax", help="Convert HF_DIR by MaxText's command first.")] = False,
 ) -> None:
-  """Compare LING2 in float32 with recorded outputs of a reference; exit 1 if they differ by more than 1e-4."""
+  """Compare LING2 in float32 with recorded outputs of a reference; exit 1 if they differ by more than 1e-4.
+
+  With --orbax or --via-orbax, compare a MaxText checkpoint with the folder: every tensor bit by bit, then the logits.
+  """
   from maxtext_ling2.checkpoint import verify_command
 
   console = Console(soft_wrap=True, highlight=False)
   settings: dict[str, Any] = {"gla_decay_layer_offset": decay_offset, "scan_layers": scan}
   settings |= {"remat_policy": remat} if remat is not None else {}
   try:
-    passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows)
+    if orbax is not None or via_orbax:
+      passed = verify_command.run_checkpoint(console, folder, orbax, reference, logits_key, ids_key, settings)
+    elif reference is not None:
+      passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows)
+    else:
+      raise typer.BadParameter(
+        "pass --reference FILE, --orbax CHECKPOINT or --via-orbax: there is nothing to compare with"
+      )
   except (ValueError, KeyError, OSError) as error:
     _fail(error)
   raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def config(
+  folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder with config.json.")],
+  output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; the default prints it.")] = None,
+) -> None:
+  """Print the MaxText yml of a Hugging Face model, to be passed in the place of base.yml with model_name=ling2-custom."""
+  from maxtext_ling2.checkpoint import model_yml
+
+  try:
+    text = model_yml.text(folder)
+    if output is None:
+      print(text, end="")
+    else:
+      output.write_text(text, encoding="utf-8")
+  except (ValueError, OSError) as error:
+    _fail(error)
 
 
 @app.command()

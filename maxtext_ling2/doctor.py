@@ -10,6 +10,7 @@ from typing import Any
 
 from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
+from maxtext_ling2.configs.validation import CUSTOM_MODEL
 
 _VARIABLES = (
   startup.DISABLE_VARIABLE,
@@ -174,7 +175,7 @@ def _fields(found: Diagnosis) -> None:
 def _models(found: Diagnosis) -> None:
   from maxtext_ling2.host import session
 
-  for name in plugin.MODEL_NAMES:
+  for name in sorted(set(plugin.MODEL_NAMES) - {CUSTOM_MODEL}):  # a custom model has no sizes of its own
     found.models[name] = _problem(functools.partial(session.make_config, model_name=name))
     if found.models[name] is not None:
       found.faults.append(Finding(f"model_name={name}: {found.models[name]}", "install maxtext-ling2 again"))

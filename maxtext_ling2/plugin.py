@@ -4,6 +4,7 @@ It runs when `maxtext` is first imported, so it imports nothing heavy: the seams
 imported, and the model's own classes are imported when MaxText builds the first LING2 model.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from maxtext_ling2.host.muon import MuonSeam
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.shared_expert import SharedExpertSeam
+from maxtext_ling2.host.to_huggingface import Exporter, ToHuggingFaceSeam
+from maxtext_ling2.host.to_maxtext import Request, Target, ToMaxTextSeam
 from maxtext_ling2.host.train_step import TrainStepSeam
 from maxtext_ling2.host.weight_variables import WeightLoadingSeam, WeightVariablesSeam
 
@@ -63,6 +66,30 @@ def _shared_expert_width(config: Any) -> int:
   return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
 
 
+def _tables() -> Mapping[str, Mapping[str, Any]]:
+  from maxtext_ling2.checkpoint import stock_tables
+
+  return stock_tables.tables({name: CONFIGS / "models" / f"{name}.yml" for name in MODEL_NAMES})
+
+
+def _check_import(request: Request, config: Any, target: Target) -> None:
+  from maxtext_ling2.checkpoint import commands
+
+  commands.plan_import(request.folder, config, target.folder, request.save_dtype)
+
+
+def _import(request: Request, config: Any, target: Target) -> None:
+  from maxtext_ling2.checkpoint import commands
+
+  commands.run_import(request.folder, config, target.folder, request.save_dtype, target.ocdbt, target.zarr3)
+
+
+def _open_export(path: str, config: Any) -> Exporter:
+  from maxtext_ling2.checkpoint import commands
+
+  return commands.Exporter(path, config)
+
+
 REGISTRY = Registry(
   "maxtext-ling2",
   seams=(
@@ -83,7 +110,9 @@ REGISTRY = Registry(
     WeightLoadingSeam(),
     MuonSeam(("query_key_value", "output_gate")),
     ResultTokensSeam(),
-    HfTablesSeam({}),
+    HfTablesSeam(_tables),
+    ToMaxTextSeam(DECODER_BLOCK, _check_import, _import),
+    ToHuggingFaceSeam(DECODER_BLOCK, _open_export),
   ),
   names=(*MODEL_NAMES, DECODER_BLOCK),
   tested=TESTED_MAXTEXT,

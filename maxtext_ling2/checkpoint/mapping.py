@@ -37,7 +37,7 @@ class Entry:
   keeps_dtype: bool = False
 
   @property
-  def _one_shape(self) -> tuple[int, ...]:
+  def one_shape(self) -> tuple[int, ...]:
     """MaxText shape of the part that one Hugging Face tensor makes."""
     return self.shape[1:] if len(self.names) > 1 else self.shape
 
@@ -45,13 +45,17 @@ class Entry:
   def hf_shape(self) -> tuple[int, ...]:
     """Shape of each of the Hugging Face tensors."""
     if not self.linear:
-      return self._one_shape
-    inputs, outputs = self._one_shape[: self.in_axes], self._one_shape[self.in_axes :]
+      return self.one_shape
+    inputs, outputs = self.one_shape[: self.in_axes], self.one_shape[self.in_axes :]
     return (int(np.prod(outputs)), int(np.prod(inputs)))
+
+  def view(self, tensor: Array) -> Array:
+    """One Hugging Face tensor in MaxText's layout, as a view of it."""
+    return (tensor.T if self.linear else tensor).reshape(self.one_shape)
 
   def to_maxtext(self, tensors: list[Array]) -> Array:
     """Builds the MaxText tensor from the Hugging Face tensors, in the order of `names`."""
-    parts = [(tensor.T if self.linear else tensor).reshape(self._one_shape) for tensor in tensors]
+    parts = [self.view(tensor) for tensor in tensors]
     return np.stack(parts) if len(self.names) > 1 else parts[0]
 
   def to_hf(self, tensor: Array) -> list[Array]:

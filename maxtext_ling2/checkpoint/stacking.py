@@ -16,6 +16,9 @@ from maxtext_ling2.model.layout import ScanLayout
 
 Array = NDArray[Any]
 
+BIAS_COLLECTION = "MoEBiasVar"
+"""The collection of router biases that are no parameters: MaxText names it after their class."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -26,12 +29,30 @@ class Leaf:
     members: the per-layer tensors it is stacked of: [[one]] if it is not stacked, else for each block its layers.
     depth: number of stacked axes: 0, 1 (blocks) or 2 (blocks, layers of a block).
     axis: where the outer one of them stands.
+    is_parameter: whether MaxText keeps it among the parameters, rather than in the router biases' own collection.
   """
 
   path: Path
   members: tuple[tuple[Entry, ...], ...]
   depth: int
   axis: int
+  is_parameter: bool = True
+
+  @property
+  def stacked_axes(self) -> tuple[int, ...]:
+    """The axes of experts (if any), blocks and layers: fixing them picks what one Hugging Face tensor makes."""
+    experts = (0,) if len(self.members[0][0].names) > 1 else ()
+    return (*experts, *range(self.axis, self.axis + self.depth))
+
+  @property
+  def keeps_dtype(self) -> bool:
+    """Whether it stays float32 whatever dtype the others are saved in."""
+    return self.members[0][0].keeps_dtype
+
+  @property
+  def keys(self) -> tuple[str, ...]:
+    """Where it stands in a checkpoint's `params`: the collection, then the path."""
+    return ("params" if self.is_parameter else BIAS_COLLECTION, *self.path)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -64,7 +85,7 @@ class Leaf:
 def leaves(config: Any) -> list[Leaf]:
   """All weights of a LING2 model in the layout of its config (`scan_layers`)."""
   if not config.scan_layers:
-    return [_single(entry) for entry in entries(config)]
+    return [_single(entry, config) for entry in entries(config)]
   layout = ScanLayout.of(
     config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
   )
@@ -73,7 +94,7 @@ def leaves(config: Any) -> list[Leaf]:
   for entry in entries(config):
     place = _place(entry, layout)
     if place is None:
-      singles.append(_single(entry))
+      singles.append(_single(entry, config))
     else:
       block, position, rest = place
       kind = "global_layer" if position == layout.cycle - 1 else "local_layers"
@@ -81,16 +102,20 @@ def leaves(config: Any) -> list[Leaf]:
   return singles + [_stack(path, members, layout, config) for path, members in stacks.items()]
 
 
-def _single(entry: Entry) -> Leaf:
-  return Leaf(entry.path, ((entry,),), 0, 0)
+def _single(entry: Entry, config: Any) -> Leaf:
+  return Leaf(entry.path, ((entry,),), 0, 0, _is_parameter(entry, config))
+
+
+def _is_parameter(entry: Entry, config: Any) -> bool:
+  return bool(not entry.keeps_dtype or config.enable_routed_bias_grad)
 
 
 def _stack(path: Path, members: list[tuple[int, Entry]], layout: ScanLayout, config: Any) -> Leaf:
   blocks = tuple(tuple(entry for b, entry in members if b == block) for block in range(layout.num_blocks))
   entry = blocks[0][0]
-  is_parameter = not entry.keeps_dtype or config.enable_routed_bias_grad
+  is_parameter = _is_parameter(entry, config)
   axis = min(config.param_scan_axis, len(entry.shape)) if is_parameter else 0
-  return Leaf(path, blocks, 1 if path[2] == "global_layer" else 2, axis)
+  return Leaf(path, blocks, 1 if path[2] == "global_layer" else 2, axis, is_parameter)
 
 
 def _place(entry: Entry, layout: ScanLayout) -> tuple[int, int, Path] | None:

@@ -56,6 +56,15 @@ class GradientReport:
     return bool(self.excess <= 1.0)
 
 
+def make_config(folder: Path, batch: int, length: int, **settings: Any) -> Any:
+  """The MaxText config of a Hugging Face folder's model, in float32; `Reference` describes the arguments."""
+  raw = hf_config.read(folder)
+  hf = hf_config.to_maxtext(raw)
+  hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
+  sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
+  return session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
+
+
 class Reference:
   """A LING2 model with the weights of a Hugging Face folder, in float32.
 
@@ -63,25 +72,43 @@ class Reference:
     folder: the Hugging Face folder.
     batch: rows B of the inputs.
     length: tokens T of a row.
+    checkpoint: takes the weights from this MaxText checkpoint instead, restored as MaxText's trainer restores them.
+    rounded_to: rounds the folder's weights to this dtype first, as a conversion with this save_dtype does.
     settings: further MaxText settings, such as gla_decay_layer_offset.
 
   Raises:
-    UnsupportedCheckpoint: the folder is not a LING2 checkpoint; the text names what does not fit.
+    CheckpointError: the folder is not a LING2 checkpoint; the text names what does not fit.
   """
 
-  def __init__(self, folder: Path, batch: int, length: int, **settings: Any):
-    raw = hf_config.read(folder)
-    hf = hf_config.to_maxtext(raw)
-    self.padding_id: int | None = raw.get("pad_token_id")
-    hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
-    sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
-    self.config = session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
+  def __init__(
+    self,
+    folder: Path,
+    batch: int,
+    length: int,
+    checkpoint: Path | None = None,
+    rounded_to: Any = np.float32,
+    **settings: Any,
+  ):
+    self.padding_id: int | None = hf_config.read(folder).get("pad_token_id")
+    self.config = make_config(folder, batch, length, **settings)
     self.leaves = stacking.leaves(self.config)
+    self.mesh = session.make_mesh(self.config)
+    if checkpoint is not None:
+      values = session.restore(self.config, self.mesh, str(checkpoint))
+    else:
+      values = self._values(folder, np.dtype(rounded_to))
+    self.model = session.make_model(self.config, self.mesh, values)
+
+  def _values(self, folder: Path, dtype: np.dtype[Any]) -> dict[Any, Array]:
+    """The folder's weights by path in the model."""
+
+    def get(entry: mapping.Entry) -> Array:
+      tensor = tensors.tensor(entry)
+      return tensor if entry.keeps_dtype else tensor.astype(dtype)
+
     with HfFolder(folder) as tensors:
       tensors.check(mapping.entries(self.config))
-      values = {leaf.path: leaf.assemble(tensors.tensor) for leaf in self.leaves}
-    self.mesh = session.make_mesh(self.config)
-    self.model = session.make_model(self.config, self.mesh, values)
+      return {leaf.path: leaf.assemble(get) for leaf in self.leaves}
 
   def logits(self, ids: Array, segments: Array | None = None) -> Array:
     """Logits [B, T, V] float32 for token ids [B, T], with segment ids [B, T] where documents are packed."""

@@ -1,5 +1,6 @@
 """What `maxtext-ling2 verify` does: read the files, compare, print the verdict."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.table import Table
 
-from maxtext_ling2.checkpoint import verify
+from maxtext_ling2.checkpoint import model_yml, safetensors_file, verify, verify_checkpoint
 from maxtext_ling2.checkpoint.verify import GradientReport, LogitsReport, Reference
+from maxtext_ling2.checkpoint.verify_checkpoint import TensorReport
+from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.host import session
 
 Array = NDArray[Any]
 
@@ -44,6 +49,74 @@ def run(
     passed &= _gradients(console, model, ids, recorded, reference, grads, rows)
   console.print("[green]PASS[/]" if passed else "[red]FAIL[/]")
   return passed
+
+
+def run_checkpoint(
+  console: Console,
+  folder: Path,
+  checkpoint: Path | None,
+  reference: Path | None,
+  logits_key: str,
+  ids_key: str,
+  settings: dict[str, Any],
+) -> bool:
+  """Compares a MaxText checkpoint with a Hugging Face folder, tensor by tensor and by logits; returns the verdict.
+
+  Args:
+    console: where to print.
+    folder: the Hugging Face folder.
+    checkpoint: the MaxText checkpoint; None: one that MaxText's conversion command makes of the folder now.
+    reference: npz with token ids and the reference's logits; None: those of the folder's own weights are it.
+    logits_key: array of logits [B, T, V] in the reference.
+    ids_key: array of token ids [B, T] in the reference.
+    settings: MaxText's, such as gla_decay_layer_offset and scan_layers.
+
+  Raises:
+    ValueError: one of the files is not what it must be; the text names what.
+  """
+  if checkpoint is None:
+    with tempfile.TemporaryDirectory(prefix="maxtext-ling2-") as temporary:
+      made = _convert(folder, Path(temporary), bool(settings.get("scan_layers")))
+      return run_checkpoint(console, folder, made, reference, logits_key, ids_key, settings)
+  config = verify.make_config(folder, 1, 16, **settings)
+  reports = verify_checkpoint.compare(checkpoint, folder, config)
+  _print_tensors(console, reports)
+  passed = all(report.passed for report in reports)
+  if reference is None:
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 64), np.int32)
+    stored = next(report.dtype for report in reports if not report.name.endswith("expert_bias"))
+    rounded = safetensors_file.dtype(stored)
+    expected = Reference(folder, ids.shape[0], ids.shape[1], rounded_to=rounded, **settings).logits(ids)
+  else:
+    recorded = _load(reference)
+    ids, expected = _tokens(reference, recorded, ids_key), _array(reference, recorded, logits_key)
+  restored = Reference(folder, ids.shape[0], ids.shape[1], checkpoint=checkpoint, **settings)
+  report = verify.compare_logits(restored.logits(ids), expected)
+  _print_logits(console, report)
+  passed &= report.passed
+  console.print("[green]PASS[/]" if passed else "[red]FAIL[/]")
+  return passed
+
+
+def _convert(folder: Path, temporary: Path, scan: bool) -> Path:
+  """Makes a float32 checkpoint of a Hugging Face folder by MaxText's own command."""
+  yml = temporary / "model.yml"
+  yml.write_text(model_yml.text(folder), encoding="utf-8")
+  return Path(session.convert(str(yml), CUSTOM_MODEL, str(folder), str(temporary / "checkpoint"), "float32", scan))
+
+
+def _print_tensors(console: Console, reports: list[TensorReport]) -> None:
+  """The verdict on all tensors, and a table of the worst of those that differ."""
+  equal = sum(report.passed for report in reports)
+  console.print(f"{equal} of {len(reports)} tensors bit-equal")
+  worst = sorted((report for report in reports if not report.passed), key=lambda report: -report.max_abs_error)
+  if not worst:
+    return
+  table = Table("tensor", "Hugging Face", "checkpoint", "differing elements", "max abs error", title="the worst tensors")
+  for report in worst[:10]:
+    count = f"{report.different} of {report.elements}"
+    table.add_row(report.name, report.hf_dtype, report.dtype, count, f"{report.max_abs_error:.3e}")
+  console.print(table)
 
 
 def _gradients(

@@ -1,4 +1,5 @@
-"""The config fields LING2 adds to MaxText: the RFC's 16, the decay offset its sources disagree about, GLA's backend.
+"""The config fields LING2 adds to MaxText: the RFC's 16, the decay offset its sources disagree about, GLA's backend,
+YaRN's two scales.
 
 Names, owners, types and defaults are those of the RFC "Refactor PR1 - Ling2 config extension". A field that the installed
 MaxText already defines stays MaxText's own.
@@ -63,6 +64,22 @@ FIELDS = (
     "bool",
     True,
     "Whether the rotary dimensions of MLA's q and k are stored as interleaved pairs (x0, y0, x1, y1, ...).",
+  ),
+  Field(
+    "rope_mscale_all_dim",
+    "YarnRope",
+    "float",
+    -1.0,
+    "mscale of the factor of MLA's softmax scale under YaRN, Hugging Face's rope_scaling.mscale_all_dim; 0: no factor; "
+    "negative: MaxText's rule, mscale if max_position_embeddings exceeds original_max_position_embeddings.",
+  ),
+  Field(
+    "rope_attention_factor",
+    "YarnRope",
+    "float",
+    0.0,
+    "Factor of cos and sin under YaRN, as Hugging Face's rope_scaling.attention_factor; 0: MaxText's rule, "
+    "rope_attention_scaling.",
   ),
   Field(
     "group_norm_size",

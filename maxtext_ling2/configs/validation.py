@@ -13,6 +13,8 @@ DECODER_BLOCK = "ling2"
 INSTEAD_OF_BASE = {"mla_naive_kvcache": "false"}
 """What a LING2 model takes where only MaxText's base.yml says otherwise; see `_mla`."""
 
+CUSTOM_MODEL = "ling2-custom"
+"""The model whose sizes stand in the user's base yml, not in one of ours."""
 BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -252,6 +254,8 @@ LING2_ONLY = (
   "enable_routed_bias_grad",
   "routed_bias_zero_mean_update",
   "mla_interleaved_rope",
+  "rope_mscale_all_dim",
+  "rope_attention_factor",
   "group_norm_size",
   "use_linear_silu",
   "gla_decay_layer_offset",

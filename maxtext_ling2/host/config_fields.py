@@ -55,7 +55,16 @@ class ConfigFieldsSeam(Seam):
     ),
     *(
       Expectation(f"{_TYPES}:{owner}", holds=lambda value: bool(value.model_fields), meaning="a pydantic mixin")
-      for owner in ("MoEGeneral", "DeepSeekMoE", "MlaAttention", "Qwen3Next", "GrainDataset", "Tokenizer", "Optimizer")
+      for owner in (
+        "MoEGeneral",
+        "DeepSeekMoE",
+        "MlaAttention",
+        "YarnRope",
+        "Qwen3Next",
+        "GrainDataset",
+        "Tokenizer",
+        "Optimizer",
+      )
     ),
   )
 

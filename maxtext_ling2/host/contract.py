@@ -1,9 +1,12 @@
 """What a seam needs from the installed MaxText, written so that a test and `doctor` can check it."""
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -34,10 +37,14 @@ class Expectation:
       words += f" taking ({', '.join(self.parameters)})"
     return f"{words}, {self.meaning}" if self.meaning else words
 
+  def resolved(self) -> Any:
+    """The object, or `_Missing`."""
+    return resolve(self.target)
+
   def found(self) -> str | None:
     """What stands there instead, in words; None if the expectation is met. The module must be importable."""
     try:
-      value = resolve(self.target)
+      value = self.resolved()
     except Exception as error:  # pylint: disable=broad-exception-caught
       return f"the module does not import ({error})"
     if value is _Missing:
@@ -49,6 +56,29 @@ class Expectation:
     if self.holds is not None and not _holds(self.holds, value):
       return f"{value!r:.200}, which is not so"
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandExpectation(Expectation):
+  """A function of a module that runs as `__main__`, or is just being imported: it is looked up in the source.
+
+  Importing a command to look at it would run it twice, or find it half imported.
+  """
+
+  def resolved(self) -> Any:
+    """A function with the parameters of the one in the source, and no body; `_Missing` if there is none."""
+    module, _, name = self.target.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+      raise ImportError(f"no module named {module}")
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in tree.body:
+      if isinstance(node, ast.FunctionDef) and node.name == name:
+        parameters = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        namespace: dict[str, Any] = {}
+        exec(f"def {name}({', '.join(parameters)}): pass", namespace)
+        return namespace[name]
+    return _Missing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Seam: MaxText's tables for Hugging Face checkpoints, plain dicts keyed by model name, extended in place."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
@@ -8,6 +9,7 @@ from maxtext_ling2.host.registry import Seam
 
 _PACKAGE = "maxtext.checkpoint_conversion.utils"
 TABLES = {
+  "HF_IDS": "maxtext.utils.globals",
   "PARAM_MAPPING": f"{_PACKAGE}.param_mapping",
   "HOOK_FNS": f"{_PACKAGE}.param_mapping",
   "HF_SHAPE": f"{_PACKAGE}.hf_shape",
@@ -18,8 +20,10 @@ TABLES = {
 class HfTablesSeam(Seam):
   """Adds entries to the conversion tables.
 
+  Only processes that convert have them: in others MaxText would take HF_IDS for the place of a tokenizer.
+
   Args:
-    entries: table name (a key of `TABLES`) -> model name -> entry.
+    entries: gives table name (a key of `TABLES`) -> model name -> entry, when it is needed.
   """
 
   name = "Hugging Face tables"
@@ -30,14 +34,12 @@ class HfTablesSeam(Seam):
     for table, module in TABLES.items()
   )
 
-  def __init__(self, entries: Mapping[str, Mapping[str, Any]]):
+  def __init__(self, entries: Callable[[], Mapping[str, Mapping[str, Any]]]):
     super().__init__()
     self.entries = entries
 
   def apply(self) -> None:
-    import importlib
-
-    for table, additions in self.entries.items():
+    for table, additions in self.entries().items():
       mapping = getattr(importlib.import_module(TABLES[table]), table)
       for model_name, entry in additions.items():
         self.patches.entry(mapping, model_name, entry)

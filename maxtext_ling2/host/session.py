@@ -68,20 +68,89 @@ def make_model(config: Any, mesh: Any, values: Mapping[Any, Any], seed: int = 0)
     KeyError: a parameter has no value, or a value no parameter; the paths are named.
   """
   from flax import nnx
-  from maxtext.models import models
 
-  def create() -> Any:
-    return models.Transformer(config, mesh, quant=None, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
-
-  with model_context(config, mesh):
-    abstract = nnx.eval_shape(create)
-  graph, state = nnx.split(abstract)
+  graph, state = nnx.split(_abstract_model(config, mesh, seed))
   flat = dict(nnx.to_flat_state(state))
   needed = {path for path, variable in flat.items() if _holds_weights(variable)}
   if needed != set(values):
     raise KeyError(f"no value for {sorted(needed - set(values))}; no parameter for {sorted(set(values) - needed)}")
   filled = [(path, variable.replace(_value(variable, values.get(path), seed))) for path, variable in flat.items()]
   return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def restore(config: Any, mesh: Any, checkpoint: str) -> dict[Any, Any]:
+  """The weights of a checkpoint by path in the model, restored by the function that MaxText's trainer restores with.
+
+  Args:
+    config: MaxText config, in the layout of the checkpoint (`scan_layers`).
+    mesh: device mesh; every weight is put on all of its devices.
+    checkpoint: as `load_parameters_path`.
+
+  Raises:
+    ValueError: MaxText does not find the model's weights there.
+  """
+  import jax
+  from flax import nnx
+  from maxtext.common import checkpointing
+
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  _, state = nnx.split(_abstract_model(config, mesh, seed=0))
+  wanted = {path: variable for path, variable in nnx.to_flat_state(state) if _holds_weights(variable)}
+  for path, variable in wanted.items():
+    value = variable.get_value()
+    wanted[path] = variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=everywhere))
+  restored = checkpointing.load_params_from_path(
+    checkpoint,
+    nnx.from_flat_state(list(wanted.items())),
+    config.checkpoint_storage_concurrent_gb,
+    use_ocdbt=config.checkpoint_storage_use_ocdbt,
+    use_zarr3=config.checkpoint_storage_use_zarr3,
+  )
+  return {path: variable.get_value() for path, variable in nnx.to_flat_state(restored)}
+
+
+def convert(yml: str, model_name: str, folder: str, output: str, save_dtype: str, scan: bool) -> str:
+  """Converts a Hugging Face folder by MaxText's own command, in this process.
+
+  Args:
+    yml: base yml.
+    model_name: as in MaxText's config.
+    folder: the Hugging Face folder.
+    output: base_output_directory.
+    save_dtype: of the weights.
+    scan: scan_layers.
+
+  Returns:
+    The checkpoint, as `load_parameters_path`.
+
+  Raises:
+    ValueError: MaxText refuses the settings.
+  """
+  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
+
+  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  from maxtext.checkpoint_conversion import to_maxtext
+
+  settings = {"model_name": model_name, "base_output_directory": output, "run_name": "conversion", "scan_layers": scan}
+  settings |= {"skip_jax_distributed_system": True, "log_config": False}
+  words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+  try:
+    to_maxtext.main(["", yml, *words], hf_model_path=folder, save_dtype=save_dtype, simulated_cpu_devices_count=1)
+  except SystemExit as error:
+    raise ValueError("MaxText refuses this configuration; its reason stands above") from error
+  return os.path.join(output, "0", "items")
+
+
+def _abstract_model(config: Any, mesh: Any, seed: int) -> Any:
+  """The model's variables as shapes and dtypes."""
+  from flax import nnx
+  from maxtext.models import models
+
+  def create() -> Any:
+    return models.Transformer(config, mesh, quant=None, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
+
+  with model_context(config, mesh):
+    return nnx.eval_shape(create)
 
 
 def _holds_weights(variable: Any) -> bool:

@@ -6,6 +6,7 @@ from flax import nnx
 from maxtext.common.common_types import AttentionType
 from maxtext.layers import attention_mla, quantizations
 
+from maxtext_ling2.model import yarn
 from maxtext_ling2.model.rope import rotary_embedding
 
 # The norms of the q and kv latents keep this whatever the model's epsilon is (the Hugging Face code's class default).
@@ -19,6 +20,7 @@ class MultiHeadLatentAttention(attention_mla.MLA):
   """
 
   def __init__(self, config: Any, mesh: Any, model_mode: str, quant: Any, inputs_shape: tuple[int, ...], rngs: nnx.Rngs):
+    mscale = yarn.softmax_mscale(config)
     super().__init__(
       config=config,
       num_query_heads=config.num_query_heads,
@@ -43,9 +45,10 @@ class MultiHeadLatentAttention(attention_mla.MLA):
       qk_nope_head_dim=config.qk_nope_head_dim,
       qk_rope_head_dim=config.qk_rope_head_dim,
       v_head_dim=config.v_head_dim,
-      max_position_embeddings=config.max_position_embeddings,
-      original_max_position_embeddings=config.original_max_position_embeddings,
-      mscale=config.mscale,
+      # MaxText scales the softmax where the first of these exceeds the second; it uses them for nothing else.
+      max_position_embeddings=0 if mscale is None else 1,
+      original_max_position_embeddings=0,
+      mscale=mscale,
       rope_factor=config.rope_factor,
       attn_logits_soft_cap=config.attn_logits_soft_cap,
       model_mode=model_mode,

@@ -5,11 +5,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from maxtext.layers.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+from maxtext.layers.embeddings import RotaryEmbedding
+
+from maxtext_ling2.model import yarn
 
 
 class HalfRotaryEmbedding(RotaryEmbedding):
-  """MaxText's half-rotation, computed in float32 and rounded once, to the dtype of the config."""
+  """MaxText's half-rotation, in float32 and rounded once, to the dtype of the config; stretched by YaRN if asked.
+
+  Args:
+    config: MaxText config; `rope_max_timescale` is theta.
+    mesh: device mesh.
+    dims: number of rotated dimensions, even.
+    rngs: unused, part of MaxText's signature.
+  """
+
+  def __init__(self, config: Any, mesh: Any, dims: int, rngs: nnx.Rngs):
+    super().__init__(
+      min_timescale=config.rope_min_timescale,
+      max_timescale=config.rope_max_timescale,
+      mesh=mesh,
+      embedding_dims=dims,
+      fprop_dtype=config.dtype,
+      rngs=rngs,
+    )
+    self.config = config
+
+  @property
+  def timescale(self) -> jax.Array:
+    """Positions per radian of each pair, [dims / 2] float32."""
+    if not yarn.is_yarn(self.config):
+      return super().timescale
+    return jnp.asarray(1.0 / yarn.inverse_frequencies(self.config, self.embedding_dims), jnp.float32)
+
+  def apply_rotary(self, inputs: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `inputs` [B, T, H, D] by cos and sin [B, T, 1, D], which YaRN scales."""
+    if yarn.is_yarn(self.config):
+      factor = yarn.attention_factor(self.config)
+      cos, sin = cos * factor, sin * factor
+    return super().apply_rotary(inputs, cos, sin)
 
   def __call__(self, inputs: jax.Array, position: jax.Array | None = None) -> jax.Array:
     """Rotates `inputs` [B, T, H, D] by `position` [B, T]."""
@@ -34,40 +68,14 @@ def deinterleave(x: jax.Array) -> jax.Array:
 
 
 def rotary_embedding(config: Any, mesh: Any, dims: int, interleaved: bool, rngs: nnx.Rngs) -> nnx.Module:
-  """Builds the rotary embedding that the config's `rope_type` names.
+  """The rotary embedding of one attention, called with (inputs [B, T, H, dims], positions [B, T]).
 
   Args:
-    config: MaxText config; `rope_max_timescale` is theta.
+    config: MaxText config.
     mesh: device mesh.
     dims: number of rotated dimensions, even.
     interleaved: whether pairs stand next to each other in the input.
     rngs: unused, part of MaxText's signature.
-
-  Returns:
-    A module called with (inputs [B, T, H, dims], positions [B, T]), which returns [B, T, H, dims].
   """
-  if config.rope_type == "yarn":
-    return YarnRotaryEmbedding(
-      embedding_dims=dims,
-      mesh=mesh,
-      max_position_embeddings=config.max_position_embeddings,
-      original_max_position_embeddings=config.original_max_position_embeddings,
-      beta_fast=config.beta_fast,
-      beta_slow=config.beta_slow,
-      rope_theta=config.rope_max_timescale,
-      rope_factor=config.rope_factor,
-      fprop_dtype=config.dtype,
-      interleave=interleaved,
-      truncate=config.rope_truncate,
-      attention_scaling=config.rope_attention_scaling,
-      rngs=rngs,
-    )
   cls = InterleavedRotaryEmbedding if interleaved else HalfRotaryEmbedding
-  return cls(
-    min_timescale=config.rope_min_timescale,
-    max_timescale=config.rope_max_timescale,
-    mesh=mesh,
-    embedding_dims=dims,
-    fprop_dtype=config.dtype,
-    rngs=rngs,
-  )
+  return cls(config, mesh, dims, rngs)

@@ -93,6 +93,8 @@ IN_VAIN = {
   "enable_routed_bias_grad": False,
   "routed_bias_zero_mean_update": True,
   "mla_interleaved_rope": False,
+  "rope_mscale_all_dim": 1.0,
+  "rope_attention_factor": 1.5,
   "group_norm_size": 4,
   "use_linear_silu": True,
   "gla_decay_layer_offset": 1,

@@ -1,0 +1,256 @@
+"""How fast and in how much memory a checkpoint is converted: python benchmarks/convert.py --gigabytes 2.
+
+Makes a Hugging Face folder of that size (bfloat16, random), then measures, each in a process of its own:
+
+  cp                copying the folder and waiting for the disk
+  Orbax             MaxText's own save of the same arrays from memory, compressed as it does it
+  to MaxText        Hugging Face -> MaxText, uncompressed (our default) and compressed, unscanned and scanned
+  to Hugging Face   the way back
+
+Times are without imports, and with waiting for the disk. Memory is RssAnon (what mapped files add is not counted) above
+what the process had after its imports, sampled every 5 ms.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+# 64 experts a layer, whose three kernels have 128 MiB each: the largest leaves, at any number of layers.
+SHAPE = {
+  "architectures": ["BailingMoeV2_5ForCausalLM"],
+  "hidden_size": 2048,
+  "intermediate_size": 2048,
+  "vocab_size": 8192,
+  "first_k_dense_replace": 1,
+  "layer_group_size": 2,
+  "rms_norm_eps": 1e-6,
+  "num_attention_heads": 8,
+  "head_dim": 128,
+  "group_norm_size": 4,
+  "use_qk_norm": True,
+  "q_lora_rank": 256,
+  "kv_lora_rank": 256,
+  "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64,
+  "v_head_dim": 128,
+  "num_experts": 64,
+  "num_experts_per_tok": 4,
+  "moe_intermediate_size": 512,
+  "num_shared_experts": 1,
+  "n_group": 8,
+  "topk_group": 4,
+  "routed_scaling_factor": 2.5,
+  "partial_rotary_factor": 0.5,
+  "max_position_embeddings": 4096,
+  "rope_theta": 10000.0,
+  "num_nextn_predict_layers": 0,
+}
+SHARD_BYTES = 2**30
+PERIOD = 0.005
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the model")
+  parser.add_argument("--folder", type=Path, help="where to work; the default is a temporary folder")
+  parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  if arguments.worker:
+    print(json.dumps(work(*arguments.worker)))
+    return
+  with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    benchmark(Path(folder), arguments.gigabytes)
+
+
+def benchmark(folder: Path, gigabytes: float) -> None:
+  hf = folder / "hf"
+  run("make", hf, gigabytes)
+  size = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
+  print(f"{size / 1e9:.2f} GB, {len(list(hf.glob('*.safetensors')))} files")
+  print(f"{'':36} {'MB/s':>6} {'of cp':>7} {'of Orbax':>9} {'RssAnon MiB':>12} {'of the largest leaf':>20}")
+  copied = size / copy(hf, folder / "copy") / 1e6
+  show("cp", copied, copied, None, None, None)
+  saved = run("orbax", hf, folder / "orbax")
+  orbax = size / saved["seconds"] / 1e6
+  show("Orbax from memory, compressed", orbax, copied, orbax, None, None)
+  shutil.rmtree(folder / "orbax")
+  for scan in (0, 1):
+    layout = "scanned" if scan else "unscanned"
+    for compress in (0, 1):
+      found = run("import", hf, folder / "mt", scan, compress)
+      title = f"to MaxText, {layout}, {'' if compress else 'un'}compressed"
+      show(title, size / found["seconds"] / 1e6, copied, orbax, found["anonymous"], found["leaf"])
+      if not compress:
+        found = run("export", hf, folder / "mt" / "0", scan, folder / "back")
+        show(f"to Hugging Face, {layout}", size / found["seconds"] / 1e6, copied, None, found["anonymous"], found["leaf"])
+        shutil.rmtree(folder / "back")
+      shutil.rmtree(folder / "mt")
+
+
+def show(
+  title: str, speed: float, copied: float, orbax: float | None, anonymous: float | None, leaf: float | None
+) -> None:
+  of_orbax = f"{speed / orbax:9.0%}" if orbax else f"{'':9}"
+  memory = f"{anonymous / 2**20:12.0f} {anonymous / leaf:20.2f}" if anonymous is not None and leaf else ""
+  print(f"{title:36} {speed:6.0f} {speed / copied:7.0%} {of_orbax} {memory}", flush=True)
+
+
+def run(*words: Any) -> Any:
+  """What a worker process measured."""
+  command = [sys.executable, __file__, "--worker", *map(str, words)]
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  if done.returncode:
+    raise SystemExit(done.stderr[-3000:])
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def copy(source: Path, target: Path) -> float:
+  """Seconds of `cp` and `sync`; the source has been read before, as for all others."""
+  started = time.perf_counter()
+  subprocess.run(["cp", "-r", source, target], check=True)
+  subprocess.run(["sync", *target.iterdir()], check=True)
+  seconds = time.perf_counter() - started
+  shutil.rmtree(target)
+  return seconds
+
+
+def work(kind: str, *words: str) -> Any:
+  if kind == "make":
+    return make(Path(words[0]), float(words[1]))
+  if kind == "orbax":
+    return orbax(Path(words[0]), Path(words[1]))
+  if kind == "import":
+    return to_maxtext(Path(words[0]), Path(words[1]), words[2] == "1", words[3] == "1")
+  return to_hugging_face(Path(words[0]), Path(words[1]), words[2] == "1", Path(words[3]))
+
+
+def make(folder: Path, gigabytes: float) -> Any:
+  """Writes the Hugging Face folder: as many layers as the size asks for, an odd number of them MLA."""
+  import numpy as np
+
+  from maxtext_ling2.checkpoint import safetensors_file, stock_tables
+
+  def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    return stock_tables.hf_shapes({**SHAPE, "num_hidden_layers": layers})
+
+  layers = 4
+  while sum(math.prod(shape) for shape in shapes(layers + 2).values()) * 2 <= gigabytes * 1e9:
+    layers += 2
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": layers}))
+  bf16, f32 = safetensors_file.DTYPES["BF16"], safetensors_file.DTYPES["F32"]
+  files: list[list[Any]] = [[]]
+  for name, shape in shapes(layers).items():
+    if sum(math.prod(s) * d.itemsize for _, s, d in files[-1]) > SHARD_BYTES:
+      files.append([])
+    files[-1].append((name, shape, f32 if name.endswith("expert_bias") else bf16))
+  noise = np.random.default_rng(0).standard_normal(2**22).astype(bf16)
+  for i, tensors in enumerate(files):
+    views = safetensors_file.create(folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors", tensors)
+    for view in views.values():
+      view[...] = np.resize(noise, view.shape)
+  os.sync()
+  return layers
+
+
+def orbax(folder: Path, target: Path) -> Any:
+  from maxtext.checkpoint_conversion.utils import utils
+
+  from maxtext_ling2.checkpoint import stacking
+  from maxtext_ling2.checkpoint.hf_folder import HfFolder
+  from maxtext_ling2.checkpoint.import_hf import nested
+
+  leaves = stacking.leaves(config(folder, False))
+  with HfFolder(folder) as tensors:
+    tree = {"params": nested({leaf.keys: leaf.assemble(tensors.tensor) for leaf in leaves})["params"]}
+  started = time.perf_counter()
+  utils.save_weights_to_checkpoint(str(target), tree, 1, True, True)
+  wait(target)
+  return {"seconds": time.perf_counter() - started}
+
+
+def to_maxtext(folder: Path, target: Path, scan: bool, compress: bool) -> Any:
+  import maxtext.checkpoint_conversion.to_maxtext  # noqa: F401  what a conversion imports
+  from etils import epath
+  from rich.console import Console
+
+  from maxtext_ling2.checkpoint.import_hf import Import
+  from maxtext_ling2.checkpoint.orbax_store import Storage
+
+  with Memory() as memory:
+    model = config(folder, scan)
+    started = time.perf_counter()
+    job = Import(folder, model, epath.Path(target / "0"), "bfloat16")
+    job.run(Storage(compress=compress), Console(quiet=True))
+    wait(target)
+    seconds = time.perf_counter() - started
+  return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(job.leaves)}
+
+
+def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) -> Any:
+  import maxtext.checkpoint_conversion.to_maxtext  # noqa: F401
+  from etils import epath
+  from rich.console import Console
+
+  from maxtext_ling2.checkpoint.export_hf import Export
+
+  with Memory() as memory:
+    model = config(folder, scan)
+    started = time.perf_counter()
+    job = Export(epath.Path(checkpoint), model)
+    job.run(target, "bfloat16", None, Console(quiet=True))
+    wait(target)
+    seconds = time.perf_counter() - started
+  return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(job.leaves)}
+
+
+def config(folder: Path, scan: bool) -> Any:
+  from maxtext_ling2.checkpoint import verify
+
+  return verify.make_config(folder, 1, 128, scan_layers=scan)
+
+
+def largest(leaves: Any) -> int:
+  return max(math.prod(leaf.shape) for leaf in leaves) * 2
+
+
+def wait(target: Path) -> None:
+  """Until everything below a folder is on the disk."""
+  subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
+
+
+class Memory:
+  """The peak of RssAnon above its value at the start, in bytes."""
+
+  def __enter__(self) -> "Memory":
+    self.peak, self._first, self._over = 0, anonymous(), threading.Event()
+    self._thread = threading.Thread(target=self._sample)
+    self._thread.start()
+    return self
+
+  def _sample(self) -> None:
+    while not self._over.wait(PERIOD):
+      self.peak = max(self.peak, anonymous() - self._first)
+
+  def __exit__(self, *exc: Any) -> None:
+    self._over.set()
+    self._thread.join()
+
+
+def anonymous() -> int:
+  """RssAnon of this process in bytes."""
+  line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+  return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,234 @@
+"""MaxText -> Hugging Face: safetensors files laid out first, then filled a block at a time.
+
+Memory: a few blocks as the checkpoint stores them. The files are mapped, so that a tensor which is spread over many
+blocks (a scanned layer) needs no collecting, and what is written goes to the disk whenever the system sees fit.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from numpy.typing import NDArray
+from rich.console import Console
+
+from maxtext_ling2.checkpoint import blocks, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
+from maxtext_ling2.checkpoint.hf_folder import INDEX
+from maxtext_ling2.checkpoint.import_hf import check_space
+from maxtext_ling2.checkpoint.stacking import Leaf
+from maxtext_ling2.errors import CheckpointError
+
+logger = logging.getLogger("maxtext_ling2")
+Array = NDArray[Any]
+
+SHARD_BYTES = 4 * 2**30
+_READ_AHEAD = 4 * blocks.BLOCK_BYTES
+_TOKENIZER_FILES = (
+  *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+  *("*.model", "*.tiktoken", "generation_config.json"),
+)
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Where MaxText's checkpoints keep the model: converted or parameters only; a whole training state (router biases there);
+# a model saved by itself.
+_ROOTS = (("params", "{collection}"), ("nnx_aux", "model"), ("params",), ("model",), ("base",), ())
+
+
+class Export:
+  """One conversion, checked.
+
+  Args:
+    checkpoint: a MaxText checkpoint: the folder of a step, or its `items`.
+    config: MaxText config of the model, in the layout of the checkpoint (`scan_layers`).
+
+  Raises:
+    CheckpointError: the checkpoint is not one of this model, or Hugging Face's code cannot represent the model.
+  """
+
+  def __init__(self, checkpoint: epath.Path, config: Any):
+    self.checkpoint, self.config = checkpoint, config
+    self.leaves = stacking.leaves(config)
+    self.hf_config = hf_config.from_maxtext(config)
+    self.stores = match(checkpoint, self.leaves, orbax_store.open_arrays(checkpoint))
+
+  def run(self, target: Path, dtype: str, tokenizer: Path | None, console: Console) -> None:
+    """Writes the folder, which appears when it is whole.
+
+    Args:
+      target: the folder; must not exist, or be empty.
+      dtype: of all weights but router biases, which stay float32.
+      tokenizer: a folder with a tokenizer's files, to be copied.
+      console: for the progress bar.
+
+    Raises:
+      CheckpointError: the target is taken, or the disk is too small.
+    """
+    if target.is_dir() and any(target.iterdir()) or target.is_file():
+      raise CheckpointError(f"{target}: not an empty folder, because something is in it; delete it, or choose another")
+    files = self._plan(dtype)
+    size = sum(math.prod(shape) * one.itemsize for tensors in files.values() for _, shape, one in tensors)
+    check_space(epath.Path(target), size)
+    partial = target.parent / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+      partial.mkdir(parents=True)
+      with progress.bar(console, f"{self.checkpoint} -> {target.name}", size, sum(map(len, files.values()))) as advance:
+        self._write_weights(partial, files, advance)
+      self._write_texts(partial, tokenizer)
+      os.replace(partial, target)
+    except BaseException:
+      shutil.rmtree(partial, ignore_errors=True)
+      raise
+
+  def _plan(self, dtype: str) -> dict[str, list[tuple[str, tuple[int, ...], np.dtype[Any]]]]:
+    """File name -> its tensors (name, shape, dtype), in the order of the layers."""
+    shards: list[list[tuple[str, tuple[int, ...], np.dtype[Any]]]] = [[]]
+    room = SHARD_BYTES
+    for entry in mapping.entries(self.config):
+      one = safetensors_file.DTYPES["F32"] if entry.keeps_dtype else safetensors_file.dtype(dtype)
+      nbytes = math.prod(entry.hf_shape) * one.itemsize
+      for name in entry.names:
+        if nbytes > room and shards[-1]:
+          shards.append([])
+          room = SHARD_BYTES
+        shards[-1].append((name, entry.hf_shape, one))
+        room -= nbytes
+    if len(shards) == 1:
+      return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+  def _write_weights(self, folder: Path, files: Mapping[str, Any], advance: progress.Advance) -> None:
+    views: dict[str, Array] = {}
+    for file, tensors in files.items():
+      views |= safetensors_file.create(folder / file, tensors)
+    with _written_back([folder / file for file in files]):
+      for leaf in self.leaves:
+        self._write_leaf(leaf, views, advance)
+    if len(files) > 1:
+      weight_map = {name: file for file, tensors in files.items() for name, _, _ in tensors}
+      size = sum(view.nbytes for view in views.values())
+      _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    views.clear()
+
+  def _write_leaf(self, leaf: Leaf, views: Mapping[str, Array], advance: progress.Advance) -> None:
+    itemsize = views[leaf.members[0][0].names[0]].dtype.itemsize
+    names = sum(len(entry.names) for block in leaf.members for entry in block)
+    for box, block in read_blocks(self.stores[leaf.path]):
+      if not blocks.all_finite(block):
+        logger.warning("%s: %s holds NaN or infinity; exported as it is.", self.checkpoint, "/".join(leaf.path))
+      blocks.spill(leaf, box, block, views.__getitem__)
+      advance(block.size * itemsize, 0)
+    advance(0, names)
+
+  def _write_texts(self, folder: Path, tokenizer: Path | None) -> None:
+    """config.json, and the tokenizer's files with the ids of its special tokens."""
+    config = dict(self.hf_config)
+    config["torch_dtype"] = config["dtype"] = self._torch_dtype(folder)
+    if tokenizer is not None:
+      found = {path for pattern in _TOKENIZER_FILES for path in tokenizer.glob(pattern) if path.is_file()}
+      if not found:
+        logger.warning("%s: holds no tokenizer files; exported without a tokenizer.", tokenizer)
+      for path in sorted(found):
+        shutil.copyfile(path, folder / path.name)
+      if (tokenizer / "config.json").is_file():
+        theirs = hf_config.read(tokenizer)
+        config |= {key: theirs[key] for key in _SPECIAL_TOKENS if key in theirs}
+    _write_json(folder / "config.json", dict(sorted(config.items())))
+
+  def _torch_dtype(self, folder: Path) -> str:
+    specs, _ = safetensors_file.read_header(min(folder.glob("*.safetensors")))
+    return safetensors_file.DTYPES[next(iter(specs.values())).dtype].name
+
+
+def match(checkpoint: epath.Path, leaves: list[Leaf], arrays: Mapping[tuple[str, ...], Any]) -> dict[mapping.Path, Any]:
+  """Finds each leaf among a checkpoint's arrays, which stand in one of several roots.
+
+  Returns:
+    {path of the leaf: array}
+
+  Raises:
+    CheckpointError: leaves missing or misshapen; they are named.
+  """
+  stores, problems = {}, []
+  for leaf in leaves:
+    store = _find(leaf, arrays)
+    if store is None:
+      problems.append(f"{'/'.join(leaf.path)} is missing")
+    elif tuple(store.shape) != leaf.shape:
+      problems.append(f"{'/'.join(leaf.path)} is {tuple(store.shape)}, expected {leaf.shape}")
+    stores[leaf.path] = store
+  if problems:
+    raise CheckpointError(
+      f"{checkpoint}: not a checkpoint of this model, because {len(problems)} of {len(leaves)} tensors do not fit: "
+      f"{'; '.join(problems[:8])}{' ...' * (len(problems) > 8)}; pass the settings it was saved with"
+    )
+  return stores
+
+
+def _find(leaf: Leaf, arrays: Mapping[tuple[str, ...], Any]) -> Any:
+  for root in _ROOTS:
+    start = tuple(leaf.keys[0] if word == "{collection}" else word for word in root)
+    for end in ((), ("value",)):
+      if (*start, *leaf.path, *end) in arrays:
+        return arrays[*start, *leaf.path, *end]
+  return None
+
+
+def read_blocks(store: Any) -> Iterator[tuple[blocks.Box, Array]]:
+  """Reads an opened array in the chunks in which it is stored, the next ones while the last one is used."""
+  chunk = tuple(min(size, step) for size, step in zip(store.shape, store.chunk_layout.read_chunk.shape, strict=True))
+  itemsize = store.dtype.numpy_dtype.itemsize
+  ahead = max(1, _READ_AHEAD // (math.prod(chunk) * itemsize))
+  reading: deque[tuple[blocks.Box, Any]] = deque()
+  for box in blocks.boxes(tuple(store.shape), chunk):
+    reading.append((box, store[box].read()))
+    if len(reading) > ahead:
+      done, block = reading.popleft()
+      yield done, block.result()
+  while reading:
+    done, block = reading.popleft()
+    yield done, block.result()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  _sync(path)
+
+
+@contextlib.contextmanager
+def _written_back(files: list[Path]) -> Iterator[None]:
+  """Lets the disk write while the block computes, and waits at its end until all is there.
+
+  Left to itself the system keeps what is written to a mapped file in memory, and the disk has nothing to do until then.
+  """
+  over = threading.Event()
+
+  def write_back() -> None:
+    while not over.wait(0.2):
+      for file in files:
+        _sync(file)
+
+  thread = threading.Thread(target=write_back)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
+  for file in files:
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+  """Waits until a file is on the disk, mapped writes included."""
+  with path.open("rb") as file:
+    os.fsync(file.fileno())

@@ -1,0 +1,40 @@
+"""A base yml for MaxText, written from a config.json: what `maxtext-ling2 config` prints."""
+
+from pathlib import Path
+from typing import Any
+
+from maxtext_ling2.checkpoint import hf_config
+from maxtext_ling2.configs.validation import CUSTOM_MODEL
+
+# How LING2 is trained; config.json does not say.
+_TRAINING: dict[str, Any] = {
+  "norm_topk_prob": False,
+  "routed_bias_update_rate": 0.001,
+  "routed_bias_zero_mean_update": True,
+  "calculate_per_token_loss": False,
+  "add_bos": False,
+}
+
+
+def text(folder: Path) -> str:
+  """The yml of a Hugging Face folder's model.
+
+  It inherits from MaxText's base.yml and is passed in its place, as the first argument of any of MaxText's commands.
+
+  Raises:
+    CheckpointError: config.json is not LING2's; the text says what the model is and what it would need.
+  """
+  import yaml
+
+  raw = hf_config.read(folder)
+  settings = hf_config.to_maxtext(raw) | _TRAINING
+  if raw.get("mtp_loss_scaling_factor") is not None:
+    settings["mtp_loss_scaling_factor"] = raw["mtp_loss_scaling_factor"]
+  settings["max_target_length"] = settings["max_prefill_predict_length"] = min(4096, raw["max_position_embeddings"])
+  head = (
+    f"# The LING2 model of {Path(folder).resolve().name}, written by `maxtext-ling2 config`. Use it in the place of "
+    "base.yml:\n"
+    f"#   python -m maxtext.trainers.pre_train.train THIS_FILE model_name={CUSTOM_MODEL} run_name=...\n"
+    "# What stands here can be changed on the command line.\n"
+  )
+  return f"{head}base_config: base.yml\n{yaml.safe_dump({'model_name': CUSTOM_MODEL, **settings}, sort_keys=False)}"

@@ -1,0 +1,230 @@
+"""Orbax checkpoints a block at a time: what Orbax writes and reads stays Orbax's own format, but no leaf is held whole.
+
+Orbax hands each leaf of a tree to a type handler, with the TensorStore spec of the array to be written or read. The
+handler below writes blocks where Orbax's own writes an array, and returns the opened array where Orbax's own reads it.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore
+from etils import epath
+from numpy.typing import NDArray
+from orbax.checkpoint import args as ocp_args
+from orbax.checkpoint import checkpointers, handlers, type_handlers
+
+from maxtext_ling2.checkpoint.blocks import BLOCK_BYTES, Box, boxes
+from maxtext_ling2.errors import CheckpointError
+
+Array = NDArray[Any]
+
+ITEM = "items"
+"""The name under which MaxText keeps a training state in the folder of a step."""
+
+_IN_FLIGHT = 8 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedLeaf:
+  """A leaf that exists only a block at a time.
+
+  Attributes:
+    shape: of the whole.
+    dtype: of the whole.
+    block: shape of a block; also how the array is cut on disk.
+    make: gives the block at a box.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype[Any]
+  block: tuple[int, ...]
+  make: Callable[[Box], Array]
+
+  @property
+  def size(self) -> int:
+    """Number of elements; Orbax asks for it."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the whole."""
+    return self.size * self.dtype.itemsize
+
+  async def write(self, store: Any, window: "_Window") -> None:
+    """Writes all blocks to an opened TensorStore, the next ones being made while the last ones are written."""
+    writing = []
+    for box in boxes(self.shape, self.block):
+      nbytes = math.prod(part.stop - part.start for part in box) * self.dtype.itemsize
+      await window.take(nbytes)
+      written = store[box].write(self.make(box), can_reference_source_data_indefinitely=True)
+      writing.append(asyncio.ensure_future(window.give_back(nbytes, written)))
+    await asyncio.gather(*writing)
+
+
+class _Window:
+  """The bytes that may be in flight at a time, of all leaves together."""
+
+  def __init__(self, size: int):
+    self._size = self._free = size
+    self._changed = asyncio.Condition()
+
+  async def take(self, nbytes: int) -> None:
+    """Waits until there is room; a block larger than the window has it for itself."""
+    async with self._changed:
+      await self._changed.wait_for(lambda: self._free >= min(nbytes, self._size))
+      self._free -= nbytes
+
+  async def give_back(self, nbytes: int, written: Any) -> None:
+    """Waits until a block is on the disk."""
+    await written
+    async with self._changed:
+      self._free += nbytes
+      self._changed.notify_all()
+
+
+class _Handler(type_handlers.NumpyHandler):
+  """Orbax's handler of arrays, for leaves that are streamed.
+
+  What it overrides are `_open_and_write`, where the parent writes an array to a spec it has built, and `deserialize`.
+  """
+
+  def __init__(self) -> None:
+    super().__init__(deepcopy_host_arrays=False)
+    self._window = _Window(_IN_FLIGHT)
+
+  async def _open_and_write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
+    _cut(tspec["metadata"], value.block)
+    store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+    await value.write(store, self._window)
+
+  async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
+    """The opened arrays, unread."""
+    return [await self._open(info) for info in infos]
+
+  async def _open(self, info: Any) -> Any:
+    spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+    return await tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=info.ts_context)
+
+
+def _cut(metadata: dict[str, Any], block: tuple[int, ...]) -> None:
+  """Sets the chunks of an array's zarr metadata, version 2 or 3, to blocks."""
+  if "chunks" in metadata:
+    metadata["chunks"] = block
+    return
+  metadata["chunk_grid"]["configuration"]["chunk_shape"] = block
+  for codec in metadata["codecs"]:
+    if codec["name"] == "sharding_indexed":
+      codec["configuration"]["chunk_shape"] = block
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """How a checkpoint is stored; all of them restore in MaxText.
+
+  Attributes:
+    ocdbt: few files in TensorStore's database, instead of one for each block.
+    zarr3: version 3 of zarr, instead of 2.
+    compress: by zstd, as Orbax does by default: bfloat16 weights shrink by a quarter, and take three times as long.
+  """
+
+  ocdbt: bool = True
+  zarr3: bool = True
+  compress: bool = False
+
+
+def write(target: epath.Path, tree: Mapping[str, Any], metadata: Mapping[str, Any], storage: Storage) -> None:
+  """Writes a checkpoint that appears under its name only when it is whole.
+
+  Args:
+    target: folder of the step; must not exist.
+    tree: nested dict of `StreamedLeaf` and int.
+    metadata: custom metadata of the checkpoint, JSON values.
+    storage: the format.
+
+  Raises:
+    CheckpointError: the target exists, or the disk is full.
+  """
+  if target.exists():
+    raise CheckpointError(f"{target}: already there, because something was saved under it; delete it, or choose another")
+  handler = _handler(storage.ocdbt, storage.zarr3, storage.compress)
+  checkpointer = checkpointers.Checkpointer(handlers.CompositeCheckpointHandler(**{ITEM: handler}))
+  with _nothing_half_written(target), contextlib.closing(checkpointer):
+    arguments = ocp_args.Composite(**{ITEM: ocp_args.PyTreeSave(tree)})
+    checkpointer.save(target, args=arguments, custom_metadata=dict(metadata))
+
+
+@contextlib.contextmanager
+def _nothing_half_written(target: epath.Path) -> Iterator[None]:
+  """Removes what an interrupted run left, this one or one before; a full disk becomes a readable error."""
+  _remove_leftovers(target)
+  try:
+    yield
+  except BaseException as error:
+    _remove_leftovers(target)
+    if "No space left" in str(error):
+      raise CheckpointError(f"{target}: the disk is full; make room, then run it again") from error
+    raise
+
+
+def _remove_leftovers(target: epath.Path) -> None:
+  for folder in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
+    for _ in range(50):  # writes that were under way when another one failed may still add files
+      with contextlib.suppress(OSError):
+        folder.rmtree(missing_ok=True)
+        break
+      time.sleep(0.1)
+
+
+def _handler(ocdbt: bool = True, zarr3: bool = True, compress: bool = False) -> Any:
+  registry = type_handlers.create_type_handler_registry(
+    (StreamedLeaf, _Handler()),
+    (np.ndarray, _Handler()),
+    (int, type_handlers.ScalarHandler()),
+    (float, type_handlers.ScalarHandler()),
+  )
+  return handlers.PyTreeCheckpointHandler(
+    use_ocdbt=ocdbt, use_zarr3=zarr3, use_compression=compress, type_handler_registry=registry
+  )
+
+
+def open_arrays(folder: epath.Path) -> dict[tuple[str, ...], Any]:
+  """Opens the arrays of a MaxText checkpoint, without its optimizer state, by path in the saved tree.
+
+  Args:
+    folder: of a step, or its `items`.
+
+  Returns:
+    {path: array}, unread; `array[box].read().result()` reads a box.
+
+  Raises:
+    CheckpointError: there is no readable checkpoint.
+  """
+  import jax
+
+  folder = folder / ITEM if (folder / ITEM).is_dir() else folder
+  if not folder.is_dir():
+    raise CheckpointError(f"{folder}: no such folder; pass the folder of a checkpoint's step, such as DIR/0/items")
+  checkpointer = checkpointers.Checkpointer(_handler())
+  try:
+    tree = checkpointer.metadata(folder).item_metadata.tree
+    tree = {key: value for key, value in tree.items() if key not in ("opt_state", "optimizer", "step")}
+    request = jax.tree.map(lambda _: type_handlers.RestoreArgs(restore_type=np.ndarray), tree)
+    arguments = ocp_args.PyTreeRestore(item=tree, restore_args=request, partial_restore=True)
+    opened = checkpointer.restore(folder, args=arguments)
+  except Exception as error:
+    raise CheckpointError(
+      f"{folder}: not a readable Orbax checkpoint ({error}); pass the folder of a step that was saved whole"
+    ) from error
+  flat, _ = jax.tree_util.tree_flatten_with_path(opened)
+  return {tuple(_word(key) for key in path): array for path, array in flat}
+
+
+def _word(key: Any) -> str:
+  """One step of a path in a tree of dicts and lists."""
+  return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))

@@ -1,0 +1,81 @@
+"""Compares a MaxText checkpoint with a Hugging Face folder: every tensor bit by bit, a block at a time."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from numpy.typing import NDArray
+
+from maxtext_ling2.checkpoint import blocks, export_hf, mapping, orbax_store, stacking
+from maxtext_ling2.checkpoint.hf_folder import HfFolder
+
+Array = NDArray[Any]
+
+
+@dataclasses.dataclass
+class TensorReport:
+  """How one Hugging Face tensor compares with its place in a checkpoint.
+
+  Attributes:
+    name: of the Hugging Face tensor.
+    hf_dtype: its dtype.
+    dtype: that of the checkpoint, to which the Hugging Face tensor is rounded before they are compared.
+    elements: how many it has.
+    different: how many differ in a bit.
+    max_abs_error: the largest difference, NaN if one of the two is NaN and the other is not.
+  """
+
+  name: str
+  hf_dtype: str
+  dtype: str
+  elements: int = 0
+  different: int = 0
+  max_abs_error: float = 0.0
+
+  @property
+  def passed(self) -> bool:
+    """Whether all bits are equal."""
+    return self.different == 0
+
+  def add(self, ours: Array, theirs: Array) -> None:
+    """Takes a part of the tensor into account."""
+    unequal = blocks.bits(ours) != blocks.bits(theirs.astype(ours.dtype))
+    self.elements += ours.size
+    if np.any(unequal):
+      self.different += int(np.count_nonzero(unequal))
+      error = np.abs(ours[unequal].astype(np.float64) - theirs[unequal].astype(np.float64))
+      self.max_abs_error = float(np.maximum(self.max_abs_error, np.max(error)))
+
+
+def compare(checkpoint: Path, folder: Path, config: Any) -> list[TensorReport]:
+  """Compares all tensors of a model.
+
+  Args:
+    checkpoint: the MaxText checkpoint: the folder of a step, or its `items`.
+    folder: the Hugging Face folder.
+    config: MaxText config in the layout of the checkpoint (`scan_layers`).
+
+  Returns:
+    A report for each Hugging Face tensor, in no particular order.
+
+  Raises:
+    CheckpointError: one of the two does not hold the tensors of this model.
+  """
+  leaves = stacking.leaves(config)
+  stores = export_hf.match(epath.Path(checkpoint), leaves, orbax_store.open_arrays(epath.Path(checkpoint)))
+  with HfFolder(folder) as tensors:
+    tensors.check(mapping.entries(config))
+    return [report for leaf in leaves for report in _compare(leaf, stores[leaf.path], tensors)]
+
+
+def _compare(leaf: stacking.Leaf, store: Any, tensors: HfFolder) -> Iterator[TensorReport]:
+  reports: dict[str, TensorReport] = {}
+  for box, block in export_hf.read_blocks(store):
+    for entry, name, index, inner in blocks.parts(leaf, box):
+      theirs = tensors[name]
+      report = reports.setdefault(name, TensorReport(name, theirs.dtype.name, block.dtype.name))
+      report.add(block[index], entry.view(theirs)[inner])
+  yield from reports.values()

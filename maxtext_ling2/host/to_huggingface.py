@@ -1,0 +1,154 @@
+"""Seam: the command `maxtext.checkpoint_conversion.to_huggingface`, for the plugin's decoder block.
+
+MaxText's command loads the checkpoint, lets each tensor through its tables, and saves a dict of all of them. For the
+plugin's models these steps pass on names only; the last one lets the plugin write the folder from the opened checkpoint.
+The functions are bound by the command when it starts, so they are replaced in the module they come from.
+"""
+
+import dataclasses
+import gc
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from maxtext_ling2.errors import CheckpointError
+from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.registry import Seam
+
+_UTILS = "maxtext.checkpoint_conversion.utils.utils"
+_COMMAND = "maxtext.checkpoint_conversion.to_huggingface"
+
+
+class Exporter(Protocol):
+  """A checkpoint of the plugin's, opened and checked."""
+
+  def keys(self) -> list[str]:
+    """MaxText's keys of its tensors, as in PARAM_MAPPING."""
+
+  def write(self, folder: str, tokenizer: str | None) -> None:
+    """Writes the Hugging Face folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """Stands for a tensor on its way through MaxText's command.
+
+  Attributes:
+    exporter: what will write it.
+  """
+
+  exporter: Exporter
+
+
+class _Opened(dict[str, _Pending]):
+  """Stands for a loaded checkpoint."""
+
+
+class ToHuggingFaceSeam(Seam):
+  """Lets the plugin export its own models.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+    open_checkpoint: `open_checkpoint(path, config)` returns an `Exporter`; raises if the checkpoint does not fit.
+  """
+
+  name = "to_huggingface"
+  module = _UTILS
+  needed_for_training = False
+  expectations = (
+    Expectation(f"{_UTILS}:load_orbax_checkpoint", parameters=("config",)),
+    Expectation(f"{_UTILS}:detect_and_extract_checkpoint", parameters=("checkpoint_dict",)),
+    Expectation(f"{_UTILS}:process_maxtext_param", parameters=("maxtext_param_key", "maxtext_param_weight", "param_map")),
+    Expectation(
+      f"{_UTILS}:save_model_files", parameters=("weight_arrays", "config", "tokenizer", "processor", "output_dir")
+    ),
+    CommandExpectation(f"{_COMMAND}:main", parameters=("argv",)),
+  )
+
+  def __init__(self, decoder_block: str, open_checkpoint: Callable[[str, Any], Exporter]):
+    super().__init__()
+    self.decoder_block = decoder_block
+    self.open_checkpoint = open_checkpoint
+
+  def apply(self) -> None:
+    from maxtext.checkpoint_conversion.utils import utils
+
+    self.patches.wrap(utils, "load_orbax_checkpoint", self._load)
+    self.patches.wrap(utils, "detect_and_extract_checkpoint", self._extract)
+    self.patches.wrap(utils, "process_maxtext_param", self._process)
+    self.patches.wrap(utils, "save_model_files", self._save)
+
+  def _load(self, original: Callable[..., Any], config: Any) -> Any:
+    ours = getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block
+    _replace_tokenizers(ours)
+    if not ours:
+      return original(config)
+    if config.lora.lora_restore_path:
+      raise CheckpointError(
+        f"lora.lora_restore_path={config.lora.lora_restore_path}: not a part of LING2's export, which knows no LoRA; "
+        "export without it"
+      )
+    exporter = self.open_checkpoint(config.load_parameters_path, config)
+    # The command collects garbage after each tensor, of which there is none; without this that takes minutes.
+    gc.freeze()
+    return _Opened(dict.fromkeys(exporter.keys(), _Pending(exporter)))
+
+  def _extract(self, original: Callable[..., Any], checkpoint_dict: Any) -> Any:
+    return dict(checkpoint_dict) if isinstance(checkpoint_dict, _Opened) else original(checkpoint_dict)
+
+  def _process(self, original: Callable[..., Any], key: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    return [(key, weight)] if isinstance(weight, _Pending) else original(key, weight, *args, **kwargs)
+
+  def _save(
+    self,
+    original: Callable[..., Any],
+    weight_arrays: dict[str, Any],
+    config: Any,
+    tokenizer: Any,
+    processor: Any,
+    output_dir: str,
+    *args: Any,
+    **kwargs: Any,
+  ) -> Any:
+    first = next(iter(weight_arrays.values()), None)
+    if not isinstance(first, _Pending):
+      return original(weight_arrays, config, tokenizer, processor, output_dir, *args, **kwargs)
+    gc.unfreeze()
+    if "://" in output_dir:
+      raise CheckpointError(
+        f"base_output_directory={output_dir}: not a local folder, and LING2 exports into one only; copy it afterwards"
+      )
+    return first.exporter.write(os.path.abspath(output_dir), tokenizer)
+
+
+class _Tokenizers:
+  """Stands for transformers' AutoTokenizer in the command, whose tokenizer is loaded only to be saved again.
+
+  For the plugin's models it is the folder whose files are copied, or nothing; for the others it is what it was.
+  """
+
+  def __init__(self, original: Any):
+    self._original = original
+    self.ours = False
+
+  def from_pretrained(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The folder `name`, or None if there is none."""
+    if not self.ours:
+      return self._original.from_pretrained(name, *args, **kwargs)
+    return name if name and os.path.isdir(name) else None
+
+
+def _replace_tokenizers(ours: bool) -> None:
+  """Puts `_Tokenizers` in the place of AutoTokenizer in the module of the command that is running."""
+  frame: Any = sys._getframe(1)
+  while frame is not None and frame.f_code.co_name != "main":
+    frame = frame.f_back
+  if frame is None or "AutoTokenizer" not in frame.f_globals:
+    return
+  names = frame.f_globals
+  if not isinstance(names["AutoTokenizer"], _Tokenizers):
+    if not ours:
+      return
+    names["AutoTokenizer"] = _Tokenizers(names["AutoTokenizer"])
+  names["AutoTokenizer"].ours = ours

@@ -1,0 +1,71 @@
+"""The conversion seams pass everything through that is not one of the plugin's models."""
+
+import types
+
+import pytest
+from maxtext.checkpoint_conversion.utils import utils
+
+from maxtext_ling2 import plugin
+from maxtext_ling2.host.contract import CommandExpectation
+from maxtext_ling2.host.to_huggingface import ToHuggingFaceSeam
+from maxtext_ling2.host.to_maxtext import Request, ToMaxTextSeam
+
+
+def refuse(*arguments):
+  raise AssertionError(f"called with {arguments}")
+
+
+def config(block, **settings):
+  lora = types.SimpleNamespace(lora_restore_path="")
+  return types.SimpleNamespace(decoder_block=block, lora=lora, load_parameters_path="p", **settings)
+
+
+@pytest.mark.parametrize("block", ["llama2", "deepseek"])
+def test_another_model_is_saved_by_maxtext(block):
+  seam = ToMaxTextSeam("ling2", refuse, refuse)
+  seam.request = Request("folder", "float32")
+  seen = []
+  original = lambda *arguments, **more: seen.append((arguments, more))  # noqa: E731
+  seam._save(original, "out", {"a": 1}, 16, True, False, config=config(block))
+  assert seen[0][0] == ("out", {"a": 1}, 16, True, False) and seen[0][1]["config"].decoder_block == block
+  assert seam.request is None
+
+
+def test_ling2_without_a_command_is_saved_by_maxtext():
+  seam = ToMaxTextSeam("ling2", refuse, refuse)
+  seen = []
+  seam._save(lambda *arguments, **more: seen.append(arguments), "out", {}, 1, True, True, config("ling2"))
+  assert seen == [("out", {}, 1, True, True)]
+
+
+def test_other_models_are_exported_by_maxtext():
+  seam = ToHuggingFaceSeam("ling2", refuse)
+  assert seam._load(lambda config: "loaded", config("llama2")) == "loaded"
+  assert seam._extract(lambda value: ("extracted", value), {"params": 1}) == ("extracted", {"params": 1})
+  assert seam._process(lambda *arguments: arguments, "key", "weight", 1, 2) == ("key", "weight", 1, 2)
+  assert seam._save(lambda *arguments: arguments, {"a": 1}, "c", "t", "p", "out") == ({"a": 1}, "c", "t", "p", "out")
+
+
+def test_a_command_is_looked_up_without_importing_it():
+  import sys
+
+  before = set(sys.modules)
+  found = CommandExpectation("maxtext.checkpoint_conversion.to_huggingface:main", parameters=("argv",)).found()
+  assert found is None
+  assert "maxtext.checkpoint_conversion.to_huggingface" not in set(sys.modules) - before
+
+
+def test_the_tables_are_given_back():
+  from maxtext.checkpoint_conversion.utils import param_mapping
+  from maxtext.utils import globals as maxtext_globals
+
+  plugin.REGISTRY.complete()
+  assert "ling2" in maxtext_globals.HF_IDS and utils.save_weights_to_checkpoint.__wrapped__
+  assert plugin.REGISTRY.undo() == []
+  try:
+    assert "ling2" not in maxtext_globals.HF_IDS and "ling2" not in param_mapping.PARAM_MAPPING
+    assert not hasattr(utils.save_weights_to_checkpoint, "__wrapped__")
+  finally:
+    plugin.REGISTRY.install()
+    plugin.REGISTRY.complete()
+  assert "ling2" in maxtext_globals.HF_IDS and plugin.REGISTRY.usable
