@@ -1,6 +1,7 @@
-"""The command `maxtext-ling2`: doctor, verify, demo, run."""
+"""The command `maxtext-ling2`: doctor, verify, config, generate, eval, demo, run."""
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def verify(
   grads: Annotated[Path | None, typer.Option(help="npz of gradients by Hugging Face tensor name.")] = None,
   rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first rows only.")] = None,
   scan: Annotated[bool, typer.Option("--scan", help="Scan the layers (scan_layers=true).")] = False,
+  decode: Annotated[int | None, typer.Option(help="Prefill so many tokens, decode the others step by step.")] = None,
   remat: Annotated[str | None, typer.Option(help="MaxText's remat_policy, such as full, minimal or none.")] = None,
   orbax: Annotated[Path | None, typer.Option(help="MaxText checkpoint (DIR/0/items) to compare with HF_DIR.")] = None,
   via_orbax: Annotated[bool, typer.Option("--via-orbax", help="Convert HF_DIR by MaxText's command first.")] = False,
@@ -61,7 +63,7 @@ def verify(
     if orbax is not None or via_orbax:
       passed = verify_command.run_checkpoint(console, folder, orbax, reference, logits_key, ids_key, settings)
     elif reference is not None:
-      passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows)
+      passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows, decode)
     else:
       raise typer.BadParameter(
         "pass --reference FILE, --orbax CHECKPOINT or --via-orbax: there is nothing to compare with"
@@ -87,6 +89,68 @@ def config(
       output.write_text(text, encoding="utf-8")
   except (ValueError, OSError) as error:
     _fail(error)
+
+
+_CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="MaxText checkpoint or Hugging Face folder.")
+_SETTINGS = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
+_MODEL = typer.Option("--model", help="MaxText's model_name, for a MaxText checkpoint; the default is ling2.")
+_TOKENIZER = typer.Option(help="sentencepiece model or folder of a tokenizer; the default is the Hugging Face folder's.")
+
+
+@app.command()
+def generate(
+  checkpoint: Annotated[Path, _CHECKPOINT],
+  prompt: Annotated[str, typer.Option(help="Text to go on with.")],
+  settings: Annotated[list[str] | None, _SETTINGS] = None,
+  model: Annotated[str | None, _MODEL] = None,
+  tokenizer: Annotated[Path | None, _TOKENIZER] = None,
+  tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
+  temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the most likely token.")] = 0.0,
+  top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens with this probability.")] = 1.0,
+  seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+) -> None:
+  """Let a trained model go on with a text; prints it as it comes."""
+  from maxtext_ling2 import generate as generation
+
+  try:
+    with contextlib.redirect_stdout(sys.stderr):  # MaxText prints; the text must stand alone
+      pieces = generation.generate(
+        checkpoint, prompt, tokens, model_name=model, tokenizer=tokenizer, temperature=temperature, nucleus=top_p,
+        seed=seed, words=settings or (),
+      )  # fmt: skip
+      for piece in itertools.chain([prompt], pieces):
+        print(piece, end="", flush=True, file=sys.__stdout__)
+    print()
+  except (ValueError, OSError) as error:
+    _fail(error)
+
+
+@app.command("eval")
+def evaluate(
+  checkpoint: Annotated[Path, _CHECKPOINT],
+  text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+  settings: Annotated[list[str] | None, _SETTINGS] = None,
+  model: Annotated[str | None, _MODEL] = None,
+  tokenizer: Annotated[Path | None, _TOKENIZER] = None,
+  length: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 1024,
+) -> None:
+  """Print loss, perplexity and bits per byte of a trained model on a text file."""
+  from maxtext_ling2 import evaluate as evaluation
+
+  try:
+    with contextlib.redirect_stdout(sys.stderr):
+      score = evaluation.evaluate(
+        checkpoint,
+        text.read_text(encoding="utf-8"),
+        model_name=model,
+        tokenizer=tokenizer,
+        length=length,
+        words=settings or (),
+      )
+  except (ValueError, OSError) as error:
+    _fail(error)
+  print(f"loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f} bits per byte")
+  print(f"{score.tokens} tokens, {score.bytes} bytes")
 
 
 @app.command()

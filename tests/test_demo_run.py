@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from maxtext_ling2 import demo
-from maxtext_ling2.demo import metrics, plot, train
+from maxtext_ling2.demo import metrics, plot, sample, train
 from maxtext_ling2.demo.data import Dataset
 from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
@@ -170,6 +170,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[float]:
   losses: list[float] = []
   monkeypatch.setenv("ASKED", "yes")
   monkeypatch.setattr(train, "command", lambda model, dataset, files, platform: trainer(files, losses))
+  paragraph = [sys.executable, "-c", "print('a paragraph')"]
+  monkeypatch.setattr(sample, "command", lambda model, checkpoint: paragraph)
   return losses
 
 
@@ -178,11 +180,21 @@ def test_run_prints_the_losses_and_the_places_last(
 ) -> None:
   stand_in.extend(falling(6.0))
   assert demo.run(tmp_path / "out", 20) == 0
-  last = capsys.readouterr().out.splitlines()[-1]
+  *others, last = capsys.readouterr().out.splitlines()
+  assert "a paragraph" in others
   (folder,) = (tmp_path / "out").glob("run-*")
   places = f"checkpoint {folder}/checkpoints/19, plot {folder}/loss.png"
   assert last == f"loss 10.500 -> 6.000 nats in 20 steps (first; mean of the last 10); {places}"
   assert (folder / "loss.png").is_file()
+
+
+def test_a_model_that_cannot_write_is_an_error(
+  tmp_path: Path, stand_in: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  stand_in.extend(falling(6.0))
+  monkeypatch.setattr(sample, "command", lambda model, checkpoint: [sys.executable, "-c", "raise SystemExit(3)"])
+  assert demo.run(tmp_path / "out", 20) == 1
+  assert "generating has failed with exit code 3" in capsys.readouterr().err
 
 
 def test_run_fails_with_a_reason(tmp_path: Path, stand_in: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from maxtext_ling2.checkpoint import hf_config, mapping, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.host import session
+from maxtext_ling2.host.engine import Engine
 
 Array = NDArray[Any]
 
@@ -185,6 +186,24 @@ class Reference:
       enable_dropout=False,
     )
     return logits, model
+
+
+def decoded_logits(model: Reference, ids: Array) -> Array:
+  """Logits [B, T - N + 1, V] from position N - 1 on, where MaxText's engine gets N = max_prefill_predict_length tokens
+  of each row as a prompt and then the row's other tokens one by one.
+
+  Args:
+    model: with as many slots as rows B.
+    ids: token ids [B, T].
+  """
+  from flax import nnx
+
+  engine = Engine(model.config, {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model.model))})
+  prompt = model.config.max_prefill_predict_length
+  found = [np.stack([engine.prefill(row[:prompt], slot)[1] for slot, row in enumerate(ids)])]
+  for position in range(prompt, ids.shape[1]):
+    found.append(engine.step(dict(enumerate(ids[:, position])))[1][: len(ids)])
+  return np.stack(found, axis=1)
 
 
 def positions_of(segments: Any) -> Any:

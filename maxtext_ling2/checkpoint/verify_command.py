@@ -28,8 +28,12 @@ def run(
   settings: Mapping[str, Any],
   grads: Path | None,
   rows: int | None,
+  decode: int | None,
 ) -> bool:
-  """Compares and prints; returns the verdict. `settings` are MaxText's, such as gla_decay_layer_offset.
+  """Compares and prints; returns the verdict.
+
+  `settings` are MaxText's, such as gla_decay_layer_offset. With `decode`, so many tokens are read as prompts into the
+  slots of a MaxEngine and the others one by one.
 
   Raises:
     ValueError: the folder or a file is not what it must be; the text names what.
@@ -40,9 +44,16 @@ def run(
     raise ValueError(
       f"{reference}: {logits_key} is {expected.shape}, expected (*{ids.shape}, vocabulary) as {ids_key} has"
     )
+  if decode is not None:
+    if not 0 < decode < ids.shape[1]:
+      raise ValueError(f"--decode {decode}: the rows of {reference} have {ids.shape[1]} tokens; read 1 to one less")
+    settings = {**settings, "max_prefill_predict_length": decode}
   model = Reference(folder, *ids.shape, **settings)
   _check_ids(reference, ids, ids_key, model.config.vocab_size)
-  report = verify.compare_logits(model.logits(ids), expected)
+  if decode is None:
+    report = verify.compare_logits(model.logits(ids), expected)
+  else:
+    report = verify.compare_logits(verify.decoded_logits(model, ids), expected[:, decode - 1 :])
   _print_logits(console, report)
   passed = report.passed
   if grads is not None:

@@ -1,7 +1,7 @@
 """The demo: unmodified MaxText trains LING2 on real English text, with the documented command.
 
 CPython's documentation becomes a Megatron data set (data.py), MaxText's trainer runs on it in a process of its own
-(train.py), and its metrics become a loss curve (metrics.py, plot.py).
+(train.py), its metrics become a loss curve (metrics.py, plot.py), and the model writes a paragraph (sample.py).
 """
 
 import statistics
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from maxtext_ling2.demo import data, metrics, plot, train
+from maxtext_ling2.demo import data, metrics, plot, sample, train
 from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
 from maxtext_ling2.demo.train import Run
@@ -67,7 +67,14 @@ def _run(output_directory: Path, steps: int, model_name: str, console: Console) 
   plot.draw(losses, train.MTP_SCALE, f"{model_name} on CPython's documentation, {platform}", picture)
   first, final = judge(losses, files)
   learned = f"loss {first:.3f} -> {final:.3f} nats in {steps} steps (first; mean of the last {LAST_STEPS})"
+  _write_paragraph(model_name, files, variables, console)
   console.print(f"{learned}; {escape(f'checkpoint {files.checkpoint()}, plot {picture}')}")
+
+
+def _write_paragraph(model_name: str, files: Run, variables: dict[str, str], console: Console) -> None:
+  command = sample.command(model_name, files.checkpoint())
+  console.print(f"what it has learned, by\n\n{escape(train.as_shell(command, variables))}\n")
+  console.print(f"{escape(sample.write(command, variables, files.log))}\n")
 
 
 def judge(losses: Losses, files: Run) -> tuple[float, float]:

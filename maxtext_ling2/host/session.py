@@ -109,6 +109,14 @@ def restore(config: Any, mesh: Any, checkpoint: str) -> dict[Any, Any]:
   return {path: variable.get_value() for path, variable in nnx.to_flat_state(restored)}
 
 
+def is_scanned(checkpoint: str) -> bool | None:
+  """Whether a MaxText checkpoint (its `items` or a step's folder) was saved with scan_layers; None: it does not say."""
+  from maxtext.common import checkpointing
+
+  scanned = checkpointing.load_checkpoint_metadata(checkpoint).get("scan_layers")
+  return scanned if isinstance(scanned, bool) else None
+
+
 def convert(yml: str, model_name: str, folder: str, output: str, save_dtype: str, scan: bool) -> str:
   """Converts a Hugging Face folder by MaxText's own command, in this process.
 

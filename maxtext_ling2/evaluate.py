@@ -1,0 +1,116 @@
+"""Loss, perplexity and bits per byte of a trained model on a text."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maxtext_ling2 import saved_model
+from maxtext_ling2.saved_model import SavedModelError
+
+LENGTH = 1024
+ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """How well a model predicts a text.
+
+  Attributes:
+    nats: sum of the losses of all scored tokens.
+    tokens: number of scored tokens.
+    bytes: UTF-8 bytes of the text.
+  """
+
+  nats: float
+  tokens: int
+  bytes: int
+
+  @property
+  def loss(self) -> float:
+    """Mean loss of a token, in nats."""
+    return self.nats / self.tokens
+
+  @property
+  def perplexity(self) -> float:
+    """exp(loss)."""
+    return math.exp(self.loss)
+
+  @property
+  def bits_per_byte(self) -> float:
+    """Comparable between tokenizers."""
+    return self.nats / math.log(2) / self.bytes
+
+
+def evaluate(
+  checkpoint: Path,
+  text: str,
+  *,
+  model_name: str | None = None,
+  tokenizer: Path | None = None,
+  length: int = LENGTH,
+  words: Sequence[str] = (),
+) -> Score:
+  """Scores a text, cut into windows of `length` tokens that do not see each other.
+
+  Each window also gets the last token of the window before, so that every token but the text's first is scored.
+
+  Args:
+    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
+    text: at least two tokens.
+    model_name: MaxText's.
+    tokenizer: file or folder.
+    length: tokens of context at most.
+    words: settings of MaxText.
+
+  Raises:
+    SavedModelError: an argument does not fit.
+    ValueError: see `saved_model.open_model`.
+  """
+  sizes = {"max_target_length": length, "per_device_batch_size": ROWS}
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words)
+  ids = np.asarray(opened.tokenizer.encode(text), np.int32)
+  if ids.size < 2:
+    raise SavedModelError(f"the text has {ids.size} token(s); a loss needs at least two")
+  saved_model.check_vocabulary(opened, ids)
+  losses = token_losses(opened.config, opened.values, ids)
+  return Score(float(losses.sum(dtype=np.float64)), losses.size, len(text.encode()))
+
+
+def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+  """The loss of each token but the first, [N - 1] float32 nats, for token ids [N]."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from maxtext_ling2.host import session
+
+  mesh = session.make_mesh(config)
+  graph, state = nnx.split(session.make_model(config, mesh, values))
+
+  @jax.jit
+  def losses(state: Any, inputs: Any, targets: Any, segments: Any) -> Any:
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    logits = nnx.merge(graph, state, copy=True)(inputs, positions, segments, enable_dropout=False)
+    picked = jnp.take_along_axis(logits.astype(jnp.float32), targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) - picked
+
+  found = []
+  with session.model_context(config, mesh):
+    for inputs, targets, segments in batches(ids, config.max_target_length, config.global_batch_size_to_train_on):
+      found.append(np.asarray(losses(state, inputs, targets, segments))[segments > 0])
+  return np.concatenate(found)
+
+
+def batches(ids: NDArray[np.int32], length: int, rows: int) -> Any:
+  """Yields (inputs, targets, segment ids), each [rows, length] int32: the windows of a text, the last ones padded."""
+  count = ids.size - 1
+  windows = -(-count // length)
+  size = -(-windows // rows) * rows * length
+  inputs, targets, segments = (np.zeros(size, np.int32) for _ in range(3))
+  inputs[:count], targets[:count], segments[:count] = ids[:-1], ids[1:], 1
+  yield from zip(*(x.reshape(-1, rows, length) for x in (inputs, targets, segments)), strict=True)

@@ -1,0 +1,98 @@
+"""Text from a trained model, token by token, through MaxText's engine."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from maxtext_ling2 import saved_model
+from maxtext_ling2.host.engine import Engine
+from maxtext_ling2.saved_model import SavedModelError
+
+_HALF_A_CHARACTER = "\ufffd"  # what bytes that are no UTF-8 decode to
+
+PROMPT_STEP = 128
+"""Prompts are padded to a multiple of this, so that prompts of similar length share a compiled program."""
+
+
+def generate(
+  checkpoint: Path,
+  prompt: str,
+  count: int,
+  *,
+  model_name: str | None = None,
+  tokenizer: Path | None = None,
+  temperature: float = 0.0,
+  nucleus: float = 1.0,
+  seed: int = 0,
+  words: Sequence[str] = (),
+) -> Iterator[str]:
+  """Yields the text that a model writes after a prompt, piece by piece.
+
+  Args:
+    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
+    prompt: must give at least one token.
+    count: tokens at most; the text ends earlier at the tokenizer's end token.
+    model_name: MaxText's.
+    tokenizer: file or folder.
+    temperature: of sampling; 0 takes the most likely token.
+    nucleus: samples among the most likely tokens that together have this probability.
+    seed: of sampling.
+    words: settings of MaxText.
+
+  Raises:
+    SavedModelError: an argument does not fit.
+    ValueError: see `saved_model.open_model`.
+  """
+  if count < 1:
+    raise SavedModelError(f"--tokens {count}: at least one token can be generated")
+  if temperature < 0.0 or not 0.0 < nucleus <= 1.0:
+    raise SavedModelError(
+      f"--temperature {temperature} --top-p {nucleus}: temperature >= 0 and 0 < top-p <= 1 are needed"
+    )
+  sampling = {"decode_sampling_strategy": "greedy"} if temperature == 0.0 else _sampling(temperature, nucleus)
+  longest = _padded(len(prompt.encode()))  # a token is at least a byte
+  sizes = {
+    "max_prefill_predict_length": longest,
+    "max_target_length": longest + count,
+    "per_device_batch_size": 1,
+    **sampling,
+  }
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words)
+  ids = opened.tokenizer.encode(prompt)
+  if not ids:
+    raise SavedModelError("the prompt gives no token; write at least a word")
+  saved_model.check_vocabulary(opened, ids)
+  engine = Engine(opened.config, opened.values, seed)
+  end = [] if opened.tokenizer.eos_id is None else [opened.tokenizer.eos_id]
+  yield from pieces(ids, engine.stream(ids, count, end), opened.tokenizer)
+
+
+def pieces(prompt: Sequence[int], tokens: Iterator[int], tokenizer: Any) -> Iterator[str]:
+  """Text of tokens as they come.
+
+  Decoded together with the prompt, because tokenizers drop a space at the start of a text. A character whose bytes are
+  spread over tokens is held back until it is whole.
+  """
+  seen = list(prompt)
+  text = shown = tokenizer.decode(seen)
+  for token in tokens:
+    seen.append(token)
+    text = tokenizer.decode(seen)
+    if not text.endswith(_HALF_A_CHARACTER) and text.startswith(shown):
+      yield text[len(shown) :]
+      shown = text
+  if text.startswith(shown) and text != shown:
+    yield text[len(shown) :]
+
+
+def _sampling(temperature: float, nucleus: float) -> dict[str, Any]:
+  strategy = "weighted" if nucleus == 1.0 else "nucleus"
+  return {
+    "decode_sampling_strategy": strategy,
+    "decode_sampling_temperature": temperature,
+    "decode_sampling_nucleus_p": nucleus,
+  }
+
+
+def _padded(length: int) -> int:
+  return -(-max(length, 1) // PROMPT_STEP) * PROMPT_STEP
