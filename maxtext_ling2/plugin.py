@@ -25,7 +25,7 @@ from maxtext_ling2.host.shared_expert import SharedExpertSeam
 from maxtext_ling2.host.to_huggingface import Exporter, ToHuggingFaceSeam
 from maxtext_ling2.host.to_maxtext import Request, Target, ToMaxTextSeam
 from maxtext_ling2.host.train_step import TrainStepSeam
-from maxtext_ling2.host.weight_variables import WeightLoadingSeam, WeightVariablesSeam
+from maxtext_ling2.host.weight_variables import PretrainedWeightsSeam, WeightLoadingSeam, WeightVariablesSeam
 
 CONFIGS = Path(__file__).parent / "configs"
 MODEL_NAMES = tuple(sorted(path.stem for path in (CONFIGS / "models").glob("*.yml")))
@@ -108,6 +108,7 @@ REGISTRY = Registry(
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
+    PretrainedWeightsSeam(DECODER_BLOCK, "routed_bias", ("gate", "bias")),
     MuonSeam(("query_key_value", "output_gate")),
     ResultTokensSeam(),
     HfTablesSeam(_tables),

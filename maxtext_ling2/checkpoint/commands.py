@@ -41,7 +41,7 @@ class Exporter:
 
   def keys(self) -> list[str]:
     """MaxText's keys of the tensors."""
-    return ["-".join(leaf.keys) for leaf in self._export.leaves]
+    return [leaf.table_key for leaf in self._export.leaves]
 
   def write(self, folder: str, tokenizer: str | None) -> None:
     """Writes the Hugging Face folder, in `weight_dtype`, with a copy of a tokenizer's files."""

@@ -38,9 +38,9 @@ _TOKENIZER_FILES = (
 )
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# Where MaxText's checkpoints keep the model: converted or parameters only; a whole training state (router biases there);
-# a model saved by itself.
-_ROOTS = (("params", "{collection}"), ("nnx_aux", "model"), ("params",), ("model",), ("base",), ())
+# Where MaxText's checkpoints keep the model: training states and converted ones; a model saved by itself. Router biases
+# stand with the weights, or, written without this plugin's seam, where MaxText keeps variables that are no parameters.
+_ROOTS = (("params", "params"), ("params", "MoEBiasVar"), ("nnx_aux", "model"), ("params",), ("model",), ("base",), ())
 
 
 class Export:
@@ -175,8 +175,7 @@ def match(checkpoint: epath.Path, leaves: list[Leaf], arrays: Mapping[tuple[str,
 
 
 def _find(leaf: Leaf, arrays: Mapping[tuple[str, ...], Any]) -> Any:
-  for root in _ROOTS:
-    start = tuple(leaf.keys[0] if word == "{collection}" else word for word in root)
+  for start in _ROOTS:
     for end in ((), ("value",)):
       if (*start, *leaf.path, *end) in arrays:
         return arrays[*start, *leaf.path, *end]

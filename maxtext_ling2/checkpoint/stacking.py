@@ -16,9 +16,6 @@ from maxtext_ling2.model.layout import ScanLayout
 
 Array = NDArray[Any]
 
-BIAS_COLLECTION = "MoEBiasVar"
-"""The collection of router biases that are no parameters: MaxText names it after their class."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -29,7 +26,7 @@ class Leaf:
     members: the per-layer tensors it is stacked of: [[one]] if it is not stacked, else for each block its layers.
     depth: number of stacked axes: 0, 1 (blocks) or 2 (blocks, layers of a block).
     axis: where the outer one of them stands.
-    is_parameter: whether MaxText keeps it among the parameters, rather than in the router biases' own collection.
+    is_parameter: whether it is a parameter in MaxText, rather than a router bias that only balancing moves.
   """
 
   path: Path
@@ -51,8 +48,13 @@ class Leaf:
 
   @property
   def keys(self) -> tuple[str, ...]:
-    """Where it stands in a checkpoint's `params`: the collection, then the path."""
-    return ("params" if self.is_parameter else BIAS_COLLECTION, *self.path)
+    """Where it stands in a checkpoint's `params`; router biases too (`host/weight_variables.py`)."""
+    return ("params", *self.path)
+
+  @property
+  def table_key(self) -> str:
+    """Its key in MaxText's conversion tables, which begins with the class of its variable."""
+    return "-".join(("params" if self.is_parameter else "MoEBiasVar", *self.path))
 
   @property
   def shape(self) -> tuple[int, ...]:

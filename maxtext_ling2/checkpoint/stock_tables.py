@@ -68,7 +68,7 @@ def structure(settings: Mapping[str, Any]) -> SimpleNamespace:
 def param_mapping(hf: Mapping[str, Any], config: Any, scan_layers: bool = False) -> dict[str, Any]:
   """MaxText's key -> Hugging Face's name, or nested lists of names, the outermost stacked axis first."""
   del hf, scan_layers  # the MaxText config knows both
-  return {"-".join(leaf.keys): _names(leaf) for leaf in stacking.leaves(config)}
+  return {leaf.table_key: _names(leaf) for leaf in stacking.leaves(config)}
 
 
 def _names(leaf: stacking.Leaf) -> Any:
@@ -93,7 +93,7 @@ def hook_functions(
   """MaxText's key -> what turns one Hugging Face tensor into MaxText's, or back."""
   del hf, scan_layers
   turn = _to_hf if saving_to_hf else _to_maxtext
-  return {"-".join(leaf.keys): functools.partial(turn, leaf.members[0][0]) for leaf in stacking.leaves(config)}
+  return {leaf.table_key: functools.partial(turn, leaf.members[0][0]) for leaf in stacking.leaves(config)}
 
 
 def _to_maxtext(entry: Entry, tensor: Array, shape: Any) -> Array:

@@ -18,6 +18,7 @@ MARK = "stored_with_weights"
 
 _STATE = "maxtext.common.train_state_nnx"
 _CHECKPOINTING = "maxtext.common.checkpointing"
+_CREATION = "maxtext.utils.model_creation_utils"
 _SHOWN = 3
 
 
@@ -55,6 +56,48 @@ class WeightLoadingSeam(Seam):
 
     self.patches.wrap(checkpointing, "load_params_from_path", _load_params)
     self.patches.wrap(checkpointing, "load_state_if_possible", _load_state)
+
+
+class PretrainedWeightsSeam(Seam):
+  """Lets MaxEngine and the trainers that call `from_pretrained` load a checkpoint without router biases.
+
+  That function cannot leave out a variable of the model, so the model is built without: at zero a bias changes nothing.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+    switch: the config field that is true where the model has the variables.
+    ending: the last keys of their paths.
+  """
+
+  name = "pretrained weights"
+  module = _CREATION
+  expectations = (
+    Expectation(f"{_CREATION}:from_pretrained", parameters=("config",)),
+    Expectation("maxtext.configs.pyconfig:HyperParameters", parameters=("pydantic_config",)),
+  )
+
+  def __init__(self, decoder_block: str, switch: str, ending: tuple[str, ...]):
+    super().__init__()
+    self.decoder_block, self.switch, self.ending = decoder_block, switch, ending
+
+  def apply(self) -> None:
+    from maxtext.utils import model_creation_utils
+
+    self.patches.wrap(model_creation_utils, "from_pretrained", self._load)
+
+  def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
+    block = getattr(config.decoder_block, "value", config.decoder_block)
+    path = config.load_parameters_path
+    if block == self.decoder_block and path and getattr(config, self.switch) and not self._has(path):
+      from maxtext.configs import pyconfig
+      from maxtext.utils import max_logging
+
+      max_logging.warning(f"LING2: {path} has no router biases: the model is built without, as if they were 0")
+      config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update={self.switch: False}))
+    return original(config, *rest, **kwargs)
+
+  def _has(self, path: str) -> bool:
+    return any(key[-len(self.ending) :] == self.ending for key in _stored(path))
 
 
 def _marked(variable: Any) -> bool:

@@ -397,6 +397,6 @@ def test_bfloat16_router_biases_are_widened(tmp_path, model):
   tensors(lambda values: values.__setitem__(name, values[name].astype(ml_dtypes.bfloat16)))(folder)
   Import(folder, model, epath.Path(tmp_path / "mt" / "0"), "bfloat16").run(Storage(), QUIET)
   stores = orbax_store.open_arrays(epath.Path(tmp_path / "mt" / "0"))
-  bias = stores["params", "MoEBiasVar", "decoder", "layers_1", "moe", "MoeBlock_0", "gate", "bias"].read().result()
+  bias = stores["params", "params", "decoder", "layers_1", "moe", "MoeBlock_0", "gate", "bias"].read().result()
   np.testing.assert_array_equal(bias, folders.read(folder)[name].astype(np.float32))
   assert bias.dtype == np.float32

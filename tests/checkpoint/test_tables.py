@@ -55,7 +55,7 @@ def test_maxtexts_own_way_through_the_tables(case, scan):
   returned, expected = {}, set()
   with HfFolder(folder) as tensors:
     for leaf in stacking.leaves(config):
-      key = "-".join(leaf.keys)
+      key = leaf.table_key
       assert abstract[key][1] == leaf.shape
       if leaf.keeps_dtype and leaf.depth == 2:
         continue  # MaxText's generic code stacks no other collection in a nested scan

@@ -167,3 +167,24 @@ def test_what_does_not_fit_is_refused(three_slots):
     three_slots.step()
   with pytest.raises(EngineError, match="raise max_target_length"):
     three_slots.step()
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_engine_loads_a_checkpoint(tmp_path, caplog, biases):
+  """Through MaxText's `from_pretrained`; MTP's weights are left alone, and so is a lack of router biases."""
+  from orbax.checkpoint import v1 as ocp
+
+  from maxtext_ling2.checkpoint.import_hf import nested
+
+  values = tiny.weights(tiny.config(**SMALL))
+  stored = {path: value for path, value in values.items() if biases or path[-2:] != ("gate", "bias")}
+  assert any(path[0] == "mtp_block" for path in stored)
+  ocp.save_checkpointables(tmp_path / "0", {"items": {"params": {"params": nested(stored)}}})
+  cfg = tiny.config(**SMALL, per_device_batch_size=1, load_parameters_path=str(tmp_path / "0" / "items"))
+  loaded = Engine(cfg)
+  assert ("has no router biases" in caplog.text) is not biases
+  expected = {path: value if biases or path[-2:] != ("gate", "bias") else 0 * value for path, value in values.items()}
+  given = Engine(tiny.config(**SMALL, per_device_batch_size=1), expected)
+  prompt = tokens()[2][:63]
+  np.testing.assert_array_equal(loaded.prefill(prompt, 0)[1], given.prefill(prompt, 0)[1])
+  np.testing.assert_array_equal(loaded.step({0: 5})[1], given.step({0: 5})[1])
