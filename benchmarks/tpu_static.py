@@ -146,10 +146,10 @@ def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -
   import jax
 
   module, name = target.split(":")
-  function, args = getattr(importlib.import_module(module), name)(**arguments)
   mesh = one_device(chip)
   sharding = jax.NamedSharding(mesh, jax.P())
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh):  # it tells the program for which device kind it is traced
+    function, args = getattr(importlib.import_module(module), name)(**arguments)
     lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*args)
     looping = sorted(_looping(lowered.jaxpr.jaxpr))
     if looping:
