@@ -6,12 +6,13 @@
 Microseconds are those of `tpu_static.py`: cycles of libtpu's schedule, at least the bytes over the bandwidth. Packed: the
 kernel for several documents a row, which masks every chunk, so that their number does not matter. The limit is the larger
 of the bytes and the operations an implementation with this chunk cannot do without: per token and head, forward 8 D bytes
-and 4 C D + 4 D^2 operations; backward 14 D bytes and 10 C D + 8 D^2, and 4 D^2 / C bytes for states written and read again.
+and 4 C D + 4 D^2 operations; backward 14 D and 10 C D + 8 D^2, and 4 D^2 / C bytes for states written and read again.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -79,9 +80,14 @@ def jobs_for(length: int, heads: int, passes: str, packed: bool) -> list[Job]:
   return [("benchmarks.gla_cases:forward", {**shape, "save": True}), ("benchmarks.gla_cases:backward", shape)]
 
 
-def measure(chip: str, shapes: Sequence[tuple[int, int]]) -> Iterable[Row]:
-  """All rows of a chip for some (length, heads)."""
-  cases = [(*shape, passes, packed) for shape in shapes for passes in TARGETS for packed in (False, True)]
+def measure(
+  chip: str,
+  shapes: Sequence[tuple[int, int]],
+  passes: Sequence[str] = tuple(TARGETS),
+  packed: Sequence[bool] = (False, True),
+) -> Iterable[Row]:
+  """Rows of a chip, for each (length, heads)."""
+  cases = [(*shape, *rest) for shape, *rest in itertools.product(shapes, passes, packed)]
   jobs = [job for case in cases for job in jobs_for(*case)]
   results = iter(estimate(chip, jobs))
   for case in cases:

@@ -207,7 +207,7 @@ def _bytes_moved(hlo: str) -> tuple[dict[str, int], int]:
     elif instruction := _INSTRUCTION.match(line):
       name, shape, kind, operands = instruction.groups()
       sizes[name] = _size(shape)
-      moved = sizes[name] + sum(sizes.get(x.split(" ")[-1].lstrip("%"), 0) for x in operands.split(","))
+      moved = sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
       if "tpu_custom_call" in line:
         if computation in bodies:
           raise NotEstimated(f"{name} is within a loop")
