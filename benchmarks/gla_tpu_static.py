@@ -4,27 +4,26 @@
     python benchmarks/gla_tpu_static.py           everything: writes benchmarks/results/gla_tpu_static.{json,md,png}
 
 Microseconds are those of `tpu_static.py`: cycles of libtpu's schedule, at least the bytes over the bandwidth. Packed: the
-steps with a border of documents cost what the masked schedule does, the others what the plain one does, each compiled
-alone. The limit is the larger of the bytes and the operations an implementation with this chunk cannot do without:
-per token and head, forward 8 D bytes and 4 C D + 4 D^2 operations; backward 14 D bytes and 10 C D + 8 D^2, and
-2 D^2 / C bytes of states written and read again.
+kernel for several documents a row, which masks every chunk, so that their number does not matter. The limit is the larger
+of the bytes and the operations an implementation with this chunk cannot do without: per token and head, forward 8 D bytes
+and 4 C D + 4 D^2 operations; backward 14 D and 10 C D + 8 D^2, and 4 D^2 / C bytes for states written and read again.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from benchmarks.gla_cases import make_grid, masked_share
-from benchmarks.tpu_static import CHIPS, Kernel, NotEstimated, estimate
+from benchmarks.gla_cases import make_grid
+from benchmarks.tpu_static import CHIPS, Estimate, Job, Kernel, NotEstimated, estimate
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 128
@@ -52,7 +51,7 @@ class Row:
     length: tokens T of a sequence; the batch is 1.
     heads: H.
     passes: "forward" (for inference: no states are saved), or "both" (forward that saves them, and backward).
-    packed: documents of 512 tokens on average, instead of one.
+    packed: several documents a row, instead of one.
     us: the estimate in microseconds; None if the program does not fit the chip.
     limit_us: what the hardware allows.
     busiest: of the longest kernel: its busiest unit, and the share of the cycles in which it is.
@@ -73,43 +72,43 @@ class Row:
     return None if self.us is None else self.us / self.limit_us
 
 
-def jobs_for(length: int, heads: int, passes: str, masked: bool) -> list[tuple[str, dict[str, Any]]]:
-  shape = {"length": length, "heads": heads, "masked": masked}
+def jobs_for(length: int, heads: int, passes: str, packed: bool) -> list[Job]:
+  """The kernels of one row of the table."""
+  shape = {"length": length, "heads": heads, "packed": packed}
   if passes == "forward":
     return [("benchmarks.gla_cases:forward", {**shape, "save": False})]
   return [("benchmarks.gla_cases:forward", {**shape, "save": True}), ("benchmarks.gla_cases:backward", shape)]
 
 
-def measure(chip: str, shapes: Sequence[tuple[int, int]]) -> Iterable[Row]:
-  """All rows of a chip for some (length, heads)."""
-  cases = [(*shape, passes) for shape in shapes for passes in TARGETS]
-  jobs = [job for case in cases for masked in (False, True) for job in jobs_for(*case, masked)]
-  results = dict(zip(map(json.dumps, jobs), estimate(chip, jobs), strict=True))
+def measure(
+  chip: str,
+  shapes: Sequence[tuple[int, int]],
+  passes: Sequence[str] = tuple(TARGETS),
+  packed: Sequence[bool] = (False, True),
+) -> Iterable[Row]:
+  """Rows of a chip, for each (length, heads)."""
+  cases = [(*shape, *rest) for shape, *rest in itertools.product(shapes, passes, packed)]
+  jobs = [job for case in cases for job in jobs_for(*case)]
+  results = iter(estimate(chip, jobs))
   for case in cases:
-    plain, masked = ([results[json.dumps(job)] for job in jobs_for(*case, masked)] for masked in (False, True))
-    yield _row(chip, case, False, plain, plain)
-    yield _row(chip, case, True, plain, masked)
+    yield _row(chip, case, [next(results) for _ in jobs_for(*case)])
 
 
-def _row(chip: str, case: tuple[int, int, str], packed: bool, plain: list[Any], masked: list[Any]) -> Row:
-  length, heads, passes = case
-  limit = limit_us(chip, *case)
-  if any(isinstance(result, NotEstimated) for result in (*plain, *masked)):
-    failure = next(str(result) for result in (*plain, *masked) if isinstance(result, NotEstimated))
-    if "RESOURCE_EXHAUSTED" not in failure and "memory" not in failure:
-      raise NotEstimated(failure)
-    return Row(chip, *case, packed, None, limit, "does not fit the memory")
-  total, busiest = 0.0, None
-  for index, (one, other) in enumerate(zip(plain, masked, strict=True)):
-    (a,), (b,) = one.kernels, other.kernels
-    share = masked_share(length, heads, reverse=index == 1, kind=TESTED[chip]) if packed else 0.0
-    total += max((1 - share) * a.schedule_us + share * b.schedule_us, b.hbm_us if packed else a.hbm_us)
-    busiest = max(filter(None, (busiest, b if packed else a)), key=lambda kernel: kernel.us)
-  return Row(chip, *case, packed, total, limit, _busiest(busiest))
+def _row(chip: str, case: tuple[int, int, str, bool], results: Sequence[Estimate | NotEstimated]) -> Row:
+  limit = limit_us(chip, *case[:3])
+  kernels = []
+  for result in results:
+    if isinstance(result, Estimate):
+      kernels += result.kernels
+    elif "RESOURCE_EXHAUSTED" in str(result) and "hbm" in str(result).lower():
+      return Row(chip, *case, None, limit, "does not fit the memory")
+    else:
+      raise result
+  longest = max(kernels, key=lambda kernel: kernel.us)
+  return Row(chip, *case, sum(kernel.us for kernel in kernels), limit, _busiest(longest))
 
 
-def _busiest(kernel: Kernel | None) -> str:
-  assert kernel is not None
+def _busiest(kernel: Kernel) -> str:
   if kernel.hbm_us >= kernel.schedule_us:
     return f"HBM {kernel.hbm_us / kernel.us:.0%}"
   unit = max(kernel.units, key=kernel.units.__getitem__)
@@ -127,13 +126,12 @@ def limit_us(chip: str, length: int, heads: int, passes: str) -> float:
 
 
 def target_us(row: Row, rows: Iterable[Row]) -> float:
+  """The target of a row for T = 4096 and 16 heads."""
   if not row.packed:
     return TARGETS[row.passes][row.chip]
-  plain = next(
-    x for x in rows if dataclasses.replace(row, packed=False) == dataclasses.replace(x, us=row.us, busiest=row.busiest)
-  )
-  assert plain.us is not None
-  return PACKED_TARGET * plain.us
+  (plain,) = (x.us for x in rows if (x.chip, x.passes, x.packed) == (row.chip, row.passes, False))
+  assert plain is not None
+  return PACKED_TARGET * plain
 
 
 def quick() -> int:

@@ -146,10 +146,10 @@ def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -
   import jax
 
   module, name = target.split(":")
-  function, args = getattr(importlib.import_module(module), name)(**arguments)
   mesh = one_device(chip)
   sharding = jax.NamedSharding(mesh, jax.P())
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh):  # it tells the program for which device kind it is traced
+    function, args = getattr(importlib.import_module(module), name)(**arguments)
     lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*args)
     looping = sorted(_looping(lowered.jaxpr.jaxpr))
     if looping:
@@ -207,7 +207,7 @@ def _bytes_moved(hlo: str) -> tuple[dict[str, int], int]:
     elif instruction := _INSTRUCTION.match(line):
       name, shape, kind, operands = instruction.groups()
       sizes[name] = _size(shape)
-      moved = sizes[name] + sum(sizes.get(x.split(" ")[-1].lstrip("%"), 0) for x in operands.split(","))
+      moved = sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
       if "tpu_custom_call" in line:
         if computation in bodies:
           raise NotEstimated(f"{name} is within a loop")

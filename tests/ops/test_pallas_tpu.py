@@ -18,7 +18,7 @@ from gla_closed_form import closed_form, make_case  # noqa: E402
 from gla_suite import SETTINGS, GlaSuite, assert_close, error  # noqa: E402
 
 from maxtext_ling2.ops.gla import gla, log_decay, tiles  # noqa: E402
-from maxtext_ling2.ops.gla.pallas_grid import BORDERS, PADDING, PLAIN, Grid  # noqa: E402
+from maxtext_ling2.ops.gla.pallas_grid import Grid  # noqa: E402
 from maxtext_ling2.ops.gla.pallas_tpu import segments_by_step  # noqa: E402
 from maxtext_ling2.ops.gla.tiles import Tile, tiles_for  # noqa: E402
 
@@ -133,13 +133,12 @@ def test_float32_is_multiplied_in_full_and_bfloat16_in_one_pass():
   assert products(jnp.bfloat16) == {("bfloat16", "bfloat16", None, "float32")}
 
 
-def test_what_the_steps_of_packed_documents_hold():
+def test_which_steps_hold_padding():
   grid = Grid(2, 1000, 4, 128, 128, Tile(128, 2, 4), reverse=False)
   ids = np.ones((2, 1000), np.int32)
-  ids[0, 256:] = 2  # a border between two steps belongs to the second
   ids[1, 700:705] = 0
-  flags, info = segments_by_step(jnp.asarray(ids), grid)
-  np.testing.assert_array_equal(flags, [[PLAIN, BORDERS, PLAIN, PADDING], [PLAIN, PLAIN, PADDING, PADDING]])
+  padded, info = segments_by_step(jnp.asarray(ids), grid)
+  np.testing.assert_array_equal(padded, [[0, 0, 0, 1], [0, 0, 1, 1]])  # 24 places are left of the last step
   assert info.shape == (2, 8, 1024)
   assert segments_by_step(None, dataclasses.replace(grid, length=1024)) == (None, None)
 

@@ -34,14 +34,14 @@ class Outputs(NamedTuple):
 
 
 def backward(
-  inputs: Inputs, g_gamma: jax.Array, flags: jax.Array | None, grid: Grid, *, scale: float, initial: bool
+  inputs: Inputs, g_gamma: jax.Array, padded: jax.Array | None, grid: Grid, *, scale: float, initial: bool
 ) -> Outputs:
   """Runs the kernel.
 
   Args:
     inputs: q, k, v, do and states in one dtype.
     g_gamma: [H] float32.
-    flags: [B, steps] int32, what the steps hold; None: every step is plain.
+    padded: [B, steps] int32, 1 for a step that holds padding; None without segments.
     grid: the shapes, reverse.
     scale: factor of the outputs.
     initial: whether to return the gradient of the initial state.
@@ -53,11 +53,11 @@ def backward(
   in_specs = Inputs(keys, keys, values, values, grid.info(), grid.states(), grid.state())
   out_specs = Outputs(keys, keys, values, grid.state())
   kernel = functools.partial(_kernel, grid=grid, scale=scale)
-  return call(kernel, "gla_backward", grid, g_gamma, flags, inputs, in_specs, shapes, out_specs)
+  return call(kernel, "gla_backward", grid, g_gamma, padded, inputs, in_specs, shapes, out_specs)
 
 
 def _kernel(
-  g: Ref, flags: Ref, inputs: Inputs, outputs: Outputs, dstate: Ref, *tables: Ref, grid: Grid, scale: float
+  g: Ref, padded: Ref, inputs: Inputs, outputs: Outputs, dstate: Ref, *tables: Ref, grid: Grid, scale: float
 ) -> None:
   log2_g = chunks.log2_decays(g, pl.program_id(1) * grid.tile.heads, grid.tile.heads)
   step = pl.program_id(2)
@@ -68,7 +68,7 @@ def _kernel(
     dstate[...] = jnp.zeros_like(dstate) if inputs.dfinal_state is None else inputs.dfinal_state[0]
 
   one = functools.partial(_chunk, inputs, outputs, dstate, grid)
-  run_chunks(one, grid, flags, inputs.info, inputs[:4], Tables(*tables), log2_g, scale)
+  run_chunks(one, grid, padded, inputs.info, inputs[:4], Tables(*tables), log2_g, scale)
 
   if outputs.dinitial_state is not None:
 

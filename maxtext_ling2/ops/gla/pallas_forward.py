@@ -31,14 +31,14 @@ class Outputs(NamedTuple):
 
 
 def forward(
-  inputs: Inputs, g_gamma: jax.Array, flags: jax.Array | None, grid: Grid, *, scale: float, final: bool, save: bool
+  inputs: Inputs, g_gamma: jax.Array, padded: jax.Array | None, grid: Grid, *, scale: float, final: bool, save: bool
 ) -> Outputs:
   """Runs the kernel.
 
   Args:
     inputs: q, k and v in one dtype.
     g_gamma: [H] float32.
-    flags: [B, steps] int32, what the steps hold; None: every step is plain.
+    padded: [B, steps] int32, 1 for a step that holds padding; None without segments.
     grid: the shapes.
     scale: factor of the outputs.
     final: whether to return the final state.
@@ -55,11 +55,11 @@ def forward(
   in_specs = Inputs(grid.keys(), grid.keys(), grid.values(), grid.info(), grid.state())
   out_specs = Outputs(grid.values(), grid.state(), grid.states())
   kernel = functools.partial(_kernel, grid=grid, scale=scale)
-  return call(kernel, "gla_forward", grid, g_gamma, flags, inputs, in_specs, shapes, out_specs)
+  return call(kernel, "gla_forward", grid, g_gamma, padded, inputs, in_specs, shapes, out_specs)
 
 
 def _kernel(
-  g: Ref, flags: Ref, inputs: Inputs, outputs: Outputs, state: Ref, *tables: Ref, grid: Grid, scale: float
+  g: Ref, padded: Ref, inputs: Inputs, outputs: Outputs, state: Ref, *tables: Ref, grid: Grid, scale: float
 ) -> None:
   log2_g = chunks.log2_decays(g, pl.program_id(1) * grid.tile.heads, grid.tile.heads)
   step = pl.program_id(2)
@@ -70,7 +70,7 @@ def _kernel(
     state[...] = jnp.zeros_like(state) if inputs.initial_state is None else inputs.initial_state[0]
 
   one = functools.partial(_chunk, inputs, outputs, state, grid)
-  run_chunks(one, grid, flags, inputs.info, inputs[:3], Tables(*tables), log2_g, scale)
+  run_chunks(one, grid, padded, inputs.info, inputs[:3], Tables(*tables), log2_g, scale)
 
   if outputs.final_state is not None:
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from maxtext_ling2.ops.gla import pallas_backward, pallas_forward
 from maxtext_ling2.ops.gla.chunked import in_chunks_of
 from maxtext_ling2.ops.gla.pallas_chunk import segment_info
-from maxtext_ling2.ops.gla.pallas_grid import BORDERS, PADDING, PLAIN, Grid
-from maxtext_ling2.ops.gla.segments import count_segments, has_border
+from maxtext_ling2.ops.gla.pallas_grid import Grid
+from maxtext_ling2.ops.gla.segments import count_segments
 from maxtext_ling2.ops.gla.tiles import Tile, tiles_for
 from maxtext_ling2.ops.gla.vjp import Implementation
 
@@ -36,9 +36,9 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
   """`Implementation.forward`."""
   grid = _grid(q, v, reverse=False)
-  flags, info = segments_by_step(segment_ids, grid)
+  padded, info = segments_by_step(segment_ids, grid)
   inputs = pallas_forward.Inputs(_flat(q), _flat(k), _flat(v), info, _padded_state(initial_state))
-  found = pallas_forward.forward(inputs, g_gamma, flags, grid, scale=scale, final=final, save=save)
+  found = pallas_forward.forward(inputs, g_gamma, padded, grid, scale=scale, final=final, save=save)
   key_dim, value_dim = q.shape[3], v.shape[3]
   final_state, states = (None if x is None else x[..., :key_dim, :value_dim] for x in found[1:])
   return _heads(found.o, v), final_state, states
@@ -59,11 +59,11 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """`Implementation.backward`."""
   grid = _grid(q, v, reverse=True)
-  flags, info = segments_by_step(segment_ids, grid)
+  padded, info = segments_by_step(segment_ids, grid)
   inputs = pallas_backward.Inputs(
     _flat(q), _flat(k), _flat(v), _flat(do), info, _padded_state(states), _padded_state(dfinal_state)
   )
-  found = pallas_backward.backward(inputs, g_gamma, flags, grid, scale=scale, initial=initial)
+  found = pallas_backward.backward(inputs, g_gamma, padded, grid, scale=scale, initial=initial)
   dstate = found.dinitial_state
   dstate = None if dstate is None else dstate[..., : q.shape[3], : v.shape[3]]
   return _heads(found.dq, q), _heads(found.dk, k), _heads(found.dv, v), dstate
@@ -96,16 +96,14 @@ def _grid(q: jax.Array, v: jax.Array, *, reverse: bool) -> Grid:
 
 
 def segments_by_step(segment_ids: jax.Array | None, grid: Grid) -> tuple[jax.Array | None, jax.Array | None]:
-  """What each step holds [B, steps] int32 and the information on segments, or None where all is plain."""
+  """Whether each step holds padding [B, steps] int32, and the information on segments; None if all tokens are one."""
   if segment_ids is None:
     if grid.length % grid.tokens == 0:
       return None, None
     segment_ids = jnp.ones((grid.batch, grid.length), jnp.int32)
   segments = count_segments(segment_ids, grid.tile.chunk, grid.steps * grid.tile.chunks)
-  by_step = (grid.batch, grid.steps, -1)
-  borders = has_border(segments).reshape(by_step).any(axis=2)
-  padding = (~segments.real).reshape(by_step).any(axis=2)
-  return jnp.where(padding, PADDING, jnp.where(borders, BORDERS, PLAIN)).astype(jnp.int32), segment_info(segments)
+  padded = (~segments.real).reshape(grid.batch, grid.steps, -1).any(axis=2)
+  return padded.astype(jnp.int32), segment_info(segments)
 
 
 def _up_to_lanes(dim: int) -> int:

@@ -45,11 +45,6 @@ def count_segments(segment_ids: jax.Array, chunk: int, num_chunks: int | None = 
   )
 
 
-def has_border(segments: Segments) -> jax.Array:
-  """Whether a chunk holds padding or a restart, so that its decays are not those of plain chunks: [B, N] bool."""
-  return (segments.whole[:, :, 0] != segments.real.shape[2]).astype(bool)
-
-
 def _real_and_restart(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Which tokens are not padding, and which open another document than the last real token before: bool [B, T]."""
   real = segment_ids != 0

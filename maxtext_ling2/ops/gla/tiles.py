@@ -27,9 +27,9 @@ class Tiles(NamedTuple):
 
 _TILES: Final = {
   "TPU v4": Tiles(Tile(128, 4, 4), Tile(128, 4, 2)),
-  "TPU v5 lite": Tiles(Tile(256, 4, 8), Tile(256, 4, 8)),
+  "TPU v5 lite": Tiles(Tile(256, 4, 4), Tile(256, 4, 4)),
   "TPU v5": Tiles(Tile(128, 8, 8), Tile(128, 8, 8)),
-  "TPU v6 lite": Tiles(Tile(256, 4, 8), Tile(256, 4, 8)),
+  "TPU v6 lite": Tiles(Tile(256, 4, 4), Tile(256, 4, 4)),
   "TPU7x": Tiles(Tile(128, 8, 8), Tile(128, 8, 8)),
 }
 """By `device_kind`, the name JAX gives a generation."""

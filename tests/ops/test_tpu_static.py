@@ -1,0 +1,83 @@
+"""GLA's TPU kernels as libtpu compiles them, without a TPU: that they compile for every generation, and their cycles."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gla_tpu_static
+from benchmarks.tpu_static import NotEstimated, estimate
+from maxtext_ling2.ops.gla import tiles
+
+SLACK = 1.03  # another libtpu may schedule a little differently
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "v7x"])
+def test_compiles_for(chip):
+  script = Path(__file__).with_name("compile_for_tpu.py")
+  run = subprocess.run([sys.executable, script, chip], capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr[-3000:]
+  (line,) = (line for line in run.stdout.splitlines() if line.startswith("KERNELS "))
+  found = json.loads(line.removeprefix("KERNELS "))
+  assert len(found) == 4
+  assert all(kernels == ["gla_backward", "gla_forward"] for kernels in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", gla_tpu_static.TESTED)
+def test_cycles_reach_the_targets(chip):
+  rows = list(gla_tpu_static.measure(chip, [(4096, 16)]))
+  assert len(rows) == 4
+  for row in rows:
+    assert row.us <= SLACK * gla_tpu_static.target_us(row, rows), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", gla_tpu_static.TESTED)
+def test_a_token_costs_the_same_in_a_sequence_of_131072(chip):
+  heads = 16 if chip == "v5e" else 64  # 64 do not fit a v5e's memory
+  short, long = gla_tpu_static.measure(chip, [(4096, 16), (131072, heads)], passes=["both"], packed=[False])
+  assert long.us / (131072 * heads) <= 1.05 * short.us / (4096 * 16)
+
+
+@pytest.mark.slow
+def test_a_program_that_cannot_be_counted_is_refused():
+  good, missing, wide = estimate(
+    "v6e",
+    [
+      ("benchmarks.gla_cases:forward", {"length": 512, "heads": 2, "save": False}),
+      ("benchmarks.gla_cases:sideways", {}),
+      ("benchmarks.gla_cases:forward", {"length": 512, "heads": 2, "save": False, "tile": [128, 4, 3000]}),
+    ],
+  )
+  (kernel,) = good.kernels
+  assert (kernel.name.split(".")[0], kernel.steps) == ("gla_forward", 1)
+  assert 1000 < kernel.cycles < 4000
+  assert kernel.hbm_us == pytest.approx(4 * 512 * 2 * 128 * 2 / 1640e3, rel=1e-3)
+  assert isinstance(missing, NotEstimated) and "sideways" in str(missing)
+  assert isinstance(wide, NotEstimated)
+
+
+def test_the_limit_is_that_of_the_specification():
+  # spec/kernels.md: forward, and forward + backward at the chunk in use; bytes bound both on all chips.
+  limits = {
+    chip: [gla_tpu_static.limit_us(chip, 4096, 16, passes) for passes in ("forward", "both")]
+    for chip in ("v5e", "v5p", "v6e", "v7x")
+  }
+  assert {chip: [round(x) for x in pair] for chip, pair in limits.items()} == {
+    "v5e": [82, 246],
+    "v5p": [24, 79],
+    "v6e": [41, 123],
+    "v7x": [18, 59],
+  }
+
+
+def test_every_chip_of_the_table_has_tiles_of_its_own():
+  chunks = {chip: tiles.chunk_size(4096, kind) for chip, kind in gla_tpu_static.TESTED.items()}
+  assert chunks == {"v5e": 256, "v5p": 128, "v6e": 256, "v7x": 128}
+  for kind in gla_tpu_static.TESTED.values():
+    forward, backward = tiles.tiles_for(4096, 16, 128, 2, kind)
+    assert forward.chunk == backward.chunk
