@@ -134,7 +134,7 @@ def work(kind: str, *words: str) -> Any:
 
 
 def make(folder: Path, gigabytes: float) -> Any:
-  """Writes the Hugging Face folder: as many layers as the size asks for, an odd number of them MLA."""
+  """Writes the Hugging Face folder: as many layers as the size asks for, at least four."""
   import numpy as np
 
   from maxtext_ling2.checkpoint import safetensors_file, stock_tables
@@ -143,8 +143,8 @@ def make(folder: Path, gigabytes: float) -> Any:
     return stock_tables.hf_shapes({**SHAPE, "num_hidden_layers": layers})
 
   layers = 4
-  while sum(math.prod(shape) for shape in shapes(layers + 2).values()) * 2 <= gigabytes * 1e9:
-    layers += 2
+  while sum(math.prod(shape) for shape in shapes(layers + 1).values()) * 2 <= gigabytes * 1e9:
+    layers += 1
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": layers}))
   bf16, f32 = safetensors_file.DTYPES["BF16"], safetensors_file.DTYPES["F32"]

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ Array = NDArray[Any]
 
 SHARD_BYTES = 4 * 2**30
 _READ_AHEAD = 4 * blocks.BLOCK_BYTES
+_WRITERS = 2  # threads: most of the time goes into the pages of the new files
 _TOKENIZER_FILES = (
   *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
   *("*.model", "*.tiktoken", "generation_config.json"),
@@ -110,24 +112,33 @@ class Export:
     views: dict[str, Array] = {}
     for file, tensors in files.items():
       views |= safetensors_file.create(folder / file, tensors)
-    with _written_back([folder / file for file in files]):
+    with _written_back([folder / file for file in files]), ThreadPoolExecutor(_WRITERS) as pool:
       for leaf in self.leaves:
-        self._write_leaf(leaf, views, advance)
+        self._write_leaf(leaf, views, pool, advance)
     if len(files) > 1:
       weight_map = {name: file for file, tensors in files.items() for name, _, _ in tensors}
       size = sum(view.nbytes for view in views.values())
       _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     views.clear()
 
-  def _write_leaf(self, leaf: Leaf, views: Mapping[str, Array], advance: progress.Advance) -> None:
+  def _write_leaf(self, leaf: Leaf, views: Mapping[str, Array], pool: Executor, advance: progress.Advance) -> None:
     itemsize = views[leaf.members[0][0].names[0]].dtype.itemsize
-    names = sum(len(entry.names) for block in leaf.members for entry in block)
-    for box, block in read_blocks(self.stores[leaf.path]):
-      if not blocks.all_finite(block):
-        logger.warning("%s: %s holds NaN or infinity; exported as it is.", self.checkpoint, "/".join(leaf.path))
+
+    def write(box: blocks.Box, block: Array) -> bool:
       blocks.spill(leaf, box, block, views.__getitem__)
       advance(block.size * itemsize, 0)
-    advance(0, names)
+      return blocks.all_finite(block)
+
+    finite = True
+    writing: deque[Future[bool]] = deque()
+    for box, block in read_blocks(self.stores[leaf.path]):
+      writing.append(pool.submit(write, box, block))
+      if len(writing) > _WRITERS:
+        finite &= writing.popleft().result()
+    finite &= all([future.result() for future in writing])
+    if not finite:
+      logger.warning("%s: %s holds NaN or infinity; exported as it is.", self.checkpoint, "/".join(leaf.path))
+    advance(0, sum(len(entry.names) for block in leaf.members for entry in block))
 
   def _write_texts(self, folder: Path, tokenizer: Path | None) -> None:
     """config.json, and the tokenizer's files with the ids of its special tokens."""
