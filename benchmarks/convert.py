@@ -155,9 +155,10 @@ def make(folder: Path, gigabytes: float) -> Any:
     files[-1].append((name, shape, f32 if name.endswith("expert_bias") else bf16))
   noise = np.random.default_rng(0).standard_normal(2**22).astype(bf16)
   for i, tensors in enumerate(files):
-    views = safetensors_file.create(folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors", tensors)
-    for view in views.values():
-      view[...] = np.resize(noise, view.shape)
+    path = folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+    with safetensors_file.create(path, tensors) as new:
+      for tensor in new.values():
+        tensor.array[...] = np.resize(noise, tensor.array.shape)
   os.sync()
   return layers
 
