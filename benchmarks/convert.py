@@ -7,11 +7,12 @@ Makes a Hugging Face folder of that size (bfloat16, random), then measures, each
   to MaxText        Hugging Face -> MaxText, uncompressed (our default) and compressed, unscanned and scanned
   to Hugging Face   the way back
 
-Times are without imports, and with waiting for the disk. Memory is RssAnon (what mapped files add is not counted) above
+Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk. Memory is RssAnon (what mapped files add is not counted) above
 what the process had after its imports, sampled every 5 ms.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ SHAPE = {
 }
 SHARD_BYTES = 2**30
 PERIOD = 0.005
+RUNS = 3
 
 
 def main() -> None:
@@ -76,32 +79,45 @@ def benchmark(folder: Path, gigabytes: float) -> None:
   run("make", hf, gigabytes)
   size = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
   print(f"{size / 1e9:.2f} GB, {len(list(hf.glob('*.safetensors')))} files")
-  print(f"{'':36} {'MB/s':>6} {'of cp':>7} {'of Orbax':>9} {'RssAnon MiB':>12} {'of the largest leaf':>20}")
-  copied = size / copy(hf, folder / "copy") / 1e6
-  show("cp", copied, copied, None, None, None)
+  print(
+    f"{'':36} {'MB/s':>6} {'(first)':>8} {'of cp':>6} {'of Orbax':>9} {'RssAnon MiB':>12} {'of the largest leaf':>20}"
+  )
+  table = Table(size, min(copied := copy(hf, folder / "copy")))
+  table.show("cp", {"seconds": copied})
   saved = run("orbax", hf, folder / "orbax")
-  orbax = size / saved["seconds"] / 1e6
-  show("Orbax from memory, compressed", orbax, copied, orbax, None, None)
+  table.orbax = min(saved["seconds"])
+  table.show("Orbax from memory, compressed", saved)
   shutil.rmtree(folder / "orbax")
   for scan in (0, 1):
     layout = "scanned" if scan else "unscanned"
     for compress in (0, 1):
-      found = run("import", hf, folder / "mt", scan, compress)
       title = f"to MaxText, {layout}, {'' if compress else 'un'}compressed"
-      show(title, size / found["seconds"] / 1e6, copied, orbax, found["anonymous"], found["leaf"])
+      table.show(title, run("import", hf, folder / "mt", scan, compress))
       if not compress:
-        found = run("export", hf, folder / "mt" / "0", scan, folder / "back")
-        show(f"to Hugging Face, {layout}", size / found["seconds"] / 1e6, copied, None, found["anonymous"], found["leaf"])
+        table.show(f"to Hugging Face, {layout}", run("export", hf, folder / "mt" / "0", scan, folder / "back"))
         shutil.rmtree(folder / "back")
       shutil.rmtree(folder / "mt")
 
 
-def show(
-  title: str, speed: float, copied: float, orbax: float | None, anonymous: float | None, leaf: float | None
-) -> None:
-  of_orbax = f"{speed / orbax:9.0%}" if orbax else f"{'':9}"
-  memory = f"{anonymous / 2**20:12.0f} {anonymous / leaf:20.2f}" if anonymous is not None and leaf else ""
-  print(f"{title:36} {speed:6.0f} {speed / copied:7.0%} {of_orbax} {memory}", flush=True)
+@dataclasses.dataclass
+class Table:
+  """Lines of the report.
+
+  Attributes:
+    size: bytes of the model.
+    copied: seconds of cp.
+    orbax: seconds of Orbax.
+  """
+
+  size: int
+  copied: float
+  orbax: float = math.nan
+
+  def show(self, title: str, found: dict[str, Any]) -> None:
+    best, first = min(found["seconds"]), found["seconds"][0]
+    speeds = f"{self.size / best / 1e6:6.0f} {f'({self.size / first / 1e6:.0f})':>8}"
+    memory = f"{found['anonymous'] / 2**20:12.0f} {found['anonymous'] / found['leaf']:20.2f}" if "leaf" in found else ""
+    print(f"{title:36} {speeds} {self.copied / best:6.0%} {self.orbax / best:9.0%} {memory}", flush=True)
 
 
 def run(*words: Any) -> Any:
@@ -113,12 +129,9 @@ def run(*words: Any) -> Any:
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def copy(source: Path, target: Path) -> float:
-  """Seconds of `cp` and `sync`; the source has been read before, as for all others."""
-  started = time.perf_counter()
-  subprocess.run(["cp", "-r", source, target], check=True)
-  subprocess.run(["sync", *target.iterdir()], check=True)
-  seconds = time.perf_counter() - started
+def copy(source: Path, target: Path) -> list[float]:
+  """Seconds of `cp` and waiting for the disk; the source has been read before, as for all others."""
+  seconds = repeated(lambda: subprocess.run(["cp", "-r", source, target], check=True), target)
   shutil.rmtree(target)
   return seconds
 
@@ -134,7 +147,7 @@ def work(kind: str, *words: str) -> Any:
 
 
 def make(folder: Path, gigabytes: float) -> Any:
-  """Writes the Hugging Face folder: as many layers as the size asks for, an odd number of them MLA."""
+  """Writes the Hugging Face folder: as many layers as the size asks for, at least four."""
   import numpy as np
 
   from maxtext_ling2.checkpoint import safetensors_file, stock_tables
@@ -143,8 +156,8 @@ def make(folder: Path, gigabytes: float) -> Any:
     return stock_tables.hf_shapes({**SHAPE, "num_hidden_layers": layers})
 
   layers = 4
-  while sum(math.prod(shape) for shape in shapes(layers + 2).values()) * 2 <= gigabytes * 1e9:
-    layers += 2
+  while sum(math.prod(shape) for shape in shapes(layers + 1).values()) * 2 <= gigabytes * 1e9:
+    layers += 1
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": layers}))
   bf16, f32 = safetensors_file.DTYPES["BF16"], safetensors_file.DTYPES["F32"]
@@ -155,9 +168,10 @@ def make(folder: Path, gigabytes: float) -> Any:
     files[-1].append((name, shape, f32 if name.endswith("expert_bias") else bf16))
   noise = np.random.default_rng(0).standard_normal(2**22).astype(bf16)
   for i, tensors in enumerate(files):
-    views = safetensors_file.create(folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors", tensors)
-    for view in views.values():
-      view[...] = np.resize(noise, view.shape)
+    path = folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+    with safetensors_file.create(path, tensors) as new:
+      for tensor in new.values():
+        tensor.array[...] = np.resize(noise, tensor.array.shape)
   os.sync()
   return layers
 
@@ -172,10 +186,7 @@ def orbax(folder: Path, target: Path) -> Any:
   leaves = stacking.leaves(config(folder, False))
   with HfFolder(folder) as tensors:
     tree = {"params": nested({leaf.keys: leaf.assemble(tensors.tensor) for leaf in leaves})["params"]}
-  started = time.perf_counter()
-  utils.save_weights_to_checkpoint(str(target), tree, 1, True, True)
-  wait(target)
-  return {"seconds": time.perf_counter() - started}
+  return {"seconds": repeated(lambda: utils.save_weights_to_checkpoint(str(target), tree, 1, True, True), target)}
 
 
 def to_maxtext(folder: Path, target: Path, scan: bool, compress: bool) -> Any:
@@ -188,12 +199,12 @@ def to_maxtext(folder: Path, target: Path, scan: bool, compress: bool) -> Any:
 
   with Memory() as memory:
     model = config(folder, scan)
-    started = time.perf_counter()
-    job = Import(folder, model, epath.Path(target / "0"), "bfloat16")
-    job.run(Storage(compress=compress), Console(quiet=True))
-    wait(target)
-    seconds = time.perf_counter() - started
-  return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(job.leaves)}
+
+    def convert() -> None:
+      Import(folder, model, epath.Path(target / "0"), "bfloat16").run(Storage(compress=compress), Console(quiet=True))
+
+    seconds = repeated(convert, target)
+  return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(model)}
 
 
 def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) -> Any:
@@ -205,12 +216,12 @@ def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) ->
 
   with Memory() as memory:
     model = config(folder, scan)
-    started = time.perf_counter()
-    job = Export(epath.Path(checkpoint), model)
-    job.run(target, "bfloat16", None, Console(quiet=True))
-    wait(target)
-    seconds = time.perf_counter() - started
-  return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(job.leaves)}
+
+    def convert() -> None:
+      Export(epath.Path(checkpoint), model).run(target, "bfloat16", None, Console(quiet=True))
+
+    seconds = repeated(convert, target)
+  return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(model)}
 
 
 def config(folder: Path, scan: bool) -> Any:
@@ -219,8 +230,22 @@ def config(folder: Path, scan: bool) -> Any:
   return verify.make_config(folder, 1, 128, scan_layers=scan)
 
 
-def largest(leaves: Any) -> int:
-  return max(math.prod(leaf.shape) for leaf in leaves) * 2
+def largest(model: Any) -> int:
+  from maxtext_ling2.checkpoint import stacking
+
+  return max(math.prod(leaf.shape) for leaf in stacking.leaves(model)) * 2
+
+
+def repeated(action: Callable[[], Any], target: Path) -> list[float]:
+  """Seconds of each of `RUNS` runs of an action that writes `target`, with waiting for the disk."""
+  seconds = []
+  for _ in range(RUNS):
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.perf_counter()
+    action()
+    wait(target)
+    seconds.append(time.perf_counter() - started)
+  return seconds
 
 
 def wait(target: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint.mapping import Entry
+from maxtext_ling2.checkpoint.safetensors_file import NewTensor
 from maxtext_ling2.checkpoint.stacking import Leaf
 
 Array = NDArray[Any]
@@ -82,13 +83,27 @@ def fill(leaf: Leaf, box: Box, get: Callable[[str], Array], dtype: np.dtype[Any]
   return out
 
 
-def spill(leaf: Leaf, box: Box, block: Array, get: Callable[[str], Array]) -> None:
-  """Takes a box apart into Hugging Face tensors, which `get` returns as writable views; the inverse of `fill`."""
+def spill(leaf: Leaf, box: Box, block: Array, get: Callable[[str], NewTensor]) -> None:
+  """Takes a box apart into Hugging Face tensors of new files; the inverse of `fill`."""
   for entry, name, index, inner in parts(leaf, box):
-    target = entry.view(get(name))
-    if target.size and not np.shares_memory(target, get(name)):
-      raise AssertionError(f"{name}: MaxText's layout is no view of it")
-    _copy(target[inner], block[index])
+    target, values = get(name), block[index]
+    first = _first_row(entry, inner)
+    if first is None:
+      _copy(entry.view(target.array)[inner], values)
+      continue
+    rows = values.reshape(math.prod(values.shape[: entry.in_axes]), -1).T if entry.linear else values
+    target.write_rows(first, _contiguous(rows).astype(target.array.dtype, copy=False))
+
+
+def _first_row(entry: Entry, inner: Box) -> int | None:
+  """The first of the Hugging Face tensor's rows, if the box in MaxText's layout is a range of whole rows; else None."""
+  shape = entry.one_shape
+  rows = entry.in_axes if entry.linear else 0  # the axis that runs slowest in a row's number
+  if any(
+    part.stop - part.start < size for axis, (part, size) in enumerate(zip(inner, shape, strict=True)) if axis != rows
+  ):
+    return None
+  return int(inner[rows].start) * (math.prod(shape[rows + 1 :]) if entry.linear else 1)
 
 
 def _copy(target: Array, source: Array) -> None:

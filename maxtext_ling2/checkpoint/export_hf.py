@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from maxtext_ling2.checkpoint import blocks, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
 from maxtext_ling2.checkpoint.hf_folder import INDEX
 from maxtext_ling2.checkpoint.import_hf import check_space
+from maxtext_ling2.checkpoint.safetensors_file import NewTensor
 from maxtext_ling2.checkpoint.stacking import Leaf
 from maxtext_ling2.errors import CheckpointError
 
@@ -32,6 +34,7 @@ Array = NDArray[Any]
 
 SHARD_BYTES = 4 * 2**30
 _READ_AHEAD = 4 * blocks.BLOCK_BYTES
+_WRITERS = 2  # threads: most of the time goes into writing
 _TOKENIZER_FILES = (
   *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
   *("*.model", "*.tiktoken", "generation_config.json"),
@@ -107,27 +110,37 @@ class Export:
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
   def _write_weights(self, folder: Path, files: Mapping[str, Any], advance: progress.Advance) -> None:
-    views: dict[str, Array] = {}
-    for file, tensors in files.items():
-      views |= safetensors_file.create(folder / file, tensors)
-    with _written_back([folder / file for file in files]):
+    with contextlib.ExitStack() as stack:
+      new: dict[str, NewTensor] = {}
+      for file, tensors in files.items():
+        new |= stack.enter_context(safetensors_file.create(folder / file, tensors))
+      stack.enter_context(_written_back([folder / file for file in files]))
+      pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
       for leaf in self.leaves:
-        self._write_leaf(leaf, views, advance)
+        self._write_leaf(leaf, new, pool, advance)
     if len(files) > 1:
       weight_map = {name: file for file, tensors in files.items() for name, _, _ in tensors}
-      size = sum(view.nbytes for view in views.values())
+      size = sum(tensor.array.nbytes for tensor in new.values())
       _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    views.clear()
 
-  def _write_leaf(self, leaf: Leaf, views: Mapping[str, Array], advance: progress.Advance) -> None:
-    itemsize = views[leaf.members[0][0].names[0]].dtype.itemsize
-    names = sum(len(entry.names) for block in leaf.members for entry in block)
-    for box, block in read_blocks(self.stores[leaf.path]):
-      if not blocks.all_finite(block):
-        logger.warning("%s: %s holds NaN or infinity; exported as it is.", self.checkpoint, "/".join(leaf.path))
-      blocks.spill(leaf, box, block, views.__getitem__)
+  def _write_leaf(self, leaf: Leaf, new: Mapping[str, NewTensor], pool: Executor, advance: progress.Advance) -> None:
+    itemsize = new[leaf.members[0][0].names[0]].array.dtype.itemsize
+
+    def write(box: blocks.Box, block: Array) -> bool:
+      blocks.spill(leaf, box, block, new.__getitem__)
       advance(block.size * itemsize, 0)
-    advance(0, names)
+      return blocks.all_finite(block)
+
+    finite = True
+    writing: deque[Future[bool]] = deque()
+    for box, block in read_blocks(self.stores[leaf.path]):
+      writing.append(pool.submit(write, box, block))
+      if len(writing) > _WRITERS:
+        finite &= writing.popleft().result()
+    finite &= all(future.result() for future in list(writing))
+    if not finite:
+      logger.warning("%s: %s holds NaN or infinity; exported as it is.", self.checkpoint, "/".join(leaf.path))
+    advance(0, sum(len(entry.names) for block in leaf.members for entry in block))
 
   def _write_texts(self, folder: Path, tokenizer: Path | None) -> None:
     """config.json, and the tokenizer's files with the ids of its special tokens."""
@@ -205,10 +218,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _written_back(files: list[Path]) -> Iterator[None]:
-  """Lets the disk write while the block computes, and waits at its end until all is there.
-
-  Left to itself the system keeps what is written to a mapped file in memory, and the disk has nothing to do until then.
-  """
+  """Lets the disk write while the block computes: left to itself the system keeps what is written in memory for long."""
   over = threading.Event()
 
   def write_back() -> None:
@@ -223,8 +233,6 @@ def _written_back(files: list[Path]) -> Iterator[None]:
   finally:
     over.set()
     thread.join()
-  for file in files:
-    _sync(file)
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -62,17 +63,19 @@ class StreamedLeaf:
     for box in boxes(self.shape, self.block):
       nbytes = math.prod(part.stop - part.start for part in box) * self.dtype.itemsize
       await window.take(nbytes)
-      written = store[box].write(self.make(box), can_reference_source_data_indefinitely=True)
+      block = await asyncio.get_running_loop().run_in_executor(window.worker, self.make, box)
+      written = store[box].write(block, can_reference_source_data_indefinitely=True)
       writing.append(asyncio.ensure_future(window.give_back(nbytes, written)))
     await asyncio.gather(*writing)
 
 
 class _Window:
-  """The bytes that may be in flight at a time, of all leaves together."""
+  """The bytes that may be in flight at a time, of all leaves together, and the thread in which blocks are made."""
 
   def __init__(self, size: int):
     self._size = self._free = size
     self._changed = asyncio.Condition()
+    self.worker = ThreadPoolExecutor(1, "blocks")  # one, because making a block counts tensors
 
   async def take(self, nbytes: int) -> None:
     """Waits until there is room; a block larger than the window has it for itself."""
