@@ -7,8 +7,8 @@ Makes a Hugging Face folder of that size (bfloat16, random), then measures, each
   to MaxText        Hugging Face -> MaxText, uncompressed (our default) and compressed, unscanned and scanned
   to Hugging Face   the way back
 
-Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk. Memory is RssAnon (what mapped files add is not counted) above
-what the process had after its imports, sampled every 5 ms.
+Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk.
+Memory is RssAnon (what mapped files add is not counted) above what the process had after its imports, sampled every 5 ms.
 """
 
 import argparse
