@@ -7,8 +7,9 @@ Makes a Hugging Face folder of that size (bfloat16, random), then measures, each
   to MaxText        Hugging Face -> MaxText, uncompressed (our default) and compressed, unscanned and scanned
   to Hugging Face   the way back
 
-Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk. Memory is RssAnon (what mapped files add is not counted) above
-what the process had after its imports, sampled every 5 ms.
+Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk.
+Memory is RssAnon (what mapped files add is not counted) of the first run above what the process had after its imports,
+sampled every 5 ms.
 """
 
 import argparse
@@ -203,7 +204,7 @@ def to_maxtext(folder: Path, target: Path, scan: bool, compress: bool) -> Any:
     def convert() -> None:
       Import(folder, model, epath.Path(target / "0"), "bfloat16").run(Storage(compress=compress), Console(quiet=True))
 
-    seconds = repeated(convert, target)
+    seconds = repeated(convert, target, memory)
   return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(model)}
 
 
@@ -220,7 +221,7 @@ def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) ->
     def convert() -> None:
       Export(epath.Path(checkpoint), model).run(target, "bfloat16", None, Console(quiet=True))
 
-    seconds = repeated(convert, target)
+    seconds = repeated(convert, target, memory)
   return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(model)}
 
 
@@ -236,7 +237,7 @@ def largest(model: Any) -> int:
   return max(math.prod(leaf.shape) for leaf in stacking.leaves(model)) * 2
 
 
-def repeated(action: Callable[[], Any], target: Path) -> list[float]:
+def repeated(action: Callable[[], Any], target: Path, memory: "Memory | None" = None) -> list[float]:
   """Seconds of each of `RUNS` runs of an action that writes `target`, with waiting for the disk."""
   seconds = []
   for _ in range(RUNS):
@@ -245,6 +246,8 @@ def repeated(action: Callable[[], Any], target: Path) -> list[float]:
     action()
     wait(target)
     seconds.append(time.perf_counter() - started)
+    if memory is not None:
+      memory.stop()
   return seconds
 
 
@@ -267,6 +270,9 @@ class Memory:
       self.peak = max(self.peak, anonymous() - self._first)
 
   def __exit__(self, *exc: Any) -> None:
+    self.stop()
+
+  def stop(self) -> None:
     self._over.set()
     self._thread.join()
 
