@@ -203,7 +203,7 @@ def to_maxtext(folder: Path, target: Path, scan: bool, compress: bool) -> Any:
     def convert() -> None:
       Import(folder, model, epath.Path(target / "0"), "bfloat16").run(Storage(compress=compress), Console(quiet=True))
 
-    seconds = repeated(convert, target)
+    seconds = repeated(convert, target, memory)
   return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(model)}
 
 
@@ -220,7 +220,7 @@ def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) ->
     def convert() -> None:
       Export(epath.Path(checkpoint), model).run(target, "bfloat16", None, Console(quiet=True))
 
-    seconds = repeated(convert, target)
+    seconds = repeated(convert, target, memory)
   return {"seconds": seconds, "anonymous": memory.peak, "leaf": largest(model)}
 
 
@@ -236,7 +236,7 @@ def largest(model: Any) -> int:
   return max(math.prod(leaf.shape) for leaf in stacking.leaves(model)) * 2
 
 
-def repeated(action: Callable[[], Any], target: Path) -> list[float]:
+def repeated(action: Callable[[], Any], target: Path, memory: "Memory | None" = None) -> list[float]:
   """Seconds of each of `RUNS` runs of an action that writes `target`, with waiting for the disk."""
   seconds = []
   for _ in range(RUNS):
@@ -245,6 +245,8 @@ def repeated(action: Callable[[], Any], target: Path) -> list[float]:
     action()
     wait(target)
     seconds.append(time.perf_counter() - started)
+    if memory is not None:
+      memory.stop()
   return seconds
 
 
@@ -267,6 +269,9 @@ class Memory:
       self.peak = max(self.peak, anonymous() - self._first)
 
   def __exit__(self, *exc: Any) -> None:
+    self.stop()
+
+  def stop(self) -> None:
     self._over.set()
     self._thread.join()
 
