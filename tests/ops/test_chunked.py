@@ -2,14 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gla_closed_form import closed_form, make_case
+from gla_suite import GlaSuite, assert_close, jit
 
-pytest.register_assert_rewrite("gla_suite")
-
-from gla_closed_form import closed_form, make_case  # noqa: E402
-from gla_suite import GlaSuite, assert_close, jit  # noqa: E402
-
-from maxtext_ling2.ops.gla import gla  # noqa: E402
-from maxtext_ling2.ops.gla.chunked import in_chunks_of  # noqa: E402
+from maxtext_ling2.ops.gla import gla
+from maxtext_ling2.ops.gla.chunked import in_chunks_of
 
 
 class TestChunked(GlaSuite):

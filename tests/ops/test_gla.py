@@ -2,15 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gla_closed_form import make_case
+from gla_suite import error, run_with_gradients
 
-pytest.register_assert_rewrite("gla_suite")
-
-from gla_closed_form import make_case  # noqa: E402
-from gla_suite import error, run_with_gradients  # noqa: E402
-
-from maxtext_ling2.configs.fields import GLA_BACKENDS  # noqa: E402
-from maxtext_ling2.ops.gla import gla  # noqa: E402
-from maxtext_ling2.ops.gla.api import backends  # noqa: E402
+from maxtext_ling2.configs.fields import GLA_BACKENDS
+from maxtext_ling2.ops.gla import gla
+from maxtext_ling2.ops.gla.api import backends
 
 
 def test_auto_is_chunked_on_a_cpu():

@@ -7,20 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gla_closed_form import closed_form, make_case
+from gla_suite import SETTINGS, GlaSuite, assert_close, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-pytest.register_assert_rewrite("gla_suite")
-
-from gla_closed_form import closed_form, make_case  # noqa: E402
-from gla_suite import SETTINGS, GlaSuite, assert_close, error  # noqa: E402
-
-from maxtext_ling2.ops.gla import gla, log_decay, tiles  # noqa: E402
-from maxtext_ling2.ops.gla.pallas_grid import Grid  # noqa: E402
-from maxtext_ling2.ops.gla.pallas_tpu import segments_by_step  # noqa: E402
-from maxtext_ling2.ops.gla.tiles import Tile, tiles_for  # noqa: E402
+from maxtext_ling2.ops.gla import gla, log_decay, tiles
+from maxtext_ling2.ops.gla.pallas_grid import Grid
+from maxtext_ling2.ops.gla.pallas_tpu import segments_by_step
+from maxtext_ling2.ops.gla.tiles import Tile, tiles_for
 
 
 @pytest.fixture

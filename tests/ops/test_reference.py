@@ -1,8 +1,4 @@
-import pytest
-
-pytest.register_assert_rewrite("gla_suite")
-
-from gla_suite import GlaSuite  # noqa: E402
+from gla_suite import GlaSuite
 
 
 class TestReference(GlaSuite):

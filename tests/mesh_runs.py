@@ -1,0 +1,65 @@
+"""What a tiny model computes on forced CPU devices; a script, because a process has one number of devices.
+
+`python mesh_runs.py FILE` with a JSON list of {"kind", "settings"}; writes FILE.npz with arrays named RUN/NAME.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 8
+ROWS = 8
+PROMPT, STEPS = 12, 8
+
+
+def train(settings):
+  """Metrics and weights after two steps on packed data."""
+  from tiny import Run, batch
+
+  run = Run(**settings)
+  result = {}
+  for seed in range(2):
+    metrics = run.step(batch(run.config, seed, rows=ROWS))
+    result |= {f"metrics/{seed}/{name}": value for name, value in metrics.items()}
+  return result | {f"weights/{'.'.join(path)}": value for path, value in run.weights().items()}
+
+
+def decode(settings):
+  """Logits of a prompt and of some steps after it."""
+  import tiny
+  from maxtext_ling2.host.engine import Engine
+
+  cfg = tiny.config(**settings)
+  engine = Engine(cfg, tiny.weights(cfg))
+  ids = np.random.default_rng(0).integers(1, cfg.vocab_size, PROMPT + STEPS)
+  logits = [engine.prefill(ids[:PROMPT], 0)[1]]
+  logits += [engine.step({0: token})[1][0] for token in ids[PROMPT:]]
+  return {"logits": np.stack(logits)}
+
+
+def run(folder, devices, runs):
+  """The results of runs [(kind, settings)] with so many devices, a dict of arrays for each."""
+  file = folder / f"runs_{devices}.json"
+  file.write_text(json.dumps(runs))
+  flags = f"--xla_force_host_platform_device_count={devices} --xla_dump_max_hlo_modules=0"
+  paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths}
+  done = subprocess.run([sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-4000:]
+  with np.load(f"{file}.npz") as found:
+    return [
+      {name.partition("/")[2]: found[name] for name in found if name.startswith(f"{index}/")}
+      for index in range(len(runs))
+    ]
+
+
+if __name__ == "__main__":
+  results = {}
+  for number, (kind, options) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    results |= {f"{number}/{name}": value for name, value in {"train": train, "decode": decode}[kind](options).items()}
+  np.savez(f"{sys.argv[1]}.npz", **results)
