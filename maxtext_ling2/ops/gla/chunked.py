@@ -123,19 +123,8 @@ def _over_chunks(
 ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array | None]:
   """Carries the state over the chunks, whole ones by a scan, and a shorter one at the end.
 
-  Args:
-    step: what to do in a chunk.
-    state: the first state [B, H, D, Dv] float32.
-    tokens: arrays [B, T, ...].
-    states: [B, H, N, ...], a state for each chunk, or None.
-    g_gamma: [H] log decays.
-    segment_ids: [B, T], or None.
-    scale: factor of the outputs.
-    size: tokens of a chunk, or None.
-    reverse: from the last chunk to the first.
-
-  Returns:
-    The last state, outputs [B, T, ...], and the states the chunks kept [B, H, N, ...], if any.
+  Takes the first state [B, H, D, Dv] float32, arrays of tokens [B, T, ...] and for each chunk a state [B, H, N, ...], or
+  None; returns the last state, outputs [B, T, ...], and the states that the chunks kept [B, H, N, ...], if any.
   """
   length = tokens[0].shape[1]
   size = chunk_size(length) if size is None else size

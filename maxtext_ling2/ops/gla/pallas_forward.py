@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from maxtext_ling2.ops.gla import pallas_chunk as chunks
 from maxtext_ling2.ops.gla.pallas_chunk import NN, Decays, Ref, Tables
-from maxtext_ling2.ops.gla.pallas_grid import Grid, call, run_chunks
+from maxtext_ling2.ops.gla.pallas_grid import Grid, call, run_step
 
 
 class Inputs(NamedTuple):
@@ -61,22 +60,9 @@ def forward(
 def _kernel(
   g: Ref, padded: Ref, inputs: Inputs, outputs: Outputs, state: Ref, *tables: Ref, grid: Grid, scale: float
 ) -> None:
-  log2_g = chunks.log2_decays(g, pl.program_id(1) * grid.tile.heads, grid.tile.heads)
-  step = pl.program_id(2)
-
-  @pl.when(step == 0)
-  def _() -> None:
-    chunks.fill_tables(Tables(*tables), log2_g, scale)
-    state[...] = jnp.zeros_like(state) if inputs.initial_state is None else inputs.initial_state[0]
-
   one = functools.partial(_chunk, inputs, outputs, state, grid)
-  run_chunks(one, grid, padded, inputs.info, inputs[:3], Tables(*tables), log2_g, scale)
-
-  if outputs.final_state is not None:
-
-    @pl.when(step == grid.steps - 1)
-    def _() -> None:
-      outputs.final_state[0] = state[...]
+  ends = (inputs.initial_state, outputs.final_state)
+  run_step(one, grid, g, padded, inputs.info, inputs[:3], Tables(*tables), scale, state, *ends)
 
 
 def _chunk(inputs: Inputs, outputs: Outputs, state: Ref, grid: Grid, index: int, decays: list[Decays]) -> None:

@@ -161,7 +161,52 @@ def _used(specs: Any, arrays: Any) -> Any:
   return type(specs)(*(None if array is None else spec for spec, array in zip(specs, arrays, strict=True)))
 
 
-def run_chunks(
+def run_step(
+  one: Callable[[int, list[Decays]], None],
+  grid: Grid,
+  g_gamma: Ref,
+  padded: Ref,
+  info: Ref | None,
+  tokens: Sequence[Ref],
+  tables: Tables,
+  scale: float,
+  state: Ref,
+  first: Ref | None,
+  last: Ref | None,
+) -> None:
+  """What both kernels do in a grid step: the state is set in the first one, carried over the chunks, handed out at last.
+
+  Args:
+    one: computes the chunk of an index, given the decays of each head; it reads and writes `state`.
+    grid: the shapes.
+    g_gamma: [H] log decays.
+    padded: [B, steps], whether a step holds padding.
+    info: block of segment information, or None if all chunks are plain.
+    tokens: blocks of tokens, cleared where they are padding.
+    tables: scratch for the factors of plain chunks.
+    scale: factor of the outputs.
+    state: scratch [heads of a step, D, Dv] that lasts from step to step.
+    first: block of the state before the first step; None: zeros.
+    last: block that gets the state after the last step, or None.
+  """
+  log2_g = chunks.log2_decays(g_gamma, pl.program_id(1) * grid.tile.heads, grid.tile.heads)
+  step = pl.program_id(2)
+
+  @pl.when(step == 0)
+  def _() -> None:
+    chunks.fill_tables(tables, log2_g, scale)
+    state[...] = jnp.zeros_like(state) if first is None else first[0]
+
+  _run_chunks(one, grid, padded, info, tokens, tables, log2_g, scale)
+
+  if last is not None:
+
+    @pl.when(step == grid.steps - 1)
+    def _() -> None:
+      last[0] = state[...]
+
+
+def _run_chunks(
   one: Callable[[int, list[Decays]], None],
   grid: Grid,
   padded: Ref,
@@ -171,21 +216,11 @@ def run_chunks(
   log2_g: list[jax.Array],
   scale: float,
 ) -> None:
-  """Runs the chunks of a grid step, in order or from the last to the first.
+  """Runs the chunks of a grid step, in order or from the last to the first; arguments as in `run_step`.
 
   With segments every chunk is masked, also one without a border. A branch around each chunk would cost more: it keeps
   the compiler from filling the waiting time of one chunk with work of the next (1.2 to 1.3 times the plain schedule; a
   mask costs 1.00 to 1.12 times, because it works the vector units, which wait for the matrix units otherwise).
-
-  Args:
-    one: computes the chunk of an index, given the decays of each head.
-    grid: the shapes.
-    padded: [B, steps], whether a step holds padding.
-    info: block of segment information, or None if all chunks are plain.
-    tokens: blocks of tokens, cleared where they are padding.
-    tables: factors of plain chunks.
-    log2_g: of each head.
-    scale: factor of the outputs.
   """
   order = range(grid.tile.chunks)[:: -1 if grid.reverse else 1]
   if info is None:
