@@ -44,6 +44,11 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/gla_chunked.py
+	$(BIN)/python benchmarks/gla_tpu_static.py --quick
+	$(BIN)/python benchmarks/scan_compile.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist demo_output maxtext_output

@@ -207,10 +207,18 @@ def _unsupported(c: Any) -> Iterator[str]:
       f"context_parallel_load_balance=true: linear attention passes its state from rank to rank in the order of the "
       f"sequence, which load balancing of {context} context ranks breaks; set context_parallel_load_balance=false"
     )
+  if c.attention in _EXTERNAL_CACHES:
+    yield (
+      f"attention={c.attention}: LING2's layers keep caches of their own, not vLLM's pages, so MaxText's vLLM adapter "
+      "and the eval framework on top of it cannot run them; export with to_huggingface and serve that, or use "
+      "`maxtext-ling2 eval` and `generate`"
+    )
   for field, off in _OFF.items():
     if getattr(c, field, off) != off:
       yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"
 
+
+_EXTERNAL_CACHES = ("paged", "vllm_rpa", "vllm_batched_rpa")
 
 _OFF = {
   "mhc_expansion_rate": 1,

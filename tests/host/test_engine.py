@@ -188,3 +188,39 @@ def test_engine_loads_a_checkpoint(tmp_path, caplog, biases):
   prompt = tokens()[2][:63]
   np.testing.assert_array_equal(loaded.prefill(prompt, 0)[1], given.prefill(prompt, 0)[1])
   np.testing.assert_array_equal(loaded.step({0: 5})[1], given.step({0: 5})[1])
+
+
+def test_flops_of_a_decoding_step_of_linear_attention_do_not_depend_on_the_context():
+  """XLA's own count, of one attention alone; MLA's grow with its cache."""
+
+  def flops(mla, context):
+    sizes = {"max_prefill_predict_length": context, "max_target_length": context + STEPS, "per_device_batch_size": 1}
+    cfg = tiny.config(**SMALL | sizes)
+    return attention_step(cfg, mla).cost_analysis()["flops"]
+
+  assert flops(False, 200) == flops(False, 2000) > 0
+  assert flops(True, 2000) > 5 * flops(True, 200)
+
+
+def attention_step(cfg, mla):
+  """The compiled decoding step of one attention."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from maxtext_ling2.model.layer import Ling2DecoderLayer
+
+  mesh, mode = session.make_mesh(cfg), "autoregressive"
+  with session.model_context(cfg, mesh):
+    layer = Ling2DecoderLayer(cfg, mesh, mode, nnx.Rngs(0), mla=mla, dense=True, layer_idx=0)
+    graph, state = nnx.split(layer.self_attention)
+
+    def run(state, x, positions):
+      attention, segments = nnx.merge(graph, state), jnp.ones_like(positions)
+      if mla:
+        y = attention(x, x, positions, decoder_segment_ids=segments, deterministic=True, model_mode=mode)[0]
+      else:
+        y = attention(x, segments, positions, 0, mode)
+      return y, nnx.state(attention)
+
+    return jax.jit(run).lower(state, jnp.ones((1, 1, cfg.emb_dim)), jnp.ones((1, 1), jnp.int32)).compile()
