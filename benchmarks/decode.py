@@ -1,4 +1,4 @@
-"""Tokens a second while decoding with ling2-tiny after contexts of 128, 1024 and 8192 tokens, and MLA's share, in one run.
+"""Tokens a second of ling2-tiny after contexts of 128, 1024 and 8192 tokens, and the share of MLA, in one run.
 
     python benchmarks/decode.py
 
