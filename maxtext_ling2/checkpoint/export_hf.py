@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shutil
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from etils import epath
 from numpy.typing import NDArray
 from rich.console import Console
 
-from maxtext_ling2.checkpoint import blocks, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
+from maxtext_ling2.checkpoint import blocks, disk, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
 from maxtext_ling2.checkpoint.hf_folder import INDEX
 from maxtext_ling2.checkpoint.import_hf import check_space
 from maxtext_ling2.checkpoint.safetensors_file import NewTensor
@@ -114,7 +113,7 @@ class Export:
       new: dict[str, NewTensor] = {}
       for file, tensors in files.items():
         new |= stack.enter_context(safetensors_file.create(folder / file, tensors))
-      stack.enter_context(_written_back([folder / file for file in files]))
+      stack.enter_context(disk.written_back(lambda: [folder / file for file in files]))
       pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
       for leaf in self.leaves:
         self._write_leaf(leaf, new, pool, advance)
@@ -213,29 +212,4 @@ def read_blocks(store: Any) -> Iterator[tuple[blocks.Box, Array]]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  _sync(path)
-
-
-@contextlib.contextmanager
-def _written_back(files: list[Path]) -> Iterator[None]:
-  """Lets the disk write while the block computes: left to itself the system keeps what is written in memory for long."""
-  over = threading.Event()
-
-  def write_back() -> None:
-    while not over.wait(0.2):
-      for file in files:
-        _sync(file)
-
-  thread = threading.Thread(target=write_back)
-  thread.start()
-  try:
-    yield
-  finally:
-    over.set()
-    thread.join()
-
-
-def _sync(path: Path) -> None:
-  """Waits until a file is on the disk, mapped writes included."""
-  with path.open("rb") as file:
-    os.fsync(file.fileno())
+  disk.sync(path)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from orbax.checkpoint import args as ocp_args
 from orbax.checkpoint import checkpointers, handlers, type_handlers
 
+from maxtext_ling2.checkpoint import disk
 from maxtext_ling2.checkpoint.blocks import BLOCK_BYTES, Box, boxes
 from maxtext_ling2.errors import CheckpointError
 
@@ -28,7 +30,7 @@ Array = NDArray[Any]
 ITEM = "items"
 """The name under which MaxText keeps a training state in the folder of a step."""
 
-_IN_FLIGHT = 8 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
+_IN_FLIGHT = 4 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +65,10 @@ class StreamedLeaf:
     for box in boxes(self.shape, self.block):
       nbytes = math.prod(part.stop - part.start for part in box) * self.dtype.itemsize
       await window.take(nbytes)
-      block = await asyncio.get_running_loop().run_in_executor(window.worker, self.make, box)
-      written = store[box].write(block, can_reference_source_data_indefinitely=True)
+      # No name for the block: it would live on while this leaf waits for its next turn.
+      written = store[box].write(await window.make(self.make, box), can_reference_source_data_indefinitely=True)
       writing.append(asyncio.ensure_future(window.give_back(nbytes, written)))
+      del written
     await asyncio.gather(*writing)
 
 
@@ -75,13 +78,17 @@ class _Window:
   def __init__(self, size: int):
     self._size = self._free = size
     self._changed = asyncio.Condition()
-    self.worker = ThreadPoolExecutor(1, "blocks")  # one, because making a block counts tensors
+    self._worker = ThreadPoolExecutor(1, "blocks")  # one, because making a block counts tensors
 
   async def take(self, nbytes: int) -> None:
     """Waits until there is room; a block larger than the window has it for itself."""
     async with self._changed:
       await self._changed.wait_for(lambda: self._free >= min(nbytes, self._size))
       self._free -= nbytes
+
+  async def make(self, make: Callable[[Box], Array], box: Box) -> Array:
+    """Makes a block in the thread for that."""
+    return await asyncio.get_running_loop().run_in_executor(self._worker, make, box)
 
   async def give_back(self, nbytes: int, written: Any) -> None:
     """Waits until a block is on the disk."""
@@ -100,10 +107,13 @@ class _Handler(type_handlers.NumpyHandler):
   def __init__(self) -> None:
     super().__init__(deepcopy_host_arrays=False)
     self._window = _Window(_IN_FLIGHT)
+    self._unsynced: Any = None
 
   async def _open_and_write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
     _cut(tspec["metadata"], value.block)
-    store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+    if self._unsynced is None:  # one for all leaves: TensorStore shares a database only within a context
+      self._unsynced = tensorstore.Context({"file_io_sync": False}, parent=ts_context)
+    store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=self._unsynced)
     await value.write(store, self._window)
 
   async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
@@ -113,6 +123,10 @@ class _Handler(type_handlers.NumpyHandler):
   async def _open(self, info: Any) -> Any:
     spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
     return await tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=info.ts_context)
+
+
+def _is_local(path: epath.Path) -> bool:
+  return "://" not in str(path)
 
 
 def _cut(metadata: dict[str, Any], block: tuple[int, ...]) -> None:
@@ -155,9 +169,9 @@ def write(target: epath.Path, tree: Mapping[str, Any], metadata: Mapping[str, An
   """
   if target.exists():
     raise CheckpointError(f"{target}: already there, because something was saved under it; delete it, or choose another")
-  handler = _handler(storage.ocdbt, storage.zarr3, storage.compress)
+  handler = _durable_handler(storage)
   checkpointer = checkpointers.Checkpointer(handlers.CompositeCheckpointHandler(**{ITEM: handler}))
-  with _nothing_half_written(target), contextlib.closing(checkpointer):
+  with _nothing_half_written(target), contextlib.closing(checkpointer), disk.written_back(lambda: _data_files(target)):
     arguments = ocp_args.Composite(**{ITEM: ocp_args.PyTreeSave(tree)})
     checkpointer.save(target, args=arguments, custom_metadata=dict(metadata))
 
@@ -175,8 +189,20 @@ def _nothing_half_written(target: epath.Path) -> Iterator[None]:
     raise
 
 
+def _unfinished(target: epath.Path) -> Iterator[epath.Path]:
+  """Folders under the name that Orbax writes to before it renames them."""
+  yield from target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*")
+
+
+def _data_files(target: epath.Path) -> Iterator[Path]:
+  """Data files of a local checkpoint that is being written."""
+  if _is_local(target):
+    for folder in _unfinished(target):
+      yield from Path(folder).rglob("d/*")
+
+
 def _remove_leftovers(target: epath.Path) -> None:
-  for folder in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
+  for folder in _unfinished(target):
     for _ in range(50):  # writes that were under way when another one failed may still add files
       with contextlib.suppress(OSError):
         folder.rmtree(missing_ok=True)
@@ -184,15 +210,31 @@ def _remove_leftovers(target: epath.Path) -> None:
       time.sleep(0.1)
 
 
-def _handler(ocdbt: bool = True, zarr3: bool = True, compress: bool = False) -> Any:
-  registry = type_handlers.create_type_handler_registry(
+def _durable_handler(storage: Storage) -> Any:
+  """Orbax's handler of trees, which waits for the disk once, before the folder gets its name, not at each file."""
+  handler: Any = handlers.PyTreeCheckpointHandler(
+    use_ocdbt=storage.ocdbt,
+    use_zarr3=storage.zarr3,
+    use_compression=storage.compress,
+    type_handler_registry=_streaming_handlers(),
+  )
+  finalize = handler.finalize
+
+  def finalize_on_disk(directory: epath.Path) -> None:
+    finalize(directory)
+    if _is_local(directory):
+      disk.sync_tree(Path(directory))
+
+  handler.finalize = finalize_on_disk  # no subclass: Orbax finds a handler's arguments by its very class
+  return handler
+
+
+def _streaming_handlers() -> Any:
+  return type_handlers.create_type_handler_registry(
     (StreamedLeaf, _Handler()),
     (np.ndarray, _Handler()),
     (int, type_handlers.ScalarHandler()),
     (float, type_handlers.ScalarHandler()),
-  )
-  return handlers.PyTreeCheckpointHandler(
-    use_ocdbt=ocdbt, use_zarr3=zarr3, use_compression=compress, type_handler_registry=registry
   )
 
 
@@ -213,7 +255,7 @@ def open_arrays(folder: epath.Path) -> dict[tuple[str, ...], Any]:
   folder = folder / ITEM if (folder / ITEM).is_dir() else folder
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; pass the folder of a checkpoint's step, such as DIR/0/items")
-  checkpointer = checkpointers.Checkpointer(_handler())
+  checkpointer = checkpointers.Checkpointer(handlers.PyTreeCheckpointHandler(type_handler_registry=_streaming_handlers()))
   try:
     tree = checkpointer.metadata(folder).item_metadata.tree
     tree = {key: value for key, value in tree.items() if key not in ("opt_state", "optimizer", "step")}
