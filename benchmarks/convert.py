@@ -8,6 +8,8 @@ Makes a Hugging Face folder of that size (bfloat16, random), then measures, each
   to Hugging Face   the way back
 
 Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk.
+Ratios are best to best, and in brackets first to first: memory that the system has not used for some seconds is slow to
+get, for `cp` as well (which therefore comes after a pause as long as the imports of the others).
 Memory is RssAnon (what mapped files add is not counted) above what the process had after its imports, sampled every 5 ms.
 """
 
@@ -59,6 +61,7 @@ SHAPE = {
 SHARD_BYTES = 2**30
 PERIOD = 0.005
 RUNS = 3
+PAUSE = 20
 
 
 def main() -> None:
@@ -80,12 +83,12 @@ def benchmark(folder: Path, gigabytes: float) -> None:
   size = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
   print(f"{size / 1e9:.2f} GB, {len(list(hf.glob('*.safetensors')))} files")
   print(
-    f"{'':36} {'MB/s':>6} {'(first)':>8} {'of cp':>6} {'of Orbax':>9} {'RssAnon MiB':>12} {'of the largest leaf':>20}"
+    f"{'':36} {'MB/s':>6} {'(first)':>8} {'of cp':>12} {'of Orbax':>13} {'RssAnon MiB':>12} {'of the largest leaf':>20}"
   )
-  table = Table(size, min(copied := copy(hf, folder / "copy")))
+  table = Table(size, copied := copy(hf, folder / "copy"))
   table.show("cp", {"seconds": copied})
   saved = run("orbax", hf, folder / "orbax")
-  table.orbax = min(saved["seconds"])
+  table.orbax = saved["seconds"]
   table.show("Orbax from memory, compressed", saved)
   shutil.rmtree(folder / "orbax")
   for scan in (0, 1):
@@ -105,19 +108,25 @@ class Table:
 
   Attributes:
     size: bytes of the model.
-    copied: seconds of cp.
-    orbax: seconds of Orbax.
+    copied: seconds of each run of cp.
+    orbax: seconds of each run of Orbax.
   """
 
   size: int
-  copied: float
-  orbax: float = math.nan
+  copied: list[float]
+  orbax: list[float] | None = None
 
   def show(self, title: str, found: dict[str, Any]) -> None:
-    best, first = min(found["seconds"]), found["seconds"][0]
-    speeds = f"{self.size / best / 1e6:6.0f} {f'({self.size / first / 1e6:.0f})':>8}"
+    seconds = found["seconds"]
+    speeds = f"{self.size / min(seconds) / 1e6:6.0f} {f'({self.size / seconds[0] / 1e6:.0f})':>8}"
+    ratios = f"{_ratios(self.copied, seconds):>12} {_ratios(self.orbax, seconds) if self.orbax else '':>13}"
     memory = f"{found['anonymous'] / 2**20:12.0f} {found['anonymous'] / found['leaf']:20.2f}" if "leaf" in found else ""
-    print(f"{title:36} {speeds} {self.copied / best:6.0%} {self.orbax / best:9.0%} {memory}", flush=True)
+    print(f"{title:36} {speeds} {ratios} {memory}", flush=True)
+
+
+def _ratios(reference: list[float], seconds: list[float]) -> str:
+  """How fast something is in parts of a reference: best to best, (first to first)."""
+  return f"{min(reference) / min(seconds):.0%} ({reference[0] / seconds[0]:.0%})"
 
 
 def run(*words: Any) -> Any:
@@ -131,6 +140,7 @@ def run(*words: Any) -> Any:
 
 def copy(source: Path, target: Path) -> list[float]:
   """Seconds of `cp` and waiting for the disk; the source has been read before, as for all others."""
+  time.sleep(PAUSE)
   seconds = repeated(lambda: subprocess.run(["cp", "-r", source, target], check=True), target)
   shutil.rmtree(target)
   return seconds

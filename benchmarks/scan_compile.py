@@ -1,4 +1,4 @@
-"""Seconds to compile ling2's train step (20 layers) with scanned and with unrolled layers, and their ratio.
+"""Seconds to compile ling2's train step with scanned and with unrolled layers, and their ratio.
 
 MaxText's own ahead-of-time compilation, for real TPU chips on a machine without any; each layout in a process of its own,
 with a tiny model compiled first so that imports and the compiler's start count for neither. No cache of compiled
@@ -32,21 +32,22 @@ def arguments(scan: bool, topology: str, extra: tuple[str, ...] = ()) -> list[st
   return ["train_compile", base, *(f"{key}={value}" for key, value in settings.items()), *extra]
 
 
-def seconds(scan: bool, topology: str) -> float:
+def seconds(scan: bool, topology: str, layers: int) -> float:
   """Traces, lowers and compiles in this process."""
   from maxtext.trainers.pre_train import train_compile
 
   train_compile.main(arguments(scan, topology, TINY))
   start = time.perf_counter()
-  train_compile.main(arguments(scan, topology))
+  train_compile.main(arguments(scan, topology, (f"base_num_decoder_layers={layers}",)))
   return time.perf_counter() - start
 
 
-def measure(scan: bool, topology: str) -> float:
+def measure(scan: bool, topology: str, layers: int) -> float:
   """The same in a new process."""
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "DECOUPLE_GCLOUD": "TRUE"}
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-  command = [sys.executable, str(Path(__file__).resolve()), "--topology", topology, "--layout", str(scan)]
+  command = [sys.executable, str(Path(__file__).resolve()), "--topology", topology, "--layers", str(layers)]
+  command += ["--layout", str(scan)]
   done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   if done.returncode:
     raise SystemExit(done.stdout[-4000:])
@@ -56,15 +57,17 @@ def measure(scan: bool, topology: str) -> float:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--topology", default="v5p-16", help="as MaxText's compile_topology")
+  parser.add_argument("--layers", type=int, default=20, help="of the model; ling2 has 20")
   parser.add_argument("--layout", help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.layout:
-    print(seconds(options.layout == "True", options.topology))
+    print(seconds(options.layout == "True", options.topology, options.layers))
     return
-  scanned = measure(True, options.topology)
-  print(f"ling2, {options.topology}, scan_layers=true:  {scanned:6.1f} s", flush=True)
-  unrolled = measure(False, options.topology)
-  print(f"ling2, {options.topology}, scan_layers=false: {unrolled:6.1f} s")
+  title = f"ling2, {options.layers} layers, {options.topology}"
+  scanned = measure(True, options.topology, options.layers)
+  print(f"{title}, scan_layers=true:  {scanned:6.1f} s", flush=True)
+  unrolled = measure(False, options.topology, options.layers)
+  print(f"{title}, scan_layers=false: {unrolled:6.1f} s")
   print(f"scanned / unrolled: {scanned / unrolled:.2f}")
 
 

@@ -33,6 +33,11 @@ ITEM = "items"
 _IN_FLIGHT = 4 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
 
 
+# No wait for the disk at each file (`disk.sync_tree` waits for all), and little memory for old versions of OCDBT's tree,
+# of which Orbax keeps 100 MB: with as many layers as it takes to fill that, memory would grow with the model.
+_CONTEXT = {"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 2**23}}
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamedLeaf:
   """A leaf that exists only a block at a time.
@@ -112,7 +117,7 @@ class _Handler(type_handlers.NumpyHandler):
   async def _open_and_write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
     _cut(tspec["metadata"], value.block)
     if self._unsynced is None:  # one for all leaves: TensorStore shares a database only within a context
-      self._unsynced = tensorstore.Context({"file_io_sync": False}, parent=ts_context)
+      self._unsynced = tensorstore.Context(_CONTEXT, parent=ts_context)
     store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=self._unsynced)
     await value.write(store, self._window)
 
