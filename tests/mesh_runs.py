@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,41 @@ def decode(settings):
   return {"logits": np.stack(logits)}
 
 
+def collectives(settings):
+  """Of GLA and its gradient on one long sequence: number and largest size (elements) of each kind of collective."""
+  import jax
+  import jax.numpy as jnp
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  import tiny
+  from maxtext_ling2.host import session
+  from maxtext_ling2.model.sharded_gla import sharded_gla
+
+  cfg = tiny.config(**settings)
+  mesh = session.make_mesh(cfg)
+
+  def loss(q, k, v, ids):
+    o, _ = sharded_gla(q, k, v, jnp.full(4, -0.1), ids, mesh=mesh, backend="chunked")
+    return (o**2).sum()
+
+  tokens = NamedSharding(mesh, PartitionSpec(None, "context"))
+  x = jax.ShapeDtypeStruct((1, 8192, 4, 8), jnp.float32, sharding=tokens)
+  ids = jax.ShapeDtypeStruct((1, 8192), jnp.int32, sharding=tokens)
+  with session.model_context(cfg, mesh):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, ids).compile().as_text()
+  found = {}
+  for shape, kind in re.findall(
+    r"= \(?\w+\[([\d,]*)\]\S* (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text
+  ):
+    size = int(np.prod([int(n) for n in shape.split(",") if n]))
+    number, largest = found.get(kind, (0, 0))
+    found[kind] = (number + 1, max(largest, size))
+  return {kind: np.array(value) for kind, value in found.items()}
+
+
+KINDS = {"train": train, "decode": decode, "collectives": collectives}
+
+
 def run(folder, devices, runs):
   """The results of runs [(kind, settings)] with so many devices, a dict of arrays for each."""
   file = folder / f"runs_{devices}.json"
@@ -61,5 +97,5 @@ def run(folder, devices, runs):
 if __name__ == "__main__":
   results = {}
   for number, (kind, options) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-    results |= {f"{number}/{name}": value for name, value in {"train": train, "decode": decode}[kind](options).items()}
+    results |= {f"{number}/{name}": value for name, value in KINDS[kind](options).items()}
   np.savez(f"{sys.argv[1]}.npz", **results)

@@ -1,7 +1,7 @@
-"""GLA on a mesh: each device runs the operation on its own batch rows and heads, over whole sequences.
+"""GLA on a mesh: each device runs the operation on its own batch rows, heads and piece of the sequence.
 
 A TPU kernel cannot be cut by the compiler, so the cut is written here, along the mesh axes that MaxText's logical axis
-rules give to batch and heads.
+rules give to batch, sequence and heads.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 from maxtext.common import common_types as ct
 from maxtext.utils.sharding import get_logical_axis_rules, logical_to_mesh_axes
 
-from maxtext_ling2.ops.gla import gla
+from maxtext_ling2.ops.gla import gla, gla_over_ranks
 
 HEADS = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD, ct.KV_HEAD_DIM)
 """Logical axes of q, k, v and o, [B, T, H, D]."""
@@ -30,7 +30,7 @@ def sharded_gla(
   initial_state: jax.Array | None = None,
   output_final_state: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """`gla`, sharded over batch and heads.
+  """`gla`, sharded over batch, sequence and heads.
 
   Args:
     q: queries [B, T, H, D].
@@ -47,10 +47,8 @@ def sharded_gla(
     o [B, T, H, D], and the final state [B, H, D, D] float32 or None.
   """
   axes = logical_to_mesh_axes(HEADS, mesh=mesh, rules=get_logical_axis_rules()) or (None,) * 4
-  batch, _, heads, _ = (_dividing(part, size, mesh) for part, size in zip(axes, q.shape, strict=True))
-  # The one place that knows how the sequence is cut: it is not, each rank gets all of it. A rank with a piece of the
-  # sequence would need the state that enters it, from the ranks before (`gla` takes and returns states).
-  length = None
+  batch, length, heads, _ = (_dividing(part, size, mesh) for part, size in zip(axes, q.shape, strict=True))
+  operation = functools.partial(gla_over_ranks, axis_name=length) if length else gla
   tokens, ids, states = jax.P(batch, length, heads, None), jax.P(batch, length), jax.P(batch, heads, None, None)
 
   # Checked, so that what a mesh axis does not cut needs no sum over that axis in the backward pass.
@@ -61,7 +59,7 @@ def sharded_gla(
     out_specs=(tokens, states if output_final_state else None),
   )
   def run(q: Any, k: Any, v: Any, g_gamma: Any, segment_ids: Any, state: Any) -> tuple[jax.Array, jax.Array | None]:
-    return gla(
+    return operation(
       q,
       k,
       v,
@@ -75,9 +73,10 @@ def sharded_gla(
   return run(q, k, v, g_gamma, segment_ids, initial_state)
 
 
-def _dividing(axes: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
-  """The mesh axes of one dimension, or none if they do not divide it (a batch of one row, a few heads)."""
+def _dividing(axes: Any, size: int, mesh: jax.sharding.Mesh) -> tuple[str, ...] | None:
+  """The mesh axes that cut one dimension, or none if they do not divide it (a batch of one row, a few heads)."""
   if axes is None or axes is jax.P.UNCONSTRAINED:
     return None
-  names = (axes,) if isinstance(axes, str) else tuple(axes)
-  return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+  names = [name for name in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[name] > 1]
+  divided = names and size % math.prod(mesh.shape[name] for name in names) == 0
+  return tuple(names) if divided else None

@@ -56,6 +56,9 @@ BAD = [
   ({"context_parallel_load_balance": True, "ici_context_parallelism": 2}, "set context_parallel_load_balance=false"),
   ({"context_parallel_load_balance": True, "dcn_context_parallelism": 2}, "of 2 context ranks"),
   ({"context_parallel_load_balance": True, "ici_context_parallelism": -1}, "set context_parallel_load_balance=false"),
+  ({"ici_autoregressive_parallelism": 2}, "set sparse_matmul=false"),
+  ({"ici_tensor_sequence_parallelism": 2}, "set sparse_matmul=false"),
+  ({"dcn_tensor_sequence_parallelism": -1}, "set sparse_matmul=false"),
   ({"attention": "paged"}, "to_huggingface"),
   ({"attention": "vllm_rpa"}, "to_huggingface"),
   ({"attention": "vllm_batched_rpa"}, "to_huggingface"),
@@ -86,6 +89,7 @@ GOOD = [
   {"num_experts": 1, "n_routing_groups": -1, "first_num_dense_layers": 20, "mtp_num_layers": 0},
   {"moe_shared_expert_dim": 0, "moe_z_loss_weight": 0.001, "routed_bias_dtype": "", "mtp_num_layers": 0},
   {"ici_context_parallelism": 2, "context_parallel_load_balance": False},
+  {"ici_tensor_sequence_parallelism": 2, "sparse_matmul": False},
 ]
 
 # The fields that only LING2 reads, with a value that is not the default.
