@@ -47,6 +47,7 @@ def verify(
   scan: Annotated[bool, typer.Option("--scan", help="Scan the layers (scan_layers=true).")] = False,
   decode: Annotated[int | None, typer.Option(help="Prefill so many tokens, decode the others step by step.")] = None,
   remat: Annotated[str | None, typer.Option(help="MaxText's remat_policy, such as full, minimal or none.")] = None,
+  mesh: Annotated[str, typer.Option(help="Run on a mesh, such as fsdp=2,tensor=2,expert=2; forces CPU devices.")] = "",
   orbax: Annotated[Path | None, typer.Option(help="MaxText checkpoint (DIR/0/items) to compare with HF_DIR.")] = None,
   via_orbax: Annotated[bool, typer.Option("--via-orbax", help="Convert HF_DIR by MaxText's command first.")] = False,
 ) -> None:
@@ -55,15 +56,20 @@ def verify(
   With --orbax or --via-orbax, compare a MaxText checkpoint with the folder: every tensor bit by bit, then the logits.
   """
   from maxtext_ling2.checkpoint import verify_command
+  from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 
   console = Console(soft_wrap=True, highlight=False)
   settings: dict[str, Any] = {"gla_decay_layer_offset": decay_offset, "scan_layers": scan}
   settings |= {"remat_policy": remat} if remat is not None else {}
   try:
+    cut = VerifyMesh.read(mesh)
+    cut.force_devices()
     if orbax is not None or via_orbax:
+      if mesh:
+        raise typer.BadParameter("--mesh goes with --reference; a checkpoint is compared on one device")
       passed = verify_command.run_checkpoint(console, folder, orbax, reference, logits_key, ids_key, settings)
     elif reference is not None:
-      passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows, decode)
+      passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows, decode, cut)
     else:
       raise typer.BadParameter(
         "pass --reference FILE, --orbax CHECKPOINT or --via-orbax: there is nothing to compare with"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint import hf_config, mapping, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint.verify_mesh import ONE_DEVICE, VerifyMesh
 from maxtext_ling2.host import session
 from maxtext_ling2.host.engine import Engine
 
@@ -57,7 +58,7 @@ class GradientReport:
     return bool(self.excess <= 1.0)
 
 
-def make_config(folder: Path, batch: int, length: int, **settings: Any) -> Any:
+def make_config(folder: Path, batch: float, length: int, **settings: Any) -> Any:
   """The MaxText config of a Hugging Face folder's model, in float32; `Reference` describes the arguments."""
   raw = hf_config.read(folder)
   hf = hf_config.to_maxtext(raw)
@@ -74,6 +75,7 @@ class Reference:
     batch: rows B of the inputs.
     length: tokens T of a row.
     checkpoint: takes the weights from this MaxText checkpoint instead, restored as MaxText's trainer restores them.
+    cut: the mesh to run on; inputs are filled up so that it can cut them evenly.
     rounded_to: rounds the folder's weights to this dtype first, as a conversion with this save_dtype does.
     settings: further MaxText settings, such as gla_decay_layer_offset.
 
@@ -88,10 +90,16 @@ class Reference:
     length: int,
     checkpoint: Path | None = None,
     rounded_to: Any = np.float32,
+    cut: VerifyMesh = ONE_DEVICE,
     **settings: Any,
   ):
     self.padding_id: int | None = hf_config.read(folder).get("pad_token_id")
-    self.config = make_config(folder, batch, length, **settings)
+    self.cut = cut
+    if cut.devices > 1:
+      cut.check_devices()
+      batch, length = cut.fill(np.zeros((batch, length), np.int8), 0).shape
+      settings = cut.settings() | settings
+    self.config = make_config(folder, batch / cut.devices if cut.devices > 1 else batch, length, **settings)
     self.leaves = stacking.leaves(self.config)
     self.mesh = session.make_mesh(self.config)
     if checkpoint is not None:
@@ -118,7 +126,8 @@ class Reference:
     graph, state = self.split()
     call = jax.jit(lambda state, ids, segments: self.run(graph, state, ids, segments)[0])
     with self.context():
-      return np.asarray(call(state, ids, self._segments(ids, segments)))
+      logits = call(state, self.cut.fill(ids, 0), self._segments(ids, segments))
+      return np.asarray(logits)[: ids.shape[0], : ids.shape[1]]
 
   def gradients(self, ids: Array, labels: Array, with_mtp: bool) -> tuple[float, dict[str, Array]]:
     """The loss and its gradient by Hugging Face tensor name.
@@ -132,6 +141,7 @@ class Reference:
     import jax.numpy as jnp
     from flax import nnx
 
+    segments, ids, labels = self._segments(ids, None), self.cut.fill(ids, 0), self.cut.fill(labels, -100)
     targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], -100)], axis=1)
     scored = (targets != -100).astype(np.int32)
     targets = np.where(scored, targets, 0)
@@ -139,7 +149,7 @@ class Reference:
     params, rest = state.split(nnx.Param, ...)
 
     def objective(params: Any) -> Any:
-      logits, model = self.run(graph, nnx.State.merge(params, rest), ids, self._segments(ids, None), targets, scored)
+      logits, model = self.run(graph, nnx.State.merge(params, rest), ids, segments, targets, scored)
       picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
       loss = -jnp.sum(picked * scored) / jnp.sum(scored)
       if with_mtp:
@@ -168,7 +178,7 @@ class Reference:
     return session.model_context(self.config, self.mesh)
 
   def _segments(self, ids: Array, segments: Array | None) -> Array:
-    return np.ones_like(ids) if segments is None else segments
+    return self.cut.fill(np.ones_like(ids) if segments is None else segments, 0)
 
   def run(
     self, graph: Any, state: Any, ids: Any, segments: Any, targets: Any = None, scored: Any = None

@@ -13,6 +13,7 @@ from rich.table import Table
 from maxtext_ling2.checkpoint import model_yml, safetensors_file, verify, verify_checkpoint
 from maxtext_ling2.checkpoint.verify import GradientReport, LogitsReport, Reference
 from maxtext_ling2.checkpoint.verify_checkpoint import TensorReport
+from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.host import session
 
@@ -29,11 +30,12 @@ def run(
   grads: Path | None,
   rows: int | None,
   decode: int | None,
+  cut: VerifyMesh,
 ) -> bool:
   """Compares and prints; returns the verdict.
 
   `settings` are MaxText's, such as gla_decay_layer_offset. With `decode`, so many tokens are read as prompts into the
-  slots of a MaxEngine and the others one by one.
+  slots of a MaxEngine and the others one by one. `cut` is the mesh to run on.
 
   Raises:
     ValueError: the folder or a file is not what it must be; the text names what.
@@ -47,8 +49,10 @@ def run(
   if decode is not None:
     if not 0 < decode < ids.shape[1]:
       raise ValueError(f"--decode {decode}: the rows of {reference} have {ids.shape[1]} tokens; read 1 to one less")
+    if cut.devices > 1:
+      raise ValueError("--decode with --mesh: decoding is verified on one device; leave one of them out")
     settings = {**settings, "max_prefill_predict_length": decode}
-  model = Reference(folder, *ids.shape, **settings)
+  model = Reference(folder, ids.shape[0], ids.shape[1], cut=cut, **settings)
   _check_ids(reference, ids, ids_key, model.config.vocab_size)
   if decode is None:
     report = verify.compare_logits(model.logits(ids), expected)

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 TOOL_SETTINGS: dict[str, Any] = {
   "run_name": "maxtext-ling2",
   "base_output_directory": "maxtext_output",
@@ -74,7 +76,7 @@ def make_model(config: Any, mesh: Any, values: Mapping[Any, Any], seed: int = 0)
   needed = {path for path, variable in flat.items() if _holds_weights(variable)}
   if needed != set(values):
     raise KeyError(f"no value for {sorted(needed - set(values))}; no parameter for {sorted(set(values) - needed)}")
-  filled = [(path, variable.replace(_value(variable, values.get(path), seed))) for path, variable in flat.items()]
+  filled = [(path, variable.replace(_value(variable, values.get(path), seed, mesh))) for path, variable in flat.items()]
   return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
@@ -169,7 +171,7 @@ def _holds_weights(variable: Any) -> bool:
   return isinstance(variable, (nnx.Param, MoEBiasVar))
 
 
-def _value(variable: Any, given: Any, seed: int) -> Any:
+def _value(variable: Any, given: Any, seed: int, mesh: Any) -> Any:
   """The given array, a random key, or zeros, in the shape and dtype of an abstract variable."""
   import jax
   import jax.numpy as jnp
@@ -177,10 +179,25 @@ def _value(variable: Any, given: Any, seed: int) -> Any:
 
   abstract = variable.get_value()
   if given is not None:
-    return jnp.asarray(given, abstract.dtype).reshape(abstract.shape)
+    value = np.asarray(given).astype(abstract.dtype).reshape(abstract.shape)
+    return jax.device_put(value, _fitting(mesh, abstract))
   if isinstance(variable, nnx.RngKey):
     return jax.random.split(jax.random.key(seed), abstract.shape) if abstract.shape else jax.random.key(seed)
   return jnp.zeros(abstract.shape, abstract.dtype)
+
+
+def _fitting(mesh: Any, abstract: Any) -> Any:
+  """MaxText's sharding of a variable; none on one device, whole on each device where the mesh cannot cut it evenly."""
+  import jax
+
+  if mesh.size == 1:
+    return None
+  sharding = jax.sharding.NamedSharding(mesh, getattr(abstract.sharding, "spec", jax.P()))
+  try:
+    sharding.shard_shape(abstract.shape)
+  except ValueError:
+    return jax.sharding.NamedSharding(mesh, jax.P())
+  return sharding
 
 
 @contextlib.contextmanager
