@@ -1,0 +1,67 @@
+"""`maxtext-ling2 verify --mesh`: reading the mesh, filling up the inputs, and the check itself on eight CPU devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maxtext_ling2.checkpoint.verify_mesh import ONE_DEVICE, MeshError, VerifyMesh
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def test_reading():
+  mesh = VerifyMesh.read("fsdp=2, expert=3,context=4")
+  assert (mesh.devices, mesh.rows, mesh.length) == (24, 6, 4)
+  assert mesh.settings()["ici_fsdp_parallelism"] == 2
+  assert VerifyMesh.read("tensor=2").settings()["ici_fsdp_parallelism"] == 1  # MaxText's default is all devices
+  assert VerifyMesh.read("") == ONE_DEVICE and ONE_DEVICE.devices == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "why"),
+  [
+    ("fsp=2", "'fsp' is no axis"),
+    ("pipeline=2", "'pipeline' is no axis"),
+    ("fsdp=2,fsdp=2", "'fsdp' is there twice"),
+    ("fsdp=0", "fsdp has size '0'"),
+    ("fsdp=-1", "fsdp has size '-1'"),
+    ("fsdp", "fsdp has size ''"),
+    ("fsdp=two", "fsdp has size 'two'"),
+  ],
+)
+def test_what_is_no_mesh(text, why):
+  with pytest.raises(MeshError, match=why):
+    VerifyMesh.read(text)
+
+
+def test_filling_up():
+  tokens = np.arange(15).reshape(3, 5)
+  filled = VerifyMesh.read("fsdp=2,context=4").fill(tokens, -100)
+  assert filled.shape == (4, 8)
+  np.testing.assert_array_equal(filled[:3, :5], tokens)
+  assert (filled[3] == -100).all() and (filled[:, 5:] == -100).all()
+  np.testing.assert_array_equal(ONE_DEVICE.fill(tokens, 0), tokens)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(("mesh", "passes"), [("context=4,tensor=2", True), ("context=2", False)])
+def test_the_command(mesh, passes):
+  """Logits and gradients of a reference, with MTP, rows and tokens that the mesh does not divide; too few devices."""
+  folder = GOLDEN / "trailing_mtp"
+  command = ["verify", str(folder), "--reference", str(folder / "io_short.npz"), "--decay-offset", "1", "--mesh", mesh]
+  command += ["--grads", str(folder / "grads_b1_short.npz"), "--rows", "1"]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_dump_max_hlo_modules=0"}
+  if not passes:
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=3"
+  done = subprocess.run(
+    [sys.executable, "-m", "maxtext_ling2", *command], env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == (0 if passes else 1), done.stderr[-3000:]
+  if passes:
+    assert "442 of 442 tensors within tolerance" in done.stdout
+  else:
+    assert "--mesh needs 2 devices, but JAX has 3" in done.stderr
