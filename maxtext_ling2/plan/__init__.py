@@ -1,0 +1,1 @@
+"""What a training job needs and takes, before its chips are rented: `maxtext-ling2 plan`."""
