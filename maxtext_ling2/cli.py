@@ -1,8 +1,9 @@
-"""The command `maxtext-ling2`: doctor, verify, config, generate, eval, demo, run."""
+"""The command `maxtext-ling2`: doctor, verify, config, generate, eval, plan, demo, run."""
 
 import contextlib
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -157,6 +158,31 @@ def evaluate(
     _fail(error)
   print(f"loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f} bits per byte")
   print(f"{score.tokens} tokens, {score.bytes} bytes")
+
+
+@app.command()
+def plan(
+  model: Annotated[str, typer.Argument(metavar="MODEL", help="model_name, or a yml written by `config`.")],
+  topology: Annotated[list[str], typer.Option(help="MaxText's compile_topology, such as v6e-64; may be repeated.")],
+  settings: Annotated[list[str] | None, _SETTINGS] = None,
+  mesh: Annotated[list[str] | None, typer.Option(help="Such as expert=8; may be repeated; the rest is FSDP.")] = None,
+  search: Annotated[bool, typer.Option("--search", help="Try a small set of meshes.")] = False,
+  json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+  png: Annotated[Path | None, typer.Option(help="File for a plot.")] = None,
+  no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile also what has been compiled before.")] = False,
+) -> None:
+  """Compile a train step for chips that need not be there, and tell memory, time and whether it fits; exit 1 if not."""
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chips are described, not used
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  from maxtext_ling2.plan import command
+
+  console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
+  meshes = [*(mesh or ()), *(command.SEARCHED if search else ())] or [""]
+  try:
+    fits = command.run(console, model, topology, meshes, settings or (), json_file, png, not no_cache)
+  except (ValueError, OSError) as error:
+    _fail(error)
+  raise typer.Exit(0 if fits else 1)
 
 
 @app.command()

@@ -85,9 +85,9 @@ class _Module:
   def traffic(self) -> Traffic:
     """Walks from the entry, with the number of times each computation runs."""
     memory = 0.0
-    number: dict[str, int] = collections.Counter()
-    sent: dict[str, float] = collections.Counter()
-    kernels: dict[str, int] = collections.Counter()
+    number: collections.Counter[str] = collections.Counter()
+    sent: dict[str, float] = collections.defaultdict(float)
+    kernels: collections.Counter[str] = collections.Counter()
     unknown = 0
     for name, times in self._runs(self.entry, 1):
       table = {one.name: one for one in self.computations[name]}

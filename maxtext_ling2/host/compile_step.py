@@ -1,0 +1,85 @@
+"""MaxText's train step compiled ahead of time, by MaxText's own `train_compile`, on a machine without the chips."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+from maxtext_ling2.errors import Ling2Error
+
+
+class OutOfMemoryError(Ling2Error):
+  """The program does not fit the memory of a chip; the text is the compiler's."""
+
+
+class PlanConfigError(Ling2Error, ValueError):
+  """MaxText refuses the settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+  """A compiled train step.
+
+  Attributes:
+    config: MaxText's config.
+    compiled: JAX's compiled program.
+    tflops: of a step and device, as MaxText counts them for its MFU.
+  """
+
+  config: Any
+  compiled: Any
+  tflops: float
+
+
+def devices_of(topology: str) -> int | None:
+  """How many devices a slice of MaxText's compile_topology has; None: it has no such topology."""
+  from maxtext.utils import accelerator_to_spec_map
+
+  found = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
+  return None if found is None else int(found.devices_per_slice)
+
+
+def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
+  """Compiles a train step; what MaxText prints goes to stderr.
+
+  Args:
+    yml: base yml.
+    settings: MaxText's, with compile_topology.
+
+  Raises:
+    OutOfMemoryError: it does not fit.
+    PlanConfigError: MaxText refuses the settings, or its mesh does not fit the topology.
+  """
+  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
+
+  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  from maxtext.trainers.pre_train import train_compile
+  from maxtext.utils import maxtext_utils
+
+  words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+  seen: list[tuple[Any, Any]] = []
+  original = train_compile.jit_and_compile
+
+  def keep(*args: Any) -> Any:
+    *_, config, _ = args
+    compiled = original(*args)
+    seen.append((config, compiled))
+    return compiled
+
+  with mock.patch.object(train_compile, "jit_and_compile", keep), contextlib.redirect_stdout(sys.stderr):
+    try:
+      train_compile.main(["train_compile", yml, *words])
+    except SystemExit as error:
+      raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
+    except (ValueError, AssertionError) as error:
+      raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
+    except Exception as error:
+      if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():
+        raise OutOfMemoryError(str(error)) from error
+      raise
+    config, compiled = seen[-1]
+    total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
+  return CompiledStep(config, compiled, total)

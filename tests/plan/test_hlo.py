@@ -1,0 +1,84 @@
+"""Bytes of a compiled program: by hand on written text, and on a program compiled here."""
+
+import pytest
+
+from maxtext_ling2.plan.hlo import traffic
+
+# A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
+# the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1).
+TEXT = """HloModule m
+
+%sliced (p0: f32[3,8,128], p1: f32[8,128], p2: s32[]) -> f32[8,128] {
+  %p0 = f32[3,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %ds = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p0, %p2), dynamic_slice_sizes={1,8,128}
+  %b = f32[8,128]{1,0:T(8,128)} bitcast(%ds)
+  ROOT %a = f32[8,128]{1,0:T(8,128)} add(%b, %p1)
+}
+
+%body (t: (s32[], f32[8,128], f32[3,8,128])) -> (s32[], f32[8,128], f32[3,8,128]) {
+  %t = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%t), index=1
+  %w = f32[3,8,128]{2,1,0} get-tuple-element(%t), index=2
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%w, %x, %i), kind=kLoop, calls=%sliced
+  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %y, %w)
+}
+
+%condition (t.1: (s32[], f32[8,128], f32[3,8,128])) -> pred[] {
+  %c = s32[]{:T(128)} constant(3), metadata={op_name="while"}
+  %t.1 = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t.1), index=0
+  ROOT %lt = pred[] compare(%i.1, %c), direction=LT
+}
+
+%scatter (q: f32[8,128]) -> f32[2,128] {
+  %q = f32[8,128]{1,0} parameter(0)
+  %ar = f32[8,128]{1,0} all-reduce(%q), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[2,128]{1,0} slice(%ar), slice={[0:2], [0:128]}
+}
+
+ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
+  %a0 = f32[8,128]{1,0} parameter(0)
+  %w0 = f32[3,8,128]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %in = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%zero, %a0, %w0)
+  %loop = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) while(%in), condition=%condition, body=%body
+  %out = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+  %own.1 = f32[8,128]{1,0:T(8,128)S(1)} negate(%out)
+  %all-reduce-scatter.1 = f32[2,128]{1,0} fusion(%own.1), kind=kCustom, calls=%scatter
+  %half = bf16[8,128]{1,0} convert(%out)
+  ROOT %ag = bf16[32,128]{1,0} all-gather(%half), replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=1] {'fsdp','tensor'}, dimensions={0}
+}
+"""
+ARRAY = 8 * 128 * 4
+ROUND = 3 * ARRAY + 4 + 9  # a slice, the sum so far and the new sum; the counter; the condition's two numbers and bit
+
+
+def test_by_hand():
+  found = traffic(TEXT)
+  loop = 3 * ROUND
+  others = ARRAY + ARRAY // 4 + (ARRAY + ARRAY // 2)  # negate reads; the scatter writes; convert
+  assert found.memory == pytest.approx(loop + others)
+  assert found.collectives == {
+    "all-gather": (1, ARRAY / 2 * 3),
+    "reduce-scatter": (1, ARRAY * 3 / 4),
+  }
+  assert found.unknown_loops == 0
+
+
+def test_a_loop_of_unknown_length_is_counted_once():
+  found = traffic(TEXT.replace("compare(%i.1, %c), direction=LT", "compare(%i.1, %c), direction=NE"))
+  assert found.unknown_loops == 1
+  assert found.memory == pytest.approx(traffic(TEXT).memory - 2 * ROUND)
+
+
+def test_against_xla_on_a_program_without_loops():
+  """XLA's own count of the bytes of a matrix product."""
+  import jax
+  import jax.numpy as jnp
+
+  x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+  compiled = jax.jit(lambda a, b: a @ b.T).lower(x, x).compile()
+  assert traffic(compiled.as_text()).memory == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
