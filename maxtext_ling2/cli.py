@@ -172,8 +172,8 @@ def plan(
   no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile also what has been compiled before.")] = False,
 ) -> None:
   """Compile a train step for chips that need not be there, and tell memory, time and whether it fits; exit 1 if not."""
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chips are described, not used
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # The chips are described, not used: no chip of this machine is looked for, and other compilers may run beside.
+  os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   from maxtext_ling2.plan import command
 
   console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -49,7 +49,7 @@ ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
   %own.1 = f32[8,128]{1,0:T(8,128)S(1)} negate(%out)
   %all-reduce-scatter.1 = f32[2,128]{1,0} fusion(%own.1), kind=kCustom, calls=%scatter
   %half = bf16[8,128]{1,0} convert(%out)
-  ROOT %ag = bf16[32,128]{1,0} all-gather(%half), replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=1] {'fsdp','tensor'}, dimensions={0}
+  ROOT %ag = bf16[32,128]{1,0} all-gather(%half), replica_groups=mesh['d'=2,'f'=4,'t'=1] {'f','t'}, dimensions={0}
 }
 """
 ARRAY = 8 * 128 * 4

@@ -1,0 +1,151 @@
+"""`maxtext-ling2 plan`: options, cache, JSON, table, refusals; and one real program, for chips that are not here."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from maxtext_ling2.plan import command, estimate
+from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of
+from maxtext_ling2.plan.estimate import Option
+
+GIB = 2**30
+
+
+def option(topology, mesh="", fits=True, devices=8):
+  """An option whose step computes 0.2 s, moves 0.1 s and sends 0.1 s."""
+  if not fits:
+    return Option(topology, mesh, devices, False, 40 * GIB, 31 * GIB, problem="Used 40G of 31G hbm")
+  return Option(
+    topology,
+    mesh,
+    devices,
+    True,
+    memory=20 * GIB,
+    capacity=31 * GIB,
+    tflops=100.0,
+    bytes_moved=1e11,
+    collectives={"all-gather": (2, 1e9)},
+    compute_seconds=0.2,
+    memory_seconds=0.1,
+    link_seconds=0.1,
+    tokens=4096 * devices,
+  )
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+  """What is compiled: [(topology, mesh, settings)]; v5e does not fit, v5p has fewer devices for the same step."""
+  calls = []
+
+  def make(yml, topology, mesh, settings):
+    calls.append((topology, mesh, settings))
+    return option(topology, mesh, fits=topology != "v5e-8", devices=4 if topology == "v5p-8" else 8)
+
+  monkeypatch.setattr(command, "make_option", make)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return calls
+
+
+def run(tmp_path, topologies, meshes=("",), words=(), cached=True, model="ling2"):
+  console = Console(record=True, width=200, file=io.StringIO())
+  fits = command.run(console, model, topologies, meshes, words, tmp_path / "plan.json", tmp_path / "plan.png", cached)
+  return fits, console.export_text(), json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_time_and_use():
+  one = option("v6e-8")
+  assert one.lower_seconds == 0.2
+  assert one.upper_seconds == pytest.approx(0.4)
+  assert one.mfu == (pytest.approx(0.5), 1.0)
+  assert one.tokens_per_second == (pytest.approx(81920.0), pytest.approx(163840.0))
+  assert one.device_seconds_per_token == pytest.approx(8 * 0.4 / 32768)
+
+
+def test_report(made, tmp_path):
+  fits, text, found = run(tmp_path, ["v6e-8", "v5e-8"], ["", "expert=8,context=1"], ["per_device_batch_size=2"])
+  assert fits
+  assert "cheapest that fits (device seconds a token, no prices): v6e-8, fsdp" in text
+  assert "does not fit: Used 40G of 31G hbm" in text
+  assert [(one["topology"], one["mesh"], one["fits"]) for one in found["options"]] == [
+    *(("v6e-8", mesh, True) for mesh in ("", "expert=8,context=1")),
+    *(("v5e-8", mesh, False) for mesh in ("", "expert=8,context=1")),
+  ]
+  assert found["options"][0]["mfu"] == [0.5, 1.0]
+  assert found["versions"]["maxtext"] == "0.2.5"
+  assert (tmp_path / "plan.png").stat().st_size > 1000
+  settings = made[1][2]
+  assert settings["ici_expert_parallelism"] == 8
+  assert settings["context_parallel_load_balance"] is False
+  assert settings["per_device_batch_size"] == "2"
+  assert "ici_expert_parallelism" not in made[0][2]
+
+
+def test_nothing_fits(made, tmp_path):
+  fits, text, _ = run(tmp_path, ["v5e-8"])
+  assert not fits
+  assert "nothing fits" in text
+
+
+def test_cache(made, tmp_path):
+  for _ in range(2):
+    _, _, found = run(tmp_path, ["v6e-8"])
+  assert len(made) == 1
+  assert found["options"][0]["tokens_per_second"][1] == pytest.approx(163840.0)
+  run(tmp_path, ["v6e-8"], words=["max_target_length=8192"])
+  assert len(made) == 2
+  run(tmp_path, ["v6e-8"], cached=False)
+  assert len(made) == 3
+
+
+@pytest.mark.parametrize(
+  ("arguments", "why"),
+  [
+    ({"meshes": ["expart=8"]}, "'expart' is no axis"),
+    ({"meshes": ["expert=0"]}, "expert has size '0'"),
+    ({"words": ["batch"]}, "write KEY=VALUE"),
+    ({"model": "nowhere.yml"}, "nowhere.yml: no such file"),
+  ],
+)
+def test_bad_input(made, tmp_path, arguments, why):
+  with pytest.raises(ValueError, match=why):
+    run(tmp_path, ["v6e-8"], **arguments)
+  assert not made
+  assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("topology", ["h100-8", "v6e", "v6e-7", "", "v9-8"])
+def test_unknown_topology(topology):
+  with pytest.raises(TopologyError, match="--topology"):
+    estimate.make_option("base.yml", topology, "", {})
+
+
+def test_chips():
+  assert chip_of("tpu7x-64") is CHIPS["tpu7x"]
+  assert chip_of("v5e-256").memory == 16 * GIB
+
+
+def test_out_of_memory_text():
+  text = "RESOURCE_EXHAUSTED: ... Used 39.30G of 31.25G hbm. Exceeded hbm capacity by 8.05G."
+  assert estimate._out_of_memory(text, CHIPS["v6e"]) == (39.3 * GIB, 31.25 * GIB)
+
+
+def test_a_real_program(tmp_path):
+  """ling2-tiny for four v5e chips: GLA's kernels are in it, parameters with Adam are 12 bytes each, cut in four."""
+  words = ["max_target_length=256", "scan_layers=false"]
+  command_line = ["plan", "ling2-tiny", "--topology", "v5e-4", "--json", str(tmp_path / "plan.json"), *words]
+  environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+  done = subprocess.run(
+    [sys.executable, "-m", "maxtext_ling2", *command_line], env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  (one,) = json.loads((tmp_path / "plan.json").read_text())["options"]
+  assert one["fits"] and one["devices"] == 4 and one["tokens"] == 4 * 256
+  assert 0 < one["mfu"][0] <= one["mfu"][1] <= 1
+  assert one["memory"] < one["capacity"]
+  assert one["bytes_moved"] > 2 * one["arguments"]  # every parameter and its two moments are read and written
+  assert "all-gather" in one["collectives"]
