@@ -11,6 +11,11 @@ DECODE = MODEL | {"max_prefill_predict_length": 16, "max_target_length": 32}
 IN_ORDER = {"context_parallel_load_balance": False}
 MESHES = {
   "fsdp 8": {"ici_fsdp_parallelism": 8},
+  "data 2, fsdp 2, fsdp_transpose 2": {
+    "ici_data_parallelism": 2,
+    "ici_fsdp_parallelism": 2,
+    "ici_fsdp_transpose_parallelism": 2,
+  },
   "fsdp 2, tensor 4": {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 4},
   "fsdp 2, expert 4": {"ici_fsdp_parallelism": 2, "ici_expert_parallelism": 4},
   "fsdp 4, context 2": {"ici_fsdp_parallelism": 4, "ici_context_parallelism": 2, **IN_ORDER},
@@ -25,7 +30,8 @@ MESHES = {
 }
 LAYOUTS = {"unrolled": False, "scanned": True}
 CASES = [
-  *(("fsdp 8", layout) for layout in LAYOUTS),
+  ("fsdp 8", "scanned"),
+  ("data 2, fsdp 2, fsdp_transpose 2", "unrolled"),
   ("fsdp 2, tensor 4", "unrolled"),
   ("fsdp 2, expert 4", "scanned"),
   *(("fsdp 4, context 2", layout) for layout in LAYOUTS),

@@ -40,6 +40,10 @@ _TOKENIZER_FILES = (
 )
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+# The id that the official config class (inclusionAI/Ring-V2.5) takes for padding and end where a config.json names none; a
+# model whose vocabulary does not hold it would not even load there.
+_OFFICIAL_SPECIAL_TOKEN = 156892
+
 # Where MaxText's checkpoints keep the model: training states and converted ones; a model saved by itself. Router biases
 # stand with the weights, or, written without this plugin's seam, where MaxText keeps variables that are no parameters.
 _ROOTS = (("params", "params"), ("params", "MoEBiasVar"), ("nnx_aux", "model"), ("params",), ("model",), ("base",), ())
@@ -154,6 +158,8 @@ class Export:
       if (tokenizer / "config.json").is_file():
         theirs = hf_config.read(tokenizer)
         config |= {key: theirs[key] for key in _SPECIAL_TOKENS if key in theirs}
+    if self.config.vocab_size <= _OFFICIAL_SPECIAL_TOKEN:
+      config = {"pad_token_id": None, "eos_token_id": None} | config
     _write_json(folder / "config.json", dict(sorted(config.items())))
 
   def _torch_dtype(self, folder: Path) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -258,6 +259,7 @@ def open_arrays(folder: epath.Path) -> dict[tuple[str, ...], Any]:
   import jax
 
   folder = folder / ITEM if (folder / ITEM).is_dir() else folder
+  folder = epath.Path(os.path.abspath(folder)) if _is_local(folder) else folder  # Orbax takes no relative paths
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; pass the folder of a checkpoint's step, such as DIR/0/items")
   checkpointer = checkpointers.Checkpointer(handlers.PyTreeCheckpointHandler(type_handler_registry=_streaming_handlers()))

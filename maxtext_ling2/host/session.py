@@ -102,7 +102,7 @@ def restore(config: Any, mesh: Any, checkpoint: str) -> dict[Any, Any]:
     value = variable.get_value()
     wanted[path] = variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=everywhere))
   restored = checkpointing.load_params_from_path(
-    checkpoint,
+    checkpoint if "://" in checkpoint else os.path.abspath(checkpoint),
     nnx.from_flat_state(list(wanted.items())),
     config.checkpoint_storage_concurrent_gb,
     use_ocdbt=config.checkpoint_storage_use_ocdbt,

@@ -85,6 +85,7 @@ def test_to_maxtext_and_back(converted, tmp_path):
   same = [key for key in original if not key.endswith(("dropout", "_token_id", "use_cache", "initializer_range"))]
   assert {key: written[key] for key in same} == {key: original[key] for key in same}
   assert written["eos_token_id"] == 5 and "auto_map" not in written
+  assert written["pad_token_id"] is None  # the official default, 156892, is beyond this vocabulary
 
 
 def test_training_starts_at_the_oracles_loss(converted, tmp_path):

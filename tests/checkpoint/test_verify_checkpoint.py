@@ -76,6 +76,15 @@ def test_a_checkpoint_without_a_reference(tmp_path):
   assert "max abs error 0.000e+00" in found.output
 
 
+def test_relative_paths(tmp_path, monkeypatch):
+  """Orbax takes none; a user types them."""
+  folder = folders.write(tmp_path / "hf", "F32")
+  converted(folder, tmp_path / "0", "float32")
+  monkeypatch.chdir(tmp_path)
+  found = invoke("hf", "--orbax", "0/items")
+  assert found.exit_code == 0, found.output
+
+
 def test_a_checkpoint_of_other_weights_fails_with_a_table(tmp_path):
   folder = folders.write(tmp_path / "hf", "F32")
   converted(folder, tmp_path / "0", "float32")
