@@ -40,8 +40,8 @@ _TOKENIZER_FILES = (
 )
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# The id that the official config class (inclusionAI/Ring-V2.5) takes for padding and end where a config.json names none; a
-# model whose vocabulary does not hold it would not even load there.
+# The id that the official config class (inclusionAI/Ring-V2.5) takes for padding and end where a config.json names none;
+# a model whose vocabulary does not hold it would not even load there.
 _OFFICIAL_SPECIAL_TOKEN = 156892
 
 # Where MaxText's checkpoints keep the model: training states and converted ones; a model saved by itself. Router biases
