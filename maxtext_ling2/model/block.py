@@ -1,5 +1,6 @@
 """One cycle of layers as the body of a layer scan: `cycle - 1` GLA layers, themselves scanned, then one MLA layer."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -67,9 +68,9 @@ class Ling2Block(nnx.Module):
         apply_fn=one,
         remat=rematerialises(self.config),
         remat_policy=self.remat_policy,
-        prevent_cse=maxtext_utils.should_prevent_cse_in_remat(self.config),
+        prevent_cse=_prevents_cse(self.config, in_scan=True),
       )
-    return apply_layer(self.global_layer, carry, one, self.config, self.remat_policy), None
+    return apply_layer(self.global_layer, carry, one, self.config, self.remat_policy, in_scan=True), None
 
 
 def rematerialises(config: Any) -> bool:
@@ -77,7 +78,21 @@ def rematerialises(config: Any) -> bool:
   return bool(config.remat_policy != "none")
 
 
-def apply_layer[T](layer: nnx.Module, carry: T, apply: Callable[[Any, T], T], config: Any, remat_policy: Any) -> T:
+def _prevents_cse(config: Any, in_scan: bool) -> bool:
+  """Whether XLA must be kept from merging a layer's second forward pass with its first, which would undo the remat.
+
+  MaxText's rule says no for a whole model whose layers are scanned. Right in the body of a loop, where XLA cannot merge;
+  but a scanned LING2 has unrolled layers before and after its loop.
+  """
+  seen = types.SimpleNamespace(
+    scan_layers=in_scan, gradient_accumulation_steps=config.gradient_accumulation_steps, hardware=config.hardware
+  )
+  return bool(maxtext_utils.should_prevent_cse_in_remat(seen))
+
+
+def apply_layer[T](
+  layer: nnx.Module, carry: T, apply: Callable[[Any, T], T], config: Any, remat_policy: Any, in_scan: bool = False
+) -> T:
   """Applies one unrolled layer under the remat policy and writes its new state back.
 
   Args:
@@ -86,6 +101,7 @@ def apply_layer[T](layer: nnx.Module, carry: T, apply: Callable[[Any, T], T], co
     apply: returns the next carry for (layer, carry).
     config: MaxText config.
     remat_policy: MaxText's resolved policy.
+    in_scan: whether it stands in the body of a loop over layers.
   """
   graph, state = nnx.split(layer)
 
@@ -94,7 +110,7 @@ def apply_layer[T](layer: nnx.Module, carry: T, apply: Callable[[Any, T], T], co
     return apply(merged, carry), nnx.state(merged)
 
   if rematerialises(config):
-    pure = jax.checkpoint(pure, policy=remat_policy, prevent_cse=maxtext_utils.should_prevent_cse_in_remat(config))
+    pure = jax.checkpoint(pure, policy=remat_policy, prevent_cse=_prevents_cse(config, in_scan))
   carry, state = pure(state, carry)
   nnx.update(layer, state)
   return carry

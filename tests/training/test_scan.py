@@ -134,3 +134,32 @@ def test_policies_know_the_tensors_of_linear_attention(policy, names):
     return bool(policy(equation.primitive, *(v.aval for v in equation.invars), **equation.params))
 
   assert all(saved(name) for name in names - {"qkv_proj"}) and not saved("some_other_name")
+
+
+def test_unrolled_layers_of_a_scanned_model_stay_rematerialised():
+  """XLA may not merge their second forward pass with the first; in the bodies of the two loops it cannot anyway."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  cfg = config(remat_policy="full", **REMAT | {"base_num_decoder_layers": 11})
+  network, mesh = model(cfg)
+  graph, state = nnx.split(network)
+  ids = jnp.ones((4, 24), jnp.int32)
+
+  def loss(state):
+    return nnx.merge(graph, state, copy=True)(ids, ids, ids, enable_dropout=False).sum()
+
+  def found(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name in ("checkpoint", "remat2", "remat"):
+        yield equation.params["prevent_cse"]
+      for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+        if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+          yield from found(inner)
+
+  with session.model_context(cfg, mesh):
+    prevented = list(found(jax.make_jaxpr(loss)(state).jaxpr))
+  unrolled = sum(map(len, network.decoder.scan_layout.unrolled))
+  assert unrolled == 5  # the dense one's cycle before the loop, two MLA layers behind it
+  assert sorted(prevented) == [False, False] + [True] * unrolled

@@ -1,0 +1,86 @@
+"""Two real processes with `jax.distributed` on one machine, four CPU devices each, against one process with eight.
+
+One test, because MaxText's port (1234) is fixed: two of these at a time would disturb each other.
+"""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+from stock_runs import arguments, metrics, run, start
+
+SETTINGS = {
+  "dataset_type": "synthetic",
+  "ici_fsdp_parallelism": 4,
+  "ici_tensor_parallelism": 2,
+  "per_device_batch_size": 1,
+}
+DEADLINE = 300  # seconds until the survivor must have ended; JAX's heartbeat takes about 100
+
+
+def devices(number):
+  return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} --xla_dump_max_hlo_modules=0"}
+
+
+def start_two(folder, name, steps, **settings):
+  """The two processes; each writes its own metrics, {name}_0 and {name}_1."""
+  shared = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1", "JOB_INDEX": "0", "PROCESSES_IN_JOB": "2", "JAX_PROCESS_COUNT": "2"}
+  settings = SETTINGS | settings | {"skip_jax_distributed_system": False}
+  return [
+    start(
+      folder,
+      arguments(folder, name, f"{name}_{index}", steps, **settings),
+      **shared | devices(4) | {"JOB_COMPLETION_INDEX": str(index)},
+    )
+    for index in range(2)
+  ]
+
+
+def finished(processes):
+  """What they printed."""
+  outputs = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+  for process, output in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, output[-5000:]
+  return outputs
+
+
+def assert_equal(ours, expected, steps):
+  for step in steps:
+    assert set(ours[step]) == set(expected[step])
+    for name, value in expected[step].items():
+      np.testing.assert_allclose(ours[step][name], value, rtol=1e-5, atol=1e-6, err_msg=f"{step} {name}")
+
+
+@pytest.mark.mesh
+def test_two_processes_and_the_death_of_one(tmp_path):
+  finished(start_two(tmp_path, "two", 3))
+  run(
+    tmp_path,
+    arguments(tmp_path, "one", "one", 5, **SETTINGS),
+    arguments(tmp_path, "two", "continued", 5, **SETTINGS),  # from what the two processes have saved
+    **devices(8),
+  )
+  expected = metrics(tmp_path, "one")
+  assert sorted(expected) == [0, 1, 2, 3, 4]
+  assert_equal(metrics(tmp_path, "two_0"), expected, [0, 1, 2])
+  continued = metrics(tmp_path, "continued")
+  assert sorted(continued) == [3, 4]
+  assert_equal(continued, expected, [3, 4])
+
+  survivor, victim = start_two(tmp_path, "killed", 100000, checkpoint_period=2)
+  checkpoints = tmp_path / "killed" / "checkpoints"
+  saved = 0.0
+  while not (checkpoints / "2" / "commit_success.txt").exists() and not (checkpoints / "2" / "items").is_dir():
+    assert victim.poll() is None, victim.communicate()[0][-5000:]
+    saved += 0.2
+    assert saved < DEADLINE
+    time.sleep(0.2)
+  victim.send_signal(signal.SIGKILL)
+  victim.wait()
+  output, _ = survivor.communicate(timeout=DEADLINE)
+  assert survivor.returncode != 0
+  assert "heartbeat" in output.lower(), output[-3000:]
+  last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+  run(tmp_path, arguments(tmp_path, "killed", "revived", last + 3, **SETTINGS), **devices(8))
+  assert sorted(metrics(tmp_path, "revived")) == [last + 1, last + 2]
