@@ -106,8 +106,9 @@ def _words(words: Sequence[str]) -> dict[str, str]:
 
 def _mesh(text: str) -> dict[str, Any]:
   """MaxText's settings of a mesh; fsdp takes the rest of the devices unless it is named."""
-  sizes: dict[str, Any] = {f"ici_{axis}_parallelism": size for axis, size in VerifyMesh.read(text).sizes.items()}
-  if "context=" in text:
+  mesh = VerifyMesh.read(text)
+  sizes: dict[str, Any] = {f"ici_{axis}_parallelism": size for axis, size in mesh.sizes.items()}
+  if mesh.length > 1:
     sizes["context_parallel_load_balance"] = False
   return sizes
 

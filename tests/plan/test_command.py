@@ -67,13 +67,13 @@ def test_time_and_use():
 
 
 def test_report(made, tmp_path):
-  fits, text, found = run(tmp_path, ["v6e-8", "v5e-8"], ["", "expert=8,context=1"], ["per_device_batch_size=2"])
+  fits, text, found = run(tmp_path, ["v6e-8", "v5e-8"], ["", "expert=8,context=2"], ["per_device_batch_size=2"])
   assert fits
   assert "cheapest that fits (device seconds a token, no prices): v6e-8, fsdp" in text
   assert "does not fit: Used 40G of 31G hbm" in text
   assert [(one["topology"], one["mesh"], one["fits"]) for one in found["options"]] == [
-    *(("v6e-8", mesh, True) for mesh in ("", "expert=8,context=1")),
-    *(("v5e-8", mesh, False) for mesh in ("", "expert=8,context=1")),
+    *(("v6e-8", mesh, True) for mesh in ("", "expert=8,context=2")),
+    *(("v5e-8", mesh, False) for mesh in ("", "expert=8,context=2")),
   ]
   assert found["options"][0]["mfu"] == [0.5, 1.0]
   assert found["versions"]["maxtext"] == "0.2.5"
