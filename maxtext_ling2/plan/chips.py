@@ -22,12 +22,14 @@ class Chip:
     memory: bytes of HBM.
     memory_bandwidth: bytes a second.
     link_bandwidth: bytes a second over all links, both directions.
+    gla_stretch: time of GLA's kernels over that of their bytes, from counted cycles (docs/kernels.md; packed, the worse).
   """
 
   flops: float
   memory: float
   memory_bandwidth: float
   link_bandwidth: float
+  gla_stretch: float = 1.0
 
 
 CHIPS = {
@@ -35,7 +37,7 @@ CHIPS = {
   "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
   "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
   "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-  "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 600e9),
+  "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 600e9, 1.34),
 }
 
 

@@ -33,8 +33,9 @@ class Option:
     tflops: 10^12 operations of the model, as MaxText counts them (rematerialisation does not count).
     bytes_moved: from and to the HBM.
     collectives: opcode -> (runs, bytes sent).
+    kernels: name of a Pallas kernel -> (runs, bytes from and to the HBM), part of bytes_moved.
     compute_seconds: tflops at peak.
-    memory_seconds: bytes_moved at full bandwidth.
+    memory_seconds: bytes_moved at full bandwidth; for GLA's kernels, the time of their schedules if that is longer.
     link_seconds: bytes sent at full bandwidth of all links.
     tokens: tokens of a step, of all devices together.
     compile_seconds: what compiling took here.
@@ -52,6 +53,7 @@ class Option:
   tflops: float | None = None
   bytes_moved: float | None = None
   collectives: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+  kernels: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
   compute_seconds: float = math.nan
   memory_seconds: float = math.nan
   link_seconds: float = math.nan
@@ -101,6 +103,7 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, Any])
   chip, devices = chip_of(topology), devices_of(topology)
   if devices is None:
     raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
+  devices *= int(settings.get("compile_topology_num_slices", 1))
   start = time.perf_counter()
   try:
     step = compile_step(yml, {**settings, "compile_topology": topology})
@@ -113,6 +116,7 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, Any])
   memory = step.compiled.memory_analysis()
   moved = hlo.traffic(step.compiled.as_text())
   sent = sum(size for _, size in moved.collectives.values())
+  gla = sum(size for name, (_, size) in moved.kernels.items() if name.startswith("gla_"))
   arguments = memory.argument_size_in_bytes
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that do not take the place of an argument
@@ -128,8 +132,9 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, Any])
     step.tflops,
     moved.memory,
     moved.collectives,
+    moved.kernels,
     step.tflops * 1e12 / chip.flops,
-    moved.memory / chip.memory_bandwidth,
+    (moved.memory + (chip.gla_stretch - 1) * gla) / chip.memory_bandwidth,
     sent / chip.link_bandwidth,
     int(step.config.global_batch_size_to_train_on * step.config.max_target_length),
     seconds,

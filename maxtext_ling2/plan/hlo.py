@@ -52,13 +52,13 @@ class Traffic:
   Attributes:
     memory: bytes read from and written to the HBM by all operations.
     collectives: by opcode: (how often it runs, bytes that a device sends).
-    kernels: by name of a Pallas kernel: how often it runs.
+    kernels: by name of a Pallas kernel: (how often it runs, bytes of `memory` that are its own).
     unknown_loops: loops whose number of rounds the compiler does not know; their bodies count once.
   """
 
   memory: float
   collectives: Mapping[str, tuple[int, float]]
-  kernels: Mapping[str, int]
+  kernels: Mapping[str, tuple[int, float]]
   unknown_loops: int
 
 
@@ -87,20 +87,22 @@ class _Module:
     memory = 0.0
     number: collections.Counter[str] = collections.Counter()
     sent: dict[str, float] = collections.defaultdict(float)
-    kernels: collections.Counter[str] = collections.Counter()
+    kernels: dict[str, tuple[int, float]] = {}
     unknown = 0
     for name, times in self._runs(self.entry, 1):
       table = {one.name: one for one in self.computations[name]}
       for one in self.computations[name]:
-        memory += times * self._moved(one, table)
+        moved = times * self._moved(one, table)
+        memory += moved
         unknown += one.opcode == "while" and self._rounds(one) is None
         if kernel := re.search(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)/pallas_call', one.rest):
-          kernels[kernel[1]] += times
+          runs, size = kernels.get(kernel[1], (0, 0.0))
+          kernels[kernel[1]] = (runs + times, size + moved)
         for collective in self._collectives(one):
           kind = collective.opcode.removesuffix("-start")
           number[kind] += times
           sent[kind] += times * _sent(collective, table)
-    return Traffic(memory, {kind: (number[kind], sent[kind]) for kind in sorted(number)}, dict(kernels), unknown)
+    return Traffic(memory, {kind: (number[kind], sent[kind]) for kind in sorted(number)}, kernels, unknown)
 
   def _runs(self, name: str, times: int) -> Iterator[tuple[str, int]]:
     """(computation, how often it runs) for all that are run by themselves, not inside of a fusion."""

@@ -1,0 +1,155 @@
+"""Makes docs/scale.md: LING2's models compiled ahead of time, by `maxtext-ling2 plan`, for the chips they are trained on.
+
+    python benchmarks/scale.py                 all rows, each in a process of its own; hours on two cores
+    python benchmarks/scale.py --only 1t       the rows whose name holds this text
+    python benchmarks/scale.py --render        only the page, from the results that are kept
+
+What `plan` has compiled before it takes from its cache. Results are kept in benchmarks/results/scale, a file a row.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "scale"
+PAGE = ROOT / "docs" / "scale.md"
+
+
+class Row(NamedTuple):
+  """A training job: what is given to `maxtext-ling2 plan`."""
+
+  name: str
+  model: str
+  topology: str
+  mesh: str = ""
+  settings: tuple[str, ...] = ()
+
+  @property
+  def command(self) -> list[str]:
+    mesh = ["--mesh", self.mesh] if self.mesh else []
+    return ["plan", self.model, "--topology", self.topology, *mesh, *self.settings]
+
+
+LONG = ("max_target_length=32768", "per_device_batch_size=0.125")
+"""Sequences of 32768 tokens, one for eight devices that share it."""
+
+ROWS = (
+  *(Row(f"ling2-{chips}", "ling2", chips) for chips in ("v5p-64", "v6e-64", "tpu7x-64")),
+  *(Row(f"ling2-{chips}-32k", "ling2", chips, "context=8", LONG) for chips in ("v5p-64", "v6e-64", "tpu7x-64")),
+  Row("ling2-v6e-64-two-slices", "ling2", "v6e-64", "", ("compile_topology_num_slices=2", "dcn_data_parallelism=2")),
+  Row("ling2-v6e-64-expert", "ling2", "v6e-64", "expert=8"),
+  Row("ling2-v5p-64-128k", "ling2", "v5p-64", "context=8", ("max_target_length=131072", "per_device_batch_size=0.125")),
+  *(Row(f"flash-{chips}", "ling2.6-flash", chips) for chips in ("v5p-256", "v6e-256")),
+  *(Row(f"1t-{chips}", "ling2.5-1t", chips) for chips in ("v5p-2048", "tpu7x-1024")),
+)
+
+
+def measure(row: Row) -> None:
+  """Compiles a row in a new process and keeps the result; the commit and the date stand in it."""
+  RESULTS.mkdir(parents=True, exist_ok=True)
+  file = RESULTS / f"{row.name}.json"
+  made = file.with_suffix(".partial")
+  print(" ".join(row.command), flush=True)
+  done = subprocess.run(
+    [sys.executable, "-m", "maxtext_ling2", *row.command, "--json", str(made)], stdout=subprocess.PIPE, text=True
+  )
+  if not made.is_file():
+    raise SystemExit(f"{row.name}: exit {done.returncode}, no result")
+  result = json.loads(made.read_text(encoding="utf-8"))
+  result["date"] = datetime.date.today().isoformat()
+  made.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  made.replace(file)
+
+
+def render() -> str:
+  """The page, of all results that are kept."""
+  rows = [(row, json.loads(file.read_text())) for row in ROWS if (file := RESULTS / f"{row.name}.json").is_file()]
+  lines = [
+    "# Scale",
+    "",
+    "What a training step takes, before the chips are there: the whole step (forward, backward, AdamW, fp32 weights and",
+    "moments, scanned layers, MaxText's default rematerialisation) compiled ahead of time for the named chips by",
+    "[`maxtext-ling2 plan`](../README.md#plan). A row is one device: a chip, on tpu7x one of its two cores. v5p-64 are 32",
+    "chips, as MaxText and Google count. Made by `python benchmarks/scale.py`; do not edit.",
+    "",
+    "| model | T | topology | devices | mesh | batch | GiB of | fits | step s | tokens/s | MFU | min |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+  ]
+  lines += [_line(row, result) for row, result in rows]
+  lines += ["", *_READ, "## Commands", "", "```sh"]
+  lines += [f"maxtext-ling2 {' '.join(row.command)}" for row, _ in rows]
+  lines += ["```", "", "## Versions", "", *_versions([result for _, result in rows])]
+  return "\n".join(lines) + "\n"
+
+
+_READ = (
+  "**Memory** is the compiler's: arguments, temporaries and code at the peak; where a step does not fit, what it would need.",
+  "**batch** is in sequences, of all devices together. **min** are minutes to compile here, on a part of two cores.",
+  "",
+  "**Step time** lies between two bounds. The lower one is the longest of three times, the others hidden behind it: the",
+  "model's operations (without rematerialised ones) at the peak of the chip, bytes from and to the HBM at full bandwidth,",
+  "bytes between chips at the full bandwidth of all links. The upper one is their sum. GLA's kernels count with the time of",
+  "their schedules ([kernels](kernels.md)), other kernels with their operations and bytes. Not known here: waiting for one",
+  "another, small transfers, the shape of the rings a collective really uses, the slower network between slices, and hosts;",
+  "a real step takes longer than the lower bound, and may take longer than the upper one. No row has run on these chips.",
+  "**MFU** is the share of the peak that MaxText's count of the model's operations gets in those times.",
+  "",
+)
+
+
+def _line(row: Row, result: dict[str, Any]) -> str:
+  (one,) = result["options"]
+  length = next((word.partition("=")[2] for word in row.settings if word.startswith("max_target_length")), "4096")
+  slices = next((word.partition("=")[2] for word in row.settings if word.startswith("compile_topology_num")), "1")
+  where = row.topology if slices == "1" else f"{slices} x {row.topology}"
+  memory = "?" if one["memory"] is None else f"{one['memory'] / 2**30:.1f}"
+  cells = [row.model, length, where, str(one["devices"]), row.mesh or "fsdp"]
+  cells.append(f"{one['tokens'] / int(length):.0f}" if one["fits"] else "")
+  cells += [f"{memory} / {one['capacity'] / 2**30:.1f}", "yes" if one["fits"] else "no"]
+  if one["fits"]:
+    (low, high), (slow, fast), (least, most) = one["seconds"], one["tokens_per_second"], one["mfu"]
+    cells += [f"{low:.2f} - {high:.2f}", f"{_round(slow)} - {_round(fast)}", f"{least:.0%} - {most:.0%}"]
+  else:
+    cells += ["", "", ""]
+  cells.append(f"{one['compile_seconds'] / 60:.0f}")
+  return f"| {' | '.join(cells)} |"
+
+
+def _round(value: float) -> str:
+  """Two digits that count, in thousands."""
+  step = 10 ** max(math.floor(math.log10(value)) - 1, 0)
+  return f"{round(value / step) * step / 1000:,.0f} k"
+
+
+def _versions(results: Sequence[dict[str, Any]]) -> list[str]:
+  """A line for each set of versions, with its dates."""
+  dates: dict[str, set[str]] = {}
+  for result in results:
+    text = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    dates.setdefault(text, set()).add(result["date"])
+  return [f"{text}: compiled on {', '.join(sorted(days))}." for text, days in dates.items()]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
+  parser.add_argument("--render", action="store_true", help="compile nothing")
+  options = parser.parse_args()
+  rows = [row for row in ROWS if options.only in row.name]
+  if not rows:
+    raise SystemExit(f"--only {options.only}: no row; there are {', '.join(row.name for row in ROWS)}")
+  for row in () if options.render else rows:
+    measure(row)
+    PAGE.write_text(render(), encoding="utf-8")
+  PAGE.write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()
