@@ -51,7 +51,7 @@ def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
 
   Raises:
     OutOfMemoryError: it does not fit.
-    PlanConfigError: MaxText refuses the settings, or its mesh does not fit the topology.
+    PlanConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
   """
   import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
 
@@ -74,7 +74,7 @@ def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
       train_compile.main(["train_compile", yml, *words])
     except SystemExit as error:
       raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:  # the last: a mesh that its chips cannot form
       raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
     except Exception as error:
       if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():

@@ -149,3 +149,22 @@ def test_a_real_program(tmp_path):
   assert one["memory"] < one["capacity"]
   assert one["bytes_moved"] > 2 * one["arguments"]  # every parameter and its two moments are read and written
   assert "all-gather" in one["collectives"]
+
+
+def test_a_mesh_that_the_chips_cannot_form(tmp_path):
+  """16 v6e chips are 4 x 4: no axis of 8."""
+  command_line = [
+    "plan",
+    "ling2-tiny",
+    "--topology",
+    "v6e-16",
+    "--mesh",
+    "expert=8",
+    "--json",
+    str(tmp_path / "plan.json"),
+  ]
+  done = subprocess.run([sys.executable, "-m", "maxtext_ling2", *command_line], capture_output=True, text=True)
+  assert done.returncode == 1
+  assert "MaxText refuses this configuration: Failed to find assignment for logical_axis_index" in done.stderr
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "plan.json").exists()
