@@ -11,7 +11,8 @@ from maxtext_ling2.host.compile_step import OutOfMemoryError, compile_step, devi
 from maxtext_ling2.plan import hlo
 from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of
 
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])\S* of ([\d.]+)([KMG])")
+# "Used 39.30G of 31.25G hbm" or, of the temporaries alone, "temporaries (58.99G) exceeds available HBM (31.24G)".
+_USED = re.compile(r"(?:[Uu]sed|temporaries) \(?([\d.]+)([KMG])\S* (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 

@@ -129,8 +129,14 @@ def test_chips():
   assert chip_of("v5e-256").memory == 16 * GIB
 
 
-def test_out_of_memory_text():
-  text = "RESOURCE_EXHAUSTED: ... Used 39.30G of 31.25G hbm. Exceeded hbm capacity by 8.05G."
+@pytest.mark.parametrize(
+  "text",
+  [
+    "RESOURCE_EXHAUSTED: ... Used 39.30G of 31.25G hbm. Exceeded hbm capacity by 8.05G.",
+    "... total memory required for HLO temporaries (39.30G) exceeds available HBM (31.25G). HLO module: jit_train_step.",
+  ],
+)
+def test_out_of_memory_text(text):
   assert estimate._out_of_memory(text, CHIPS["v6e"]) == (39.3 * GIB, 31.25 * GIB)
 
 

@@ -5,7 +5,8 @@ import pytest
 from maxtext_ling2.plan.hlo import traffic
 
 # A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
-# the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1).
+# the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a
+# Pallas kernel in the loop.
 TEXT = """HloModule m
 
 %sliced (p0: f32[3,8,128], p1: f32[8,128], p2: s32[]) -> f32[8,128] {
@@ -23,7 +24,8 @@ TEXT = """HloModule m
   %x = f32[8,128]{1,0} get-tuple-element(%t), index=1
   %w = f32[3,8,128]{2,1,0} get-tuple-element(%t), index=2
   %y = f32[8,128]{1,0:T(8,128)} fusion(%w, %x, %i), kind=kLoop, calls=%sliced
-  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %y, %w)
+  %k = f32[8,128]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/gla/pallas_call"}
+  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %k, %w)
 }
 
 %condition (t.1: (s32[], f32[8,128], f32[3,8,128])) -> pred[] {
@@ -53,7 +55,8 @@ ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
 }
 """
 ARRAY = 8 * 128 * 4
-ROUND = 3 * ARRAY + 4 + 9  # a slice, the sum so far and the new sum; the counter; the condition's two numbers and bit
+KERNEL = 2 * ARRAY
+ROUND = 3 * ARRAY + 4 + 9 + KERNEL  # a slice, the sum so far, the new sum; the counter; the condition's numbers and bit
 
 
 def test_by_hand():
@@ -65,6 +68,7 @@ def test_by_hand():
     "all-gather": (1, ARRAY / 2 * 3),
     "reduce-scatter": (1, ARRAY * 3 / 4),
   }
+  assert found.kernels == {"gla": (3, 3 * KERNEL)}
   assert found.unknown_loops == 0
 
 
