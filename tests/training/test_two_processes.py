@@ -73,6 +73,7 @@ def test_two_processes_equal_one_and_what_they_save_is_continued_by_one(tmp_path
   assert_equal(continued, expected, [3, 4])
 
 
+@pytest.mark.slow  # JAX waits 100 seconds for a heartbeat
 def test_one_is_killed(tmp_path):
   """The other ends with JAX's word for it, and the last checkpoint is continued."""
   survivor, victim = start_two(tmp_path, "killed", 100000, checkpoint_period=2)

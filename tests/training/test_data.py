@@ -1,0 +1,126 @@
+"""Batches of MaxText's mmap pipelines on hand-made Megatron files, and what the model makes of them.
+
+What Megatron does is written down here once more: documents in an order shuffled by the seed form one stream; a sample is
+L + 1 tokens of it, the next one starts L further; samples are shuffled, too. Attention and positions start anew behind
+each EOD (reset_attention_mask), and tokens that are an EOD predict nothing (eod_mask_loss). Source: Megatron-LM,
+megatron/core/datasets/gpt_dataset.py.
+"""
+
+import numpy as np
+import pytest
+
+import tiny
+from maxtext_ling2.demo import data
+from maxtext_ling2.host import session
+
+EOD, LENGTH, ROWS, SEED = data.EOD, 24, 4, 7
+
+
+@pytest.fixture(scope="module")
+def documents():
+  """Of 2 to 29 tokens with the EOD; some are longer than a row."""
+  rng = np.random.default_rng(0)
+  return [np.array([*rng.integers(3, 64, rng.integers(1, 29)), EOD], np.uint16) for _ in range(40)]
+
+
+def read(folder, documents, kind, batches, **settings):
+  """(config, the first batches as the trainer gets them)"""
+  from maxtext.input_pipeline import input_pipeline_interface
+
+  data.write(documents, folder / "documents")
+  files = folder / "documents" if kind == "mmap" else f"{folder / 'index'}|{folder / 'documents'}"
+  cfg = tiny.config(
+    max_target_length=LENGTH,
+    per_device_batch_size=ROWS,
+    dataset_type="grain",
+    grain_file_type=kind,
+    grain_train_files=str(files),
+    grain_worker_count=0,
+    mmap_eod_id=EOD,
+    data_shuffle_seed=SEED,
+    steps=batches,  # one epoch holds them
+    packing=True,
+    packing_max_segments_per_sample=0,
+    **settings,
+  )
+  with session.model_context(cfg, mesh := session.make_mesh(cfg)):
+    iterator, _ = input_pipeline_interface.create_data_iterator(cfg, mesh)
+    return cfg, [{name: np.asarray(value) for name, value in next(iterator).items()} for _ in range(batches)]
+
+
+def megatron_samples(documents):
+  """[N, L + 1] in the order of training, one epoch."""
+  rng = np.random.RandomState(SEED)
+  order = np.arange(len(documents))
+  rng.shuffle(order)
+  stream = np.concatenate([documents[index] for index in order])
+  samples = np.stack([stream[start : start + LENGTH + 1] for start in range(0, len(stream) - LENGTH, LENGTH)])
+  order = np.arange(len(samples))
+  rng.shuffle(order)
+  return samples[order].astype(np.int32)
+
+
+def megatron_masks(inputs, reset, mask):
+  """(attention segments, positions, loss mask) of input tokens [B, L]."""
+  before = np.pad(inputs == EOD, [(0, 0), (1, 0)])[:, :-1]
+  index = np.broadcast_to(np.arange(LENGTH), inputs.shape)
+  if not reset:
+    return np.ones_like(inputs), index, (inputs != EOD) | (not mask)
+  start = np.maximum.accumulate(np.where(before, index, 0), axis=1)
+  return 1 + np.cumsum(before, axis=1), index - start, (inputs != EOD) | (not mask)
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["eod_counts", "eod_masked"])
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "across"])
+def test_mmap_npy_is_megatrons(tmp_path, documents, reset, mask):
+  samples = megatron_samples(documents)
+  number = len(samples) // ROWS
+  assert number >= 4
+  _, batches = read(tmp_path, documents, "mmap_npy", number, reset_attention_mask=reset, eod_mask_loss=mask)
+  for index, batch in enumerate(batches):
+    rows = samples[index * ROWS : (index + 1) * ROWS]
+    np.testing.assert_array_equal(batch["inputs"], rows[:, :-1])
+    np.testing.assert_array_equal(batch["targets"], rows[:, 1:])
+    segments, positions, counted = megatron_masks(rows[:, :-1], reset, mask)
+    np.testing.assert_array_equal(batch["inputs_segmentation"], segments)
+    np.testing.assert_array_equal(batch["inputs_position"], positions)
+    np.testing.assert_array_equal(batch["targets_segmentation"] != 0, counted)
+
+
+def test_mmap_ends_segments_behind_eod_and_masks_it(tmp_path, documents):
+  """The older pipeline: rows of L tokens, the last of which predicts nothing, and no EOD is a target."""
+  _, batches = read(tmp_path, documents, "mmap", 4, reset_attention_mask=True)
+  for batch in batches:
+    segments, positions, _ = megatron_masks(batch["inputs"], True, False)
+    np.testing.assert_array_equal(batch["inputs_segmentation"], segments)
+    np.testing.assert_array_equal(batch["inputs_position"], positions)
+    np.testing.assert_array_equal(batch["targets"][:, :-1], batch["inputs"][:, 1:])
+    expected = batch["inputs"][:, 1:] != EOD
+    np.testing.assert_array_equal(batch["targets_segmentation"][:, :-1] != 0, expected)
+    assert not batch["targets_segmentation"][:, -1].any()
+
+
+@pytest.mark.parametrize("kind", ["mmap", "mmap_npy"])
+def test_the_model_starts_anew_at_each_document(tmp_path, documents, kind):
+  """Logits of each row of a training batch equal those of its documents, each alone at the start of a row."""
+  cfg, (batch,) = read(tmp_path, documents, kind, 1, reset_attention_mask=True)
+  network, mesh = tiny.model(cfg)
+
+  def logits(tokens, positions, segments):
+    with session.model_context(cfg, mesh):
+      return np.asarray(network(tokens, positions, segments, enable_dropout=False, model_mode="train"))
+
+  inputs, segments = batch["inputs"], batch["inputs_segmentation"]
+  together = logits(inputs, batch["inputs_position"], segments)
+  number = int(segments.max())
+  assert number >= 3
+  index = np.broadcast_to(np.arange(LENGTH), inputs.shape)
+  for segment in range(1, number + 1):
+    inside = segments == segment
+    alone, length = np.zeros_like(inputs), inside.sum(axis=1)
+    filled = index < length[:, None]
+    alone[filled] = inputs[inside]
+    found = logits(alone, np.where(filled, index, 0), filled.astype(np.int32))
+    np.testing.assert_allclose(found[filled], together[inside], rtol=0, atol=2e-5)
+  across = logits(inputs, index, np.ones_like(segments))
+  assert np.abs(across - together)[segments > 1].max() > 0.1  # without the resets it is another model
