@@ -85,7 +85,9 @@ def test_ways_to_ask(tmp_path, monkeypatch):
     (["model_name=ling2-tny"], "did you mean 'ling2-tiny'"),
     (["model_name=ling2-tiny", "group_norm_sze=2"], "did you mean 'group_norm_size'"),
     (["model_name=llama2-7b", "moe_z_loss_weight=0.1"], "only decoder_block=ling2 reads this field"),
-    (["model_name=ling2-tiny", "pad_id=3"], "no input pipeline"),
+    (["model_name=ling2-tiny", "pad_id=3"], "grain_file_type=mmap or mmap_npy reads it"),
+    (["model_name=ling2-tiny", "bos_id=3"], "no input pipeline"),
+    (["model_name=llama2-7b", "pad_id=3"], "only decoder_block=ling2 reads this field"),
     (["model_name=ling2-tiny", "ici_pipeline_parallelism=2"], "pipeline stages must be alike"),
   ],
 )

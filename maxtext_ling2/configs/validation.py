@@ -29,7 +29,7 @@ def validate(config: Any) -> None:
   Raises:
     ValueError: all broken rules, one sentence each.
   """
-  rules = (_heads, _layers, _mla, _experts, _dtypes, _signs, _unsupported) if is_ling2(config) else (_unread,)
+  rules = (_heads, _layers, _mla, _experts, _dtypes, _signs, _padding, _unsupported) if is_ling2(config) else (_unread,)
   rules = (*rules, _unread_by_any_pipeline)
   problems = [problem for rule in rules for problem in rule(config)]
   if problems:
@@ -253,14 +253,24 @@ def _unread(c: Any) -> Iterator[str]:
       )
 
 
+def _padding(c: Any) -> Iterator[str]:
+  """pad_id, which the mmap pipelines read."""
+  if not 0 <= c.pad_id < c.vocab_size:
+    yield f"pad_id={c.pad_id}: no token of a vocabulary of vocab_size={c.vocab_size}; choose one from 0 on below it"
+  elif c.pad_id != DEFAULTS["pad_id"] and not (c.dataset_type == "grain" and c.grain_file_type in ("mmap", "mmap_npy")):
+    yield (
+      f"pad_id={c.pad_id}: only dataset_type=grain with grain_file_type=mmap or mmap_npy reads it; other pipelines ask "
+      f"their tokenizer; leave it at {DEFAULTS['pad_id']}"
+    )
+
+
 def _unread_by_any_pipeline(c: Any) -> Iterator[str]:
-  """Data fields of the RFC that MaxText 0.2.5's pipelines do not ask for: they pad with mmap_eod_id, insert no BOS."""
-  for field in ("pad_id", "bos_id"):
-    if getattr(c, field, DEFAULTS[field]) != DEFAULTS[field]:
-      yield (
-        f"{field}={getattr(c, field)!r}: no input pipeline of this version reads it (the mmap pipelines pad with "
-        f"mmap_eod_id); leave it at {DEFAULTS[field]!r}"
-      )
+  """bos_id: MaxText's mmap pipelines cut Megatron's samples and never concat_then_split, others ask a tokenizer."""
+  if getattr(c, "bos_id", DEFAULTS["bos_id"]) != DEFAULTS["bos_id"]:
+    yield (
+      f"bos_id={c.bos_id}: no input pipeline of this version reads it (samples of the mmap pipelines are cut as Megatron "
+      f"cuts them, without a BOS; others have their tokenizer's); leave it at {DEFAULTS['bos_id']!r}"
+    )
 
 
 LING2_ONLY = (
@@ -277,4 +287,5 @@ LING2_ONLY = (
   "gla_decay_layer_offset",
   "gla_backend",
   "calculate_per_token_loss",
+  "pad_id",
 )

@@ -73,6 +73,8 @@ BAD = [
   ({"mtp_reuse_input_embedding": True}, "leave it at False"),
   ({"use_tunix_gradient_accumulation": True}, "leave it at False"),
   ({"pad_id": 7}, "leave it at 0"),
+  ({"pad_id": -1}, "choose one from 0 on"),
+  ({"pad_id": 1 << 20}, "choose one from 0 on"),
   ({"bos_id": 2}, "leave it at 1"),
 ]
 
@@ -107,6 +109,7 @@ IN_VAIN = {
   "gla_decay_layer_offset": 1,
   "gla_backend": "chunked",
   "calculate_per_token_loss": False,
+  "pad_id": 3,
 }
 
 

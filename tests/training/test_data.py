@@ -6,14 +6,16 @@ each EOD (reset_attention_mask), and tokens that are an EOD predict nothing (eod
 megatron/core/datasets/gpt_dataset.py.
 """
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import tiny
 from maxtext_ling2.demo import data
 from maxtext_ling2.host import session
 
-EOD, LENGTH, ROWS, SEED = data.EOD, 24, 4, 7
+EOD, PAD, LENGTH, ROWS, SEED = data.EOD, 5, 24, 4, 7
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def read(folder, documents, kind, batches, **settings):
     grain_worker_count=0,
     mmap_eod_id=EOD,
     data_shuffle_seed=SEED,
-    steps=batches,  # one epoch holds them
+    steps=1,  # MaxText makes as many epochs of samples as the steps need: one
     packing=True,
     packing_max_segments_per_sample=0,
     **settings,
@@ -87,17 +89,35 @@ def test_mmap_npy_is_megatrons(tmp_path, documents, reset, mask):
     np.testing.assert_array_equal(batch["targets_segmentation"] != 0, counted)
 
 
-def test_mmap_ends_segments_behind_eod_and_masks_it(tmp_path, documents):
-  """The older pipeline: rows of L tokens, the last of which predicts nothing, and no EOD is a target."""
-  _, batches = read(tmp_path, documents, "mmap", 4, reset_attention_mask=True)
+@pytest.mark.parametrize("mask", [False, True], ids=["eod_counts", "eod_masked"])
+def test_mmap_ends_segments_behind_eod(tmp_path, documents, mask):
+  """The older pipeline: the last token of a row predicts nothing, and a target that is padding counts for nothing."""
+  _, batches = read(tmp_path, documents, "mmap", 4, reset_attention_mask=True, eod_mask_loss=mask, pad_id=PAD)
+  ignored = [PAD, EOD] if mask else [PAD]
+  assert any((batch["inputs"] == PAD).any() for batch in batches)
   for batch in batches:
     segments, positions, _ = megatron_masks(batch["inputs"], True, False)
     np.testing.assert_array_equal(batch["inputs_segmentation"], segments)
     np.testing.assert_array_equal(batch["inputs_position"], positions)
     np.testing.assert_array_equal(batch["targets"][:, :-1], batch["inputs"][:, 1:])
-    expected = batch["inputs"][:, 1:] != EOD
-    np.testing.assert_array_equal(batch["targets_segmentation"][:, :-1] != 0, expected)
+    np.testing.assert_array_equal(batch["targets_segmentation"][:, :-1] != 0, ~np.isin(batch["inputs"][:, 1:], ignored))
+    assert (batch["targets"][:, -1] == PAD).all()
     assert not batch["targets_segmentation"][:, -1].any()
+
+
+def test_rows_that_fill_up_the_last_batch_are_padding(tmp_path, documents):
+  """Stock fills them with the EOD, in the segments too, and so trains on them."""
+  few = documents[:8]
+  assert 0 < (number := len(megatron_samples(few)) % ROWS) < ROWS
+  batches = len(megatron_samples(few)) // ROWS + 1
+  _, found = read(tmp_path, few, "mmap_npy", batches, pad_id=PAD)
+  last = found[-1]
+  real = (last["inputs_segmentation"] != 0).any(axis=1)
+  assert real.sum() == number
+  for name in ("inputs", "targets"):
+    assert (last[name][~real] == PAD).all()
+  for name in ("inputs_position", "targets_segmentation"):
+    assert (last[name][~real] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["mmap", "mmap_npy"])
@@ -105,10 +125,12 @@ def test_the_model_starts_anew_at_each_document(tmp_path, documents, kind):
   """Logits of each row of a training batch equal those of its documents, each alone at the start of a row."""
   cfg, (batch,) = read(tmp_path, documents, kind, 1, reset_attention_mask=True)
   network, mesh = tiny.model(cfg)
+  graph, state = nnx.split(network)
+  call = jax.jit(lambda state, *arrays: nnx.merge(graph, state)(*arrays, enable_dropout=False, model_mode="train"))
 
   def logits(tokens, positions, segments):
     with session.model_context(cfg, mesh):
-      return np.asarray(network(tokens, positions, segments, enable_dropout=False, model_mode="train"))
+      return np.asarray(call(state, tokens, positions, segments))
 
   inputs, segments = batch["inputs"], batch["inputs_segmentation"]
   together = logits(inputs, batch["inputs_position"], segments)

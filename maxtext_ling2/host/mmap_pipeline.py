@@ -1,0 +1,106 @@
+"""Seam: what pads the batches of MaxText's pipelines for Megatron files, `mmap` and `mmap_npy`.
+
+MaxText 0.2.5 pads with the EOD. In `mmap` an EOD is then never a target, whatever eod_mask_loss says; and rows that fill
+up a last batch get the EOD as segment, too, so that they count in the loss.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.registry import Seam
+
+_GRAIN = "maxtext.input_pipeline.grain_data_processing"
+_TRANSFORMS = "maxtext.input_pipeline.input_pipeline_utils"
+_MASKS = ("eod_id", "reset_attention_mask", "eod_mask_loss", "min_segment_length")
+_PARAMETERS = ("dataset", "config", "text_column", "grain_worker_count", "grain_per_worker_buffer_size")
+
+
+class MmapPipelineSeam(Seam):
+  """For the plugin's decoder block, builds the pipeline of the same transforms with a token for padding, `pad_id`.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+  """
+
+  name = "mmap pipelines"
+  module = _GRAIN
+  expectations = (
+    Expectation(f"{_GRAIN}:_mmap_pretrain_pipeline", parameters=_PARAMETERS),
+    Expectation(
+      f"{_GRAIN}:_make_mmap_multiprocessing_options",
+      parameters=("dataset", "config", "grain_worker_count", "grain_per_worker_buffer_size"),
+    ),
+    Expectation(f"{_TRANSFORMS}:MegatronSplitInputsTargets", parameters=_MASKS),
+    Expectation(f"{_TRANSFORMS}:GenerateDocSegmentIds", parameters=_MASKS),
+    Expectation(f"{_TRANSFORMS}:ShiftData", parameters=("ignored_ids", "axis")),
+    Expectation(f"{_TRANSFORMS}:Rekey"),
+    Expectation(f"{_TRANSFORMS}:megatron_min_segment_length", parameters=("config",)),
+    Expectation("maxtext.input_pipeline.data_processing_utils:get_local_batch_size", parameters=("config",)),
+  )
+
+  def __init__(self, decoder_block: str):
+    super().__init__()
+    self.decoder_block = decoder_block
+
+  def apply(self) -> None:
+    from maxtext.input_pipeline import grain_data_processing
+
+    self.patches.wrap(grain_data_processing, "_mmap_pretrain_pipeline", self._build)
+
+  def _build(self, original: Any, dataset: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    block = getattr(config.decoder_block, "value", config.decoder_block)
+    build = _pipeline if block == self.decoder_block else original
+    return build(dataset, config, *args, **kwargs)
+
+
+def _pipeline(
+  dataset: Any, config: Any, text_column: str, grain_worker_count: int, grain_per_worker_buffer_size: int
+) -> Any:
+  """As MaxText's `_mmap_pretrain_pipeline`, in its order, padded with `pad_id`."""
+  from maxtext.input_pipeline import data_processing_utils, grain_data_processing
+  from maxtext.input_pipeline import input_pipeline_utils as transforms
+
+  ready_made = config.grain_file_type == "mmap_npy"  # L + 1 tokens; `mmap`: L tokens, the last of which predicts nothing
+  masks = {
+    "eod_id": config.mmap_eod_id,
+    "reset_attention_mask": config.reset_attention_mask,
+    "eod_mask_loss": config.eod_mask_loss,
+    "min_segment_length": transforms.megatron_min_segment_length(config),
+  }
+  if ready_made:
+    dataset = dataset.map(transforms.MegatronSplitInputsTargets(**masks))
+  else:
+    dataset = dataset.map(transforms.Rekey({"inputs": text_column, "targets": text_column}))
+    dataset = dataset.map(transforms.GenerateDocSegmentIds(**masks))
+  workers = grain_data_processing._make_mmap_multiprocessing_options(
+    dataset, config, grain_worker_count, grain_per_worker_buffer_size
+  )
+  size = data_processing_utils.get_local_batch_size(config)
+  fill = functools.partial(filled_batch, batch_size=size, pad_id=config.pad_id)
+  if ready_made:  # each worker reads a part of the rows in order, so workers stand before the batch
+    return dataset.mp_prefetch(workers).batch(size, batch_fn=fill)
+  not_targets = [config.pad_id, *([config.mmap_eod_id] if config.eod_mask_loss else [])]
+  return (
+    dataset.batch(size, batch_fn=fill).map(transforms.ShiftData(ignored_ids=not_targets, axis=1)).mp_prefetch(workers)
+  )
+
+
+def filled_batch(rows: Sequence[Mapping[str, Any]], *, batch_size: int, pad_id: int) -> dict[str, Any]:
+  """A batch of rows; where they are too few, rows of `pad_id` that belong to no segment and count for nothing.
+
+  Args:
+    rows: arrays [L] by name: inputs, targets, and their segments and positions.
+    batch_size: rows of the batch, B.
+    pad_id: the token.
+
+  Returns:
+    Arrays [B, L] by name.
+  """
+  import grain
+
+  batch = dict(grain.experimental.batch_and_pad(rows, batch_size=batch_size, pad_value=0))
+  for name in ("inputs", "targets"):
+    batch[name][len(rows) :] = pad_id
+  return batch
