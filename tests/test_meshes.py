@@ -37,8 +37,7 @@ CASES = [
   ("data 2, fsdp 2, fsdp_transpose 2", "unrolled"),
   ("fsdp 2, tensor 4", "unrolled"),
   ("fsdp 2, expert 4", "scanned"),
-  ("fsdp 2, expert 4, ring", "unrolled"),
-  ("fsdp 4, context 2", "scanned"),
+  *(("fsdp 4, context 2", layout) for layout in LAYOUTS),
   ("context 8", "unrolled"),
   ("context 2, tensor 2, expert 2", "scanned"),
 ]
