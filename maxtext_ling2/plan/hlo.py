@@ -16,7 +16,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
 _MESH_AXIS = re.compile(r"'([\w]+)'=(\d+)")
 _GROUP_AXIS = re.compile(r"'([\w]+)'(?::\(\d+\)(\d+))?")
@@ -26,6 +26,8 @@ _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all"),
   *("partition-id", "replica-id", "opt-barrier", "iota", "add-dependency", "domain"),
 }
+# Run a computation beside the others; the second is how a collective is given to the sparse cores of a tpu7x.
+_ASYNC = ("async-start", "custom-call-start")
 _SLICING = {"dynamic-slice", "slice", "gather"}
 
 
@@ -109,7 +111,7 @@ class _Module:
     yield name, times
     for one in self.computations[name]:
       rounds = (one.opcode == "while" and self._rounds(one)) or 1
-      if one.opcode in ("while", "call", "conditional") or one.opcode == "async-start":
+      if one.opcode in ("while", "call", "conditional", *_ASYNC):
         for called in _called(one):
           yield from self._runs(called, times * rounds)
 
@@ -134,7 +136,7 @@ class _Module:
 
   def _moved(self, one: Instruction, table: Mapping[str, Instruction]) -> float:
     """Bytes that an instruction reads from and writes to the HBM."""
-    if one.opcode in _FREE or one.opcode.endswith("-done") or _is_collective(one) or one.opcode == "async-start":
+    if one.opcode in (*_FREE, *_ASYNC) or one.opcode.endswith(("-done", "-update")) or _is_collective(one):
       return 0.0
     operands = [table[name].bytes_in_hbm if name in table else 0 for name in one.operands]
     result: float = one.bytes_in_hbm

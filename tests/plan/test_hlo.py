@@ -6,7 +6,7 @@ from maxtext_ling2.plan.hlo import traffic
 
 # A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
 # the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a
-# Pallas kernel in the loop.
+# Pallas kernel in the loop; a gather that the sparse cores do.
 TEXT = """HloModule m
 
 %sliced (p0: f32[3,8,128], p1: f32[8,128], p2: s32[]) -> f32[8,128] {
@@ -41,6 +41,11 @@ TEXT = """HloModule m
   ROOT %own = f32[2,128]{1,0} slice(%ar), slice={[0:2], [0:128]}
 }
 
+%offloaded (s: f32[8,128]) -> f32[32,128] {
+  %s = f32[8,128]{1,0} parameter(0)
+  ROOT %ag.1 = f32[32,128]{1,0} all-gather(%s), replica_groups=mesh['f'=4] {'f'}, dimensions={0}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
   %a0 = f32[8,128]{1,0} parameter(0)
   %w0 = f32[3,8,128]{2,1,0} parameter(1)
@@ -50,6 +55,9 @@ ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
   %out = f32[8,128]{1,0} get-tuple-element(%loop), index=1
   %own.1 = f32[8,128]{1,0:T(8,128)S(1)} negate(%out)
   %all-reduce-scatter.1 = f32[2,128]{1,0} fusion(%own.1), kind=kCustom, calls=%scatter
+  %start = ((), (), (s32[4]{0})) custom-call-start(), async_execution_thread="sparsecore", called_computations={%offloaded}
+  %update = ((f32[8,128]{1,0}), f32[32,128]{1,0}, (s32[4]{0})) custom-call-update(%start, %out)
+  %all = f32[32,128]{1,0} custom-call-done(%update)
   %half = bf16[8,128]{1,0} convert(%out)
   ROOT %ag = bf16[32,128]{1,0} all-gather(%half), replica_groups=mesh['d'=2,'f'=4,'t'=1] {'f','t'}, dimensions={0}
 }
@@ -65,7 +73,7 @@ def test_by_hand():
   others = ARRAY + ARRAY // 4 + (ARRAY + ARRAY // 2)  # negate reads; the scatter writes; convert
   assert found.memory == pytest.approx(loop + others)
   assert found.collectives == {
-    "all-gather": (1, ARRAY / 2 * 3),
+    "all-gather": (2, ARRAY * 3 + ARRAY / 2 * 3),
     "reduce-scatter": (1, ARRAY * 3 / 4),
   }
   assert found.kernels == {"gla": (3, 3 * KERNEL)}
