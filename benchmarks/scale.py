@@ -39,6 +39,8 @@ class Row(NamedTuple):
 
 LONG = ("max_target_length=32768", "per_device_batch_size=0.125")
 """Sequences of 32768 tokens, one for eight devices that share it."""
+SHORT = ("max_target_length=2048",)
+"""MaxText's own default."""
 
 ROWS = (
   *(Row(f"ling2-{chips}", "ling2", chips) for chips in ("v5p-64", "v6e-64", "tpu7x-64")),
@@ -47,9 +49,9 @@ ROWS = (
   Row("ling2-v6e-64-expert", "ling2", "v6e-64", "expert=8"),
   Row("ling2-v5p-64-128k", "ling2", "v5p-64", "context=8", ("max_target_length=131072", "per_device_batch_size=0.125")),
   # FSDP alone gathers all experts of a layer: 59 GiB of temporaries on v6e-256.
-  *(Row(f"flash-{chips}", "ling2.6-flash", chips, "expert=16") for chips in ("v5p-256", "v6e-256")),
+  *(Row(f"flash-{chips}", "ling2.6-flash", chips, "expert=16", SHORT) for chips in ("v5p-256", "v6e-256")),
   # One FSDP axis of 1024 cannot cut kv_lora_rank, 512; the chips of a v5p-2048 are 8 x 8 x 16.
-  *(Row(f"1t-{chips}", "ling2.5-1t", chips, "tensor=8") for chips in ("v5p-2048", "tpu7x-1024")),
+  *(Row(f"1t-{chips}", "ling2.5-1t", chips, "tensor=8", SHORT) for chips in ("v5p-2048", "tpu7x-1024")),
 )
 
 
