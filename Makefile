@@ -5,12 +5,14 @@ READY := $(VENV)/.maxtext-ling2-ready
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 
-.PHONY: help setup test test-all demo lint format bench clean always
+.PHONY: help setup test test-all demo docs docs-test lint format bench clean always
 help:
 	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
 	@echo "make test       the tests, without the slow ones (ARGS='-k gla' passes arguments to pytest)"
 	@echo "make test-all   all tests"
 	@echo "make demo       train LING2 on real text and draw the loss curve"
+	@echo "make docs       build the pages into build/site"
+	@echo "make docs-test  run the commands of README and docs that are marked so"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format and mend what it can"
 	@echo "make bench      the benchmarks"
@@ -32,6 +34,12 @@ test-all: $(READY)
 
 demo: $(READY)
 	$(BIN)/maxtext-ling2 demo $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+
+docs-test: $(READY)
+	$(BIN)/python scripts/docs_test $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

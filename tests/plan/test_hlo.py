@@ -55,8 +55,8 @@ ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
   %out = f32[8,128]{1,0} get-tuple-element(%loop), index=1
   %own.1 = f32[8,128]{1,0:T(8,128)S(1)} negate(%out)
   %all-reduce-scatter.1 = f32[2,128]{1,0} fusion(%own.1), kind=kCustom, calls=%scatter
-  %start = ((), (), (s32[4]{0})) custom-call-start(), async_execution_thread="sparsecore", called_computations={%offloaded}
-  %update = ((f32[8,128]{1,0}), f32[32,128]{1,0}, (s32[4]{0})) custom-call-update(%start, %out)
+  %start = ((), (), (s32[4])) custom-call-start(), async_execution_thread="sparsecore", called_computations={%offloaded}
+  %update = ((f32[8,128]{1,0}), f32[32,128]{1,0}, (s32[4])) custom-call-update(%start, %out)
   %all = f32[32,128]{1,0} custom-call-done(%update)
   %half = bf16[8,128]{1,0} convert(%out)
   ROOT %ag = bf16[32,128]{1,0} all-gather(%half), replica_groups=mesh['d'=2,'f'=4,'t'=1] {'f','t'}, dimensions={0}

@@ -1,0 +1,168 @@
+"""The pages: marks of their shell blocks, links, navigation, options that they name, and what is made from code."""
+
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from maxtext_ling2 import cli, plugin
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MADE = {"scale.md"}  # by benchmarks/scale.py; a checkout may lack it
+
+
+def script(name):
+  """A script without a suffix, as a module."""
+  loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
+  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+  sys.modules[name] = module
+  loader.exec_module(module)
+  return module
+
+
+def test_marks_and_links():
+  done = subprocess.run([sys.executable, ROOT / "scripts" / "docs_test", "--check"], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+  ("text", "problem"),
+  [
+    ("```sh\nls\n```", "without a mark"),
+    ("<!-- needs: luck -->\n```sh\nls\n```", "luck"),
+    ("<!-- run -->\n\n```sh\nls\n```", "without a mark"),
+    ("<!-- run -->\n```sh\nls\n```", None),
+    ("<!-- needs: TPU, data -->\n```sh\nls\n```", None),
+  ],
+)
+def test_a_wrong_mark_is_found(tmp_path, text, problem):
+  docs_test = script("docs_test")
+  (tmp_path / "page.md").write_text(text + "\n")
+  (block,) = docs_test.blocks(tmp_path / "page.md")
+  assert block.text == "ls\n"
+  assert block.problem() is None if problem is None else problem in block.problem()
+
+
+def test_a_broken_link_is_found(tmp_path, monkeypatch):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  (tmp_path / "a.md").write_text("# One thing\n\n[here](#one-thing) [no](b.md) [nor](#two) [web](https://example.org)\n")
+  found = docs_test.broken_links(tmp_path / "a.md")
+  assert [text.split("link to ")[1].split(",")[0] for text in found] == ["b.md", "#two"]
+
+
+def test_a_block_runs_strictly_in_a_folder_of_its_own():
+  docs_test = script("docs_test")
+  page = ROOT / "README.md"
+  assert docs_test.run(docs_test.Block(page, 1, 'test -d examples && test "$JAX_PLATFORMS" = cpu\n', None))
+  for text in ("false | true\n", "echo $unset\n", "false\ntrue\n"):
+    assert not docs_test.run(docs_test.Block(page, 1, text, None))
+
+
+def named(nav):
+  """The pages in a navigation."""
+  for entry in nav:
+    for value in entry.values() if isinstance(entry, dict) else [entry]:
+      yield from named(value) if isinstance(value, list) else [value]
+
+
+def test_the_navigation_lists_all_pages():
+  config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+  listed = list(named(config["nav"]))
+  assert len(listed) == len(set(listed))
+  assert set(listed) == {page.name for page in (ROOT / "docs").glob("*.md")} | MADE
+  assert config["strict"] and config["theme"]["font"] is False
+
+
+def options():
+  """{command: its options} of maxtext-ling2."""
+  group = typer.main.get_command(cli.app)
+  return {
+    name: {"--help", *(word for parameter in command.params for word in (*parameter.opts, *parameter.secondary_opts))}
+    for name, command in group.commands.items()
+  }
+
+
+def used():
+  """(page, command, options) of each use of maxtext-ling2 in blocks and in the text."""
+  for page in PAGES:
+    text = page.read_text().replace("\\\n", " ")
+    for match in re.finditer(r"(?:maxtext-ling2|-m maxtext_ling2) (?P<command>[a-z]+)(?P<rest>[^\n`|]*)", text):
+      yield page.name, match["command"], re.findall(r"(?<![\w-])--?[a-z][a-z-]*", match["rest"].split("#")[0])
+
+
+def test_options_in_the_pages_exist():
+  known, seen = options(), 0
+  for page, command, words in used():
+    if command == "run":
+      continue
+    if not words and command not in known:  # "maxtext-ling2 was asked for", and the like
+      continue
+    seen += 1
+    assert command in known, (page, command)
+    assert set(words) <= known[command], (page, command, words)
+  assert seen >= 15
+
+
+def test_options_of_the_examples_exist():
+  known = options()
+  for path in (ROOT / "examples").glob("*.sh"):
+    for match in re.finditer(r"-m maxtext_ling2 ([a-z]+)((?:[^\n]|(?<=\\)\n)*)", path.read_text()):
+      assert set(re.findall(r"(?<=\s)--[a-z][a-z-]*", match[2])) <= known[match[1]], path
+
+
+def test_every_example_has_a_cpu_mode_and_stops_at_errors():
+  scripts = [path for path in (ROOT / "examples").glob("*.sh") if path.name not in ("common.sh", "xpk.sh")]
+  assert len(scripts) >= 5
+  for path in scripts:
+    text = path.read_text()
+    assert "set -euo pipefail" in text and f"CPU=1 examples/{path.name}" in text, path
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+def test_the_table_of_names_is_what_the_code_says():
+  assert (ROOT / "docs" / "names.md").read_text() == script("names_table").page()
+
+
+def test_every_seam_is_in_the_table():
+  text = (ROOT / "docs" / "hooks.md").read_text()
+  rows = re.findall(r"^\| ([^|]+) \| `(\w+\.py)` \|", text, re.MULTILINE)
+  assert [name for name, _ in rows] == [seam.name for seam in plugin.REGISTRY.seams]
+  for name, file in rows:
+    (seam,) = [seam for seam in plugin.REGISTRY.seams if seam.name == name]
+    assert type(seam).__module__ == f"maxtext_ling2.host.{file.removesuffix('.py')}"
+  for file in re.findall(r"`((?:\w+/)?test_\w+\.py)`", text.split("## The seams")[1]):
+    assert list((ROOT / "tests").rglob(Path(file).name)), file
+
+
+def test_errors_in_the_table_are_in_the_code():
+  """Some words of each text, between the values in it, stand in the package's source; MaxText's and XLA's are marked."""
+  source = "\n".join(path.read_text() for path in (ROOT / "maxtext_ling2").rglob("*.py"))
+  joined = re.sub(r"[\"']\n\s*f?[\"']|\{[^{}]*\}", "", source)
+  table, checked = (ROOT / "docs" / "troubleshooting.md").read_text(), 0
+  for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE):
+    if "(MaxText's)" in row or "(XLA's)" in row:
+      continue
+    for text in re.findall(r"`([^`]+)`", row):
+      pieces = [piece for part in re.split(r"\.\.\.|'", text) for piece in re.findall(r"[A-Za-z][A-Za-z ,]{11,}", part)]
+      assert not pieces or any(piece.strip() in joined for piece in pieces), text
+      checked += bool(pieces)
+  assert checked > 60
+
+
+def test_the_patch_applies():
+  if shutil.which("patch") is None:
+    pytest.skip("no patch command")
+  spec = importlib.util.find_spec("maxtext")
+  (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "upstream_patch.md").read_text(), re.DOTALL)
+  folder = Path(spec.submodule_search_locations[0]).parent
+  done = subprocess.run(["patch", "-p1", "--dry-run"], cwd=folder, input=diff, capture_output=True, text=True)
+  assert done.returncode == 0 and "Hunk" not in done.stdout, done.stdout + done.stderr
