@@ -89,6 +89,9 @@ def render() -> str:
   lines += [_line(row, result) for row, result in rows]
   lines += ["", *_READ, "## Commands", "", "```sh"]
   lines += [f"maxtext-ling2 {' '.join(row.command)}" for row, _ in rows]
+  missing = [row for row in ROWS if row not in [made for made, _ in rows]]
+  if missing:
+    lines += ["```", "", "Not compiled yet:", "", "```sh", *(f"maxtext-ling2 {' '.join(row.command)}" for row in missing)]
   lines += ["```", "", "## Versions", "", *_versions([result for _, result in rows])]
   return "\n".join(lines) + "\n"
 
