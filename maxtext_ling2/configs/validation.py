@@ -255,12 +255,13 @@ def _unread(c: Any) -> Iterator[str]:
 
 def _padding(c: Any) -> Iterator[str]:
   """pad_id, which the mmap pipelines read."""
-  if not 0 <= c.pad_id < c.vocab_size:
-    yield f"pad_id={c.pad_id}: no token of a vocabulary of vocab_size={c.vocab_size}; choose one from 0 on below it"
-  elif c.pad_id != DEFAULTS["pad_id"] and not (c.dataset_type == "grain" and c.grain_file_type in ("mmap", "mmap_npy")):
+  pad, off = getattr(c, "pad_id", DEFAULTS["pad_id"]), DEFAULTS["pad_id"]
+  if not 0 <= pad < c.vocab_size:
+    yield f"pad_id={pad}: no token of a vocabulary of vocab_size={c.vocab_size}; choose one from 0 on below it"
+  elif pad != off and not (c.dataset_type == "grain" and c.grain_file_type in ("mmap", "mmap_npy")):
     yield (
-      f"pad_id={c.pad_id}: only dataset_type=grain with grain_file_type=mmap or mmap_npy reads it; other pipelines ask "
-      f"their tokenizer; leave it at {DEFAULTS['pad_id']}"
+      f"pad_id={pad}: only dataset_type=grain with grain_file_type=mmap or mmap_npy reads it; other pipelines ask "
+      f"their tokenizer; leave it at {off}"
     )
 
 
