@@ -27,7 +27,15 @@ def devices(number):
 
 def start_two(folder, name, steps, **settings):
   """The two processes; each writes its own metrics, {name}_0 and {name}_1."""
-  shared = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1", "JOB_INDEX": "0", "PROCESSES_IN_JOB": "2", "JAX_PROCESS_COUNT": "2"}
+  # Without the cache of compiled programs: process 0 alone writes it, so with it the other is late by a compilation, and
+  # Gloo waits for it 30 seconds only.
+  shared = {
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_COORDINATOR_ADDRESS": "127.0.0.1",
+    "JOB_INDEX": "0",
+    "PROCESSES_IN_JOB": "2",
+    "JAX_PROCESS_COUNT": "2",
+  }
   settings = SETTINGS | settings | {"skip_jax_distributed_system": False}
   return [
     start(
