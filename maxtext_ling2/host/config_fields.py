@@ -86,6 +86,7 @@ class ConfigFieldsSeam(Seam):
     from maxtext.configs import types
 
     touched: set[Any] = set()
+    self.patches.also(lambda: rebuild(touched))  # noted first, hence done last, once everything is as it was
     absent = [field for field in self.fields if field.name not in types.MaxTextConfig.model_fields]
     for field in absent:
       touched |= self._add_field(types, field)
@@ -126,7 +127,7 @@ class ConfigFieldsSeam(Seam):
     return owners
 
   def _set_field(self, owner: Any, name: str, info: Any) -> None:
-    """Sets a field of one pydantic class; undoing it compiles the class anew."""
+    """Sets a field of one pydantic class."""
     before = owner.model_fields.get(name)
     owner.model_fields[name] = info
 
@@ -135,7 +136,6 @@ class ConfigFieldsSeam(Seam):
         del owner.model_fields[name]
       else:
         owner.model_fields[name] = before
-      rebuild([owner])
 
     self.patches.also(undo)
 
@@ -153,7 +153,6 @@ class ConfigFieldsSeam(Seam):
 
     def undo() -> None:
       validators[name] = original
-      rebuild([cls])
 
     self.patches.also(undo)
 
