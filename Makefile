@@ -5,7 +5,7 @@ READY := $(VENV)/.maxtext-ling2-ready
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 
-.PHONY: help setup test test-all demo docs docs-test lint format bench clean always
+.PHONY: help setup test test-all demo docs docs-test dist lint format bench clean always
 help:
 	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
 	@echo "make test       the tests, without the slow ones (ARGS='-k gla' passes arguments to pytest)"
@@ -13,6 +13,7 @@ help:
 	@echo "make demo       train LING2 on real text and draw the loss curve"
 	@echo "make docs       build the pages into build/site"
 	@echo "make docs-test  run the commands of README and docs that are marked so"
+	@echo "make dist       build sdist and wheel into dist/, install the wheel into a new environment and use it"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format and mend what it can"
 	@echo "make bench      the benchmarks"
@@ -40,6 +41,9 @@ docs: $(READY)
 
 docs-test: $(READY)
 	$(BIN)/python scripts/docs_test $(ARGS)
+
+dist: $(READY)
+	scripts/dist_test $(VENV)
 
 lint: $(READY)
 	$(BIN)/ruff check .

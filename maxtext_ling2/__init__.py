@@ -8,6 +8,6 @@ from maxtext_ling2 import startup
 
 __all__ = ["__version__"]
 
-__version__ = "0.1.0.dev0"  # the only home of the version: pyproject.toml has it read here
+__version__ = "0.1.0"  # the only home of the version: pyproject.toml has it read here
 
 startup.install("import")

@@ -18,7 +18,7 @@ import maxtext_ling2
 from maxtext_ling2.discovery import GROUP, OWN_ENTRY
 from sandbox import ROOT, SITE_FILES, Environment, put_package
 
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "maxtext_ling2", "site_files")
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", ".gitignore", "maxtext_ling2", "site_files")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SITE_FILE_NAMES = {file.name for file in SITE_FILES.iterdir()}
 
@@ -94,7 +94,7 @@ def test_the_metadata_says_what_pyproject_says(wheel: Path) -> None:
   entry_points.read_string(archive.read(f"{info}entry_points.txt").decode())
   assert dict(entry_points["console_scripts"]) == {"maxtext-ling2": "maxtext_ling2.cli:main"}
   assert dict(entry_points[GROUP]) == {OWN_ENTRY.name: OWN_ENTRY.value}
-  assert f"{info}licenses/LICENSE" in archive.namelist()
+  assert {f"{info}licenses/LICENSE", f"{info}licenses/NOTICE"} <= set(archive.namelist())
   metadata = archive.read(f"{info}METADATA").decode()
   assert {"License-Expression: Apache-2.0", "Requires-Python: >=3.12"} <= set(metadata.splitlines())
 
