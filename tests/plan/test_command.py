@@ -140,21 +140,40 @@ def test_out_of_memory_text(text):
   assert estimate._out_of_memory(text, CHIPS["v6e"]) == (39.3 * GIB, 31.25 * GIB)
 
 
-def test_a_real_program(tmp_path):
-  """ling2-tiny for four v5e chips: GLA's kernels are in it, parameters with Adam are 12 bytes each, cut in four."""
-  words = ["max_target_length=256", "scan_layers=false"]
-  command_line = ["plan", "ling2-tiny", "--topology", "v5e-4", "--json", str(tmp_path / "plan.json"), *words]
+def plan_of_tiny(tmp_path, topology, *words):
+  """What `plan` finds for ling2-tiny on short rows, in a process of its own."""
+  file = tmp_path / "plan.json"
+  command_line = ["plan", "ling2-tiny", "--topology", topology, "--json", str(file), "max_target_length=256", *words]
   environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
   done = subprocess.run(
     [sys.executable, "-m", "maxtext_ling2", *command_line], env=environment, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  (one,) = json.loads((tmp_path / "plan.json").read_text())["options"]
+  (one,) = json.loads(file.read_text())["options"]
+  return one
+
+
+def test_a_real_program(tmp_path):
+  """ling2-tiny for four v5e chips: GLA's kernels are in it, parameters with Adam are 12 bytes each, cut in four."""
+  one = plan_of_tiny(tmp_path, "v5e-4", "scan_layers=false")
   assert one["fits"] and one["devices"] == 4 and one["tokens"] == 4 * 256
   assert 0 < one["mfu"][0] <= one["mfu"][1] <= 1
   assert one["memory"] < one["capacity"]
   assert one["bytes_moved"] > 2 * one["arguments"]  # every parameter and its two moments are read and written
   assert "all-gather" in one["collectives"]
+
+
+@pytest.mark.slow
+def test_two_slices_and_the_ragged_exchange_of_tokens(tmp_path):
+  """Two slices of four v5e chips, data parallel between them, experts cut in four within each by MaxText's default way."""
+  slices = ("compile_topology_num_slices=2", "dcn_data_parallelism=2", "dcn_fsdp_parallelism=1")
+  experts = ("ici_fsdp_parallelism=1", "ici_expert_parallelism=4")
+  one = plan_of_tiny(tmp_path, "v5e-4", "scan_layers=true", *slices, *experts)
+  assert one["fits"] and one["devices"] == 8 and one["tokens"] == 8 * 256
+  assert "ragged-all-to-all" in one["collectives"]
+  gradients = one["arguments"] / 3  # of float32 weights; their moments are twice as much
+  reduced = sum(size for kind, (_, size) in one["collectives"].items() if kind in ("all-reduce", "reduce-scatter"))
+  assert reduced > 0.9 * gradients  # the slices add their gradients
 
 
 def test_a_mesh_that_the_chips_cannot_form(tmp_path):
