@@ -82,7 +82,7 @@ def run(folder, devices, runs):
   """The results of runs [(kind, settings)] with so many devices, a dict of arrays for each."""
   file = folder / f"runs_{devices}.json"
   file.write_text(json.dumps(runs))
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_dump_max_hlo_modules=0"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
   paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
   environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths}
   done = subprocess.run([sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True)

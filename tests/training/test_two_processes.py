@@ -4,6 +4,7 @@ MaxText's port (1234) is fixed, so these tests are in one file, on one worker. T
 tiny model's gradient is steep: with MaxText's rate, rounding (1e-6 of a weight) is 1e-3 of the next gradient's norm.
 """
 
+import os
 import signal
 import time
 
@@ -22,7 +23,7 @@ DEADLINE = 300  # seconds until the survivor must have ended; JAX's heartbeat ta
 
 
 def devices(number):
-  return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} --xla_dump_max_hlo_modules=0"}
+  return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"}
 
 
 def start_two(folder, name, steps, **settings):
