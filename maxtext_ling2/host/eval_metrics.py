@@ -36,16 +36,16 @@ class EvalMetricsSeam(Seam):
     self.patches.wrap(MetricLogger, "_accumulate_eval_metrics", self._accumulate)
     self.patches.wrap(MetricLogger, "_finalize_eval_metrics", self._finalize)
 
-  def _accumulate(self, original: Callable[..., Any], logger: Any, metrics: Any) -> Any:
-    scalars, sums = metrics.get("scalar", {}), logger.cumulative_eval_metrics["scalar"]
+  def _accumulate(self, original: Callable[..., Any], logger: Any, metrics: Any, *rest: Any, **kwargs: Any) -> Any:
+    scalars = metrics.get("scalar", {})
     for name in self.names:
       if name in scalars:
-        sums[name] += float(scalars[name])
-    return original(logger, metrics)
+        logger.cumulative_eval_metrics["scalar"][name] += float(scalars[name])
+    return original(logger, metrics, *rest, **kwargs)
 
-  def _finalize(self, original: Callable[..., Any], logger: Any, train_step: int) -> Any:
-    sums = logger.cumulative_eval_metrics["scalar"]
+  def _finalize(self, original: Callable[..., Any], logger: Any, *args: Any, **kwargs: Any) -> Any:
+    sums = getattr(logger, "cumulative_eval_metrics", {}).get("scalar", {})
     for name in self.names:
       if name in sums:
         sums[name] /= logger._pending_eval_step_count
-    return original(logger, train_step)
+    return original(logger, *args, **kwargs)

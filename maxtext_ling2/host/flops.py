@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
@@ -31,11 +32,13 @@ class FlopsSeam(Seam):
 
     self.patches.wrap(maxtext_utils, "calculate_tflops_training_per_device", self._count)
 
-  def _count(self, original: Callable[..., Any], config: Any, log: bool = True) -> Any:
+  def _count(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call = bound(original, args, kwargs).arguments
+    config = call["config"]
     if getattr(config.decoder_block, "value", config.decoder_block) != self.decoder_block:
-      return original(config, log=log)
+      return original(*args, **kwargs)
     total, weights, attention = self.tflops(config)
-    if log:
+    if call.get("log", True):
       share = f"{100 * weights / total:.2f}% learnable weight flops and {100 * attention / total:.2f}% attention flops"
       print(f"Per train step:\n Total TFLOPs: {total:.2f} \n split as {share}")
     return total, weights, attention

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
@@ -49,10 +50,12 @@ class MmapPipelineSeam(Seam):
 
     self.patches.wrap(grain_data_processing, "_mmap_pretrain_pipeline", self._build)
 
-  def _build(self, original: Any, dataset: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    block = getattr(config.decoder_block, "value", config.decoder_block)
-    build = _pipeline if block == self.decoder_block else original
-    return build(dataset, config, *args, **kwargs)
+  def _build(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    call = bound(original, args, kwargs).arguments
+    block = getattr(call["config"].decoder_block, "value", call["config"].decoder_block)
+    if block != self.decoder_block:
+      return original(*args, **kwargs)
+    return _pipeline(*(call[name] for name in _PARAMETERS))
 
 
 def _pipeline(

@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote, unquote
 
 from maxtext_ling2.host.contract import Expectation
@@ -17,6 +17,11 @@ from maxtext_ling2.host.registry import Seam
 from maxtext_ling2.host.request import asks_for, explicit, requested
 
 _PYCONFIG = "maxtext.configs.pyconfig"
+_TYPES = "maxtext.configs.types"
+
+
+def _has_fields(value: Any) -> bool:
+  return bool(value.model_fields)
 
 
 class ModelYmlSeam(Seam):
@@ -38,6 +43,12 @@ class ModelYmlSeam(Seam):
     Expectation(f"{_PYCONFIG}:_prepare_for_pydantic", parameters=("raw_keys", "config_class")),
     Expectation(f"{_PYCONFIG}:MAXTEXT_CONFIGS_DIR", holds=os.path.isdir, meaning="a folder"),
     Expectation(f"{_PYCONFIG}:yaml_key_to_env_key", parameters=("s",)),
+    # Where the guard stands; without it a process that asks for LING2 would not be noticed.
+    Expectation(f"{_PYCONFIG}:initialize", parameters=("argv",)),
+    # Misspelt fields are looked up in these, for every model.
+    Expectation(f"{_TYPES}:ModelName", holds=lambda value: bool(get_args(value)), meaning="a Literal"),
+    Expectation(f"{_TYPES}:MaxTextConfig", holds=_has_fields, meaning="a pydantic model"),
+    Expectation(f"{_TYPES}:RLConfig", holds=_has_fields, meaning="a pydantic model"),
   )
 
   def __init__(
@@ -63,9 +74,9 @@ class ModelYmlSeam(Seam):
     self.patches.wrap(pyconfig, "_load_config", self._load)
     self.patches.wrap(pyconfig, "_prepare_for_pydantic", self._prepare)
 
-  def _resolve(self, original: Callable[..., Any], argv: list[str] | None = None, **kwargs: Any) -> Any:
+  def _resolve(self, original: Callable[..., Any], argv: list[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
     """Returns the base config's path, redirected into the plugin's folder for a plugin model, and the words."""
-    path, words = original(argv, **kwargs)
+    path, words = original(argv, *rest, **kwargs)
     settings = requested(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
     self._refuse_environment(settings)
     if asks_for(settings, self.names):
@@ -99,12 +110,12 @@ class ModelYmlSeam(Seam):
       f"another model under this name; unset it and pass model_name={wanted} on the command line"
     )
 
-  def _load(self, original: Callable[..., Any], config_name: str) -> Any:
+  def _load(self, original: Callable[..., Any], config_name: str, *rest: Any, **kwargs: Any) -> Any:
     """Loads a yml, undoing the redirection; lets M_* variables reach fields that no base yml names."""
     path = str(config_name)
     if os.path.dirname(path) == str(self.folder):
       path = unquote(os.path.basename(path))
-    config = original(path)
+    config = original(path, *rest, **kwargs)
     from maxtext.configs import pyconfig
 
     for field, default in self.field_defaults.items():
@@ -119,8 +130,6 @@ class ModelYmlSeam(Seam):
 
   def _suggest(self, raw_keys: dict[str, Any]) -> None:
     """Answers a misspelt field of ours, or a misspelt model name, with the right spelling."""
-    from typing import get_args
-
     from maxtext.configs import types
 
     for key in raw_keys:

@@ -1,6 +1,7 @@
 """Replacing attributes so that it can be undone, and noticing when somebody else replaced them too."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,11 @@ class Patches:
       if conflict:
         conflicts.append(conflict)
     return conflicts
+
+
+def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+  """The arguments of a call by the names of MaxText's parameters, which may have others between one day."""
+  return inspect.signature(function).bind(*args, **kwargs)
 
 
 class Conflict(Exception):

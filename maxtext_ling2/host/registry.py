@@ -46,7 +46,8 @@ class Seam(abc.ABC):
   Attributes:
     name: short name for messages.
     module: the MaxText module after whose import the seam is applied.
-    needed_for_training: whether a LING2 training run is incomplete without it (conversion tables are not).
+    needed_for_training: whether a LING2 training run is incomplete without it (conversion tables are not). If not,
+      the commands of its module's package (maxtext.checkpoint_conversion, maxtext.inference) need it.
     expectations: the contract with MaxText.
   """
 
@@ -172,14 +173,14 @@ class Registry:
     return Ling2Error(f"{self.plugin} was asked for but cannot be had whole: {self._reasons()}. Way out: {WAY_OUT}.")
 
   def require(self) -> None:
-    """Makes sure that every seam a training run needs is in place; called when a LING2 model is asked for.
+    """Makes sure that every seam this process needs is in place; called when a LING2 model is asked for.
 
     Raises:
       Ling2Error: a seam does not fit; the text names seam, expected, found and the way out.
     """
     if self.stood_down is not None:
       return
-    self.complete(only_training=True)
+    self.complete(only_needed=True)
     if self.breaches:
       raise self.error()
     self._check_version()
@@ -200,10 +201,10 @@ class Registry:
         found,
       )
 
-  def complete(self, only_training: bool = False) -> None:
+  def complete(self, only_needed: bool = False) -> None:
     """Applies the seams whose modules nobody has imported yet, by importing them."""
     for seam in self.seams:
-      if self.usable and seam.state is not State.APPLIED and (seam.needed_for_training or not only_training):
+      if self.usable and seam.state is not State.APPLIED and (not only_needed or needed_here(seam)):
         try:
           importlib.import_module(seam.module)  # its hook applies the seam
         except Ling2Error:
@@ -222,6 +223,14 @@ class Registry:
       seam.state = State.WAITING
     self.breaches, self.stood_down, self._installed, self._version_checked = [], None, False, False
     return conflicts
+
+
+def needed_here(seam: Seam) -> bool:
+  """Whether a LING2 run of this process is incomplete without the seam."""
+  if seam.needed_for_training:
+    return True
+  command = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")  # of `python -m`
+  return command.startswith(".".join(seam.module.split(".")[:2]) + ".")
 
 
 def command_line_asks_for(names: Iterable[str]) -> bool:

@@ -31,6 +31,6 @@ class SharedExpertSeam(Seam):
 
     self.patches.wrap(maxtext_utils, "get_shared_expert_mlp_dim", self._answer)
 
-  def _answer(self, original: Callable[[Any], int], config: Any) -> int:
+  def _answer(self, original: Callable[..., int], config: Any, *rest: Any, **kwargs: Any) -> int:
     block = getattr(config.decoder_block, "value", config.decoder_block)
-    return self.width(config) if block == self.decoder_block else original(config)
+    return self.width(config) if block == self.decoder_block else original(config, *rest, **kwargs)

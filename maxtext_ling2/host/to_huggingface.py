@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
@@ -79,11 +80,11 @@ class ToHuggingFaceSeam(Seam):
     self.patches.wrap(utils, "process_maxtext_param", self._process)
     self.patches.wrap(utils, "save_model_files", self._save)
 
-  def _load(self, original: Callable[..., Any], config: Any) -> Any:
+  def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
     ours = getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block
     _replace_tokenizers(ours)
     if not ours:
-      return original(config)
+      return original(config, *rest, **kwargs)
     if config.lora.lora_restore_path:
       raise CheckpointError(
         f"lora.lora_restore_path={config.lora.lora_restore_path}: not a part of LING2's export, which knows no LoRA; "
@@ -94,26 +95,23 @@ class ToHuggingFaceSeam(Seam):
     gc.freeze()
     return _Opened(dict.fromkeys(exporter.keys(), _Pending(exporter)))
 
-  def _extract(self, original: Callable[..., Any], checkpoint_dict: Any) -> Any:
-    return dict(checkpoint_dict) if isinstance(checkpoint_dict, _Opened) else original(checkpoint_dict)
+  def _extract(self, original: Callable[..., Any], checkpoint_dict: Any, *rest: Any, **kwargs: Any) -> Any:
+    if isinstance(checkpoint_dict, _Opened):
+      return dict(checkpoint_dict)
+    return original(checkpoint_dict, *rest, **kwargs)
 
-  def _process(self, original: Callable[..., Any], key: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return [(key, weight)] if isinstance(weight, _Pending) else original(key, weight, *args, **kwargs)
+  def _process(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not any(isinstance(value, _Pending) for value in (*args, *kwargs.values())):
+      return original(*args, **kwargs)
+    call = bound(original, args, kwargs).arguments
+    return [(call["maxtext_param_key"], call["maxtext_param_weight"])]
 
-  def _save(
-    self,
-    original: Callable[..., Any],
-    weight_arrays: dict[str, Any],
-    config: Any,
-    tokenizer: Any,
-    processor: Any,
-    output_dir: str,
-    *args: Any,
-    **kwargs: Any,
-  ) -> Any:
+  def _save(self, original: Callable[..., Any], weight_arrays: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     first = next(iter(weight_arrays.values()), None)
     if not isinstance(first, _Pending):
-      return original(weight_arrays, config, tokenizer, processor, output_dir, *args, **kwargs)
+      return original(weight_arrays, *args, **kwargs)
+    call = bound(original, (weight_arrays, *args), kwargs).arguments
+    output_dir, tokenizer = call["output_dir"], call["tokenizer"]
     gc.unfreeze()
     if "://" in output_dir:
       raise CheckpointError(

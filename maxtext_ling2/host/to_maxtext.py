@@ -14,6 +14,7 @@ from typing import Any
 
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 _HANDLERS = "orbax.checkpoint.type_handlers"
@@ -125,20 +126,13 @@ class ToMaxTextSeam(Seam):
     self.check(request, config, _target(output, config.checkpoint_storage_use_ocdbt, config.checkpoint_storage_use_zarr3))
     return request
 
-  def _save(
-    self,
-    original: Callable[..., Any],
-    maxtext_model_path: str,
-    jax_weights: Any,
-    device_count: int,
-    use_ocdbt: bool,
-    use_zarr3: bool,
-    config: Any = None,
-  ) -> Any:
-    request, self.request = self.request, None
+  def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call = bound(original, args, kwargs).arguments
+    config, request, self.request = call.get("config"), self.request, None
     if config is None or not self._is_ours(config) or request is None:
-      return original(maxtext_model_path, jax_weights, device_count, use_ocdbt, use_zarr3, config=config)
-    return self.convert(request, config, _target(maxtext_model_path, use_ocdbt, use_zarr3))
+      return original(*args, **kwargs)
+    target = _target(call["maxtext_model_path"], call["use_ocdbt"], call["use_zarr3"])
+    return self.convert(request, config, target)
 
 
 def _target(output: str, ocdbt: bool, zarr3: bool) -> Target:

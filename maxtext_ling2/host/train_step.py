@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
@@ -46,26 +47,19 @@ class TrainStepSeam(Seam):
   def apply(self) -> None:
     from maxtext.utils import maxtext_utils
 
-    for name, wrapper in (
-      ("get_functional_train_with_signature", self.train),
-      ("get_functional_eval_with_signature", self.evaluate),
+    for name, step, wrapper in (
+      ("get_functional_train_with_signature", "train_step", self.train),
+      ("get_functional_eval_with_signature", "eval_step", self.evaluate),
     ):
-      self.patches.wrap(maxtext_utils, name, self._hand_over(wrapper))
+      self.patches.wrap(maxtext_utils, name, self._hand_over(step, wrapper))
 
-  def _hand_over(self, wrapper: StepWrapper | None) -> Callable[..., Any]:
-    def hand_over(
-      original: Callable[..., Any],
-      step: Any,
-      data_sharding: Any,
-      shardings: Any,
-      model: Any,
-      config: Any,
-      *rest: Any,
-      **kwargs: Any,
-    ) -> Any:
+  def _hand_over(self, step: str, wrapper: StepWrapper | None) -> Callable[..., Any]:
+    def hand_over(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+      call = bound(original, args, kwargs)
+      config = call.arguments["config"]
       block = getattr(config.decoder_block, "value", config.decoder_block)
       if wrapper is not None and block == self.decoder_block:
-        step = wrapper(step, config)
-      return original(step, data_sharding, shardings, model, config, *rest, **kwargs)
+        call.arguments[step] = wrapper(call.arguments[step], config)
+      return original(*call.args, **call.kwargs)
 
     return hand_over

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 MARK = "stored_with_weights"
@@ -105,11 +106,11 @@ def _marked(variable: Any) -> bool:
   return get_metadata is not None and bool(get_metadata().get(MARK))
 
 
-def _split(original: Callable[..., Any], state: Any) -> Any:
+def _split(original: Callable[..., Any], state: Any, *rest: Any, **kwargs: Any) -> Any:
   """MaxText's (weights and optimizer, others, not stored), with marked variables among the weights."""
   from flax import nnx
 
-  stored, others, ephemeral = original(state)
+  stored, others, ephemeral = original(state, *rest, **kwargs)
   flat = nnx.to_flat_state(others)
   moved = [(path, variable) for path, variable in flat if _marked(variable)]
   if not moved:
@@ -118,19 +119,22 @@ def _split(original: Callable[..., Any], state: Any) -> Any:
   return nnx.merge_state(stored, nnx.from_flat_state(moved)), kept, ephemeral
 
 
-def _load_params(original: Callable[..., Any], path: str, abstract: Any, *rest: Any, **kwargs: Any) -> Any:
+def _load_params(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   """MaxText's weights-only load, without the marked variables that the checkpoint does not have."""
   from flax import nnx
 
+  call = bound(original, args, kwargs)
+  path, abstract = (call.arguments[name] for name in ("load_parameters_from_path", "abstract_unboxed_params"))
   if not isinstance(abstract, nnx.State):
-    return original(path, abstract, *rest, **kwargs)
+    return original(*args, **kwargs)
   flat = nnx.to_flat_state(abstract)
   marked = {tuple(key) for key, variable in flat if _marked(variable)}
   absent = marked - _stored(path) if marked else set()
   if absent:
     _say_initialised(path, absent)
-    abstract = nnx.from_flat_state([(key, variable) for key, variable in flat if tuple(key) not in absent])
-  return original(path, abstract, *rest, **kwargs)
+    kept = nnx.from_flat_state([(key, variable) for key, variable in flat if tuple(key) not in absent])
+    call.arguments["abstract_unboxed_params"] = kept
+  return original(*call.args, **call.kwargs)
 
 
 def _stored(path: str) -> set[tuple[Any, ...]]:

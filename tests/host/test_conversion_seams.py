@@ -35,7 +35,7 @@ def test_ling2_without_a_command_is_saved_by_maxtext():
   seam = ToMaxTextSeam("ling2", refuse, refuse)
   seen = []
   seam._save(lambda *arguments, **more: seen.append(arguments), "out", {}, 1, True, True, config("ling2"))
-  assert seen == [("out", {}, 1, True, True)]
+  assert seen[0][:5] == ("out", {}, 1, True, True)
 
 
 def test_other_models_are_exported_by_maxtext():
