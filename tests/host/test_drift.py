@@ -1,0 +1,423 @@
+"""MaxText moves on: whatever a seam needs is removed, renamed, moved or takes other parameters, one thing at a time.
+
+A stock model must then train as if the plugin were not there, with one warning at most, and LING2 must be refused by an
+error that names the seam, what it expected, what it found and the way out.
+
+The first half does it to the imported MaxText, for every expectation. The second, which is slow, trains: with copies of
+MaxText's source in which all is consistent (drift_source.py), by MaxText's own commands (drift_runs.py).
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.machinery
+import inspect
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import drift_runs
+import drift_source
+import pytest
+
+from maxtext_ling2 import plugin
+from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.host import patches
+from maxtext_ling2.host.contract import CommandExpectation, resolve
+from maxtext_ling2.host.registry import WAY_OUT, State
+from test_docs import script
+
+pytestmark = pytest.mark.drift
+REGISTRY = plugin.REGISTRY
+SEAMS = {seam.name: seam for seam in REGISTRY.seams}
+NEW = drift_source.NEW
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One thing that is otherwise."""
+
+  kind: str
+  seam: str
+  module: str
+  path: str
+  parameter: str | None = None
+  command: bool = False
+
+  @property
+  def id(self):
+    return f"{self.kind}-{self.seam.replace(' ', '_')}-{self.path or self.module.rpartition('.')[2]}"
+
+
+def cases(kind):
+  """The expectations of all seams to which this can happen."""
+  for seam in SEAMS.values():
+    for expectation in seam.expectations:
+      module, _, path = expectation.target.partition(":")
+      parameter = expectation.parameters[-1] if expectation.parameters else None
+      if kind != "resigned" or parameter:
+        yield Case(kind, seam.name, module, path, parameter, isinstance(expectation, CommandExpectation))
+
+
+def first(found):
+  """One case for each seam."""
+  return list({case.seam: case for case in reversed(list(found))}.values())[::-1]
+
+
+def parametrize(found, slow=()):
+  """The cases by their names; those in `slow` are left out by `make test`."""
+  mark = lambda case: [pytest.mark.slow] if case in slow else []  # noqa: E731
+  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=mark(case)) for case in found])
+
+
+# In the imported MaxText
+
+
+@contextlib.contextmanager
+def changed(case):
+  """MaxText with this one thing otherwise."""
+  with contextlib.ExitStack() as undo:
+    if case.command:
+      _change_command(case, undo)
+    elif case.kind == "resigned":
+      _resign(resolve(f"{case.module}:{case.path}"), case.parameter, undo)
+    else:
+      _take_away(case, undo)
+    yield
+
+
+def _take_away(case, undo):
+  """Deletes an attribute. Renamed, it is there under a new name, by which the functions of its module now know it."""
+  *path, name = case.path.split(".")
+  owner = importlib.import_module(case.module)
+  for part in path:
+    owner = getattr(owner, part)
+  if isinstance(owner, type):  # it may be inherited
+    owner = next(base for base in owner.__mro__ if name in vars(base))
+  value = inspect.getattr_static(owner, name)
+  delattr(owner, name)
+  undo.callback(setattr, owner, name, value)
+  if case.kind == "renamed":
+    setattr(owner, name + NEW, value)
+    undo.callback(delattr, owner, name + NEW)
+    for function in _functions(importlib.import_module(case.module)):
+      code = function.__code__
+      if name in code.co_names:
+        undo.callback(setattr, function, "__code__", code)
+        function.__code__ = code.replace(co_names=tuple(known + NEW * (known == name) for known in code.co_names))
+
+
+def _functions(module):
+  """The functions of a module and of its classes."""
+  for value in vars(module).values():
+    if getattr(value, "__module__", None) == module.__name__:
+      members = vars(value).values() if isinstance(value, type) else [value]
+      yield from (member for member in members if inspect.isfunction(member))
+
+
+def _resign(value, parameter, undo):
+  """Shows another name of a parameter."""
+  value = getattr(value, "__func__", value)
+  signature = inspect.signature(value)
+  names = [entry.replace(name=name + NEW * (name == parameter)) for name, entry in signature.parameters.items()]
+  value.__signature__ = signature.replace(parameters=names)
+  undo.callback(delattr, value, "__signature__")
+
+
+def _change_command(case, undo):
+  """Lets the module's source, which is all that a contract reads of it, be another file."""
+  text = importlib.util.find_spec(case.module).loader.get_source(case.module)
+  head, _, tail = text.partition(f"\ndef {case.path}(")
+  if case.kind == "resigned":
+    tail = tail.replace(case.parameter, case.parameter + NEW)
+  text = head if case.kind == "removed" else f"{head}\ndef {case.path}{NEW * (case.kind == 'renamed')}({tail}"
+  file = Path(undo.enter_context(tempfile.TemporaryDirectory())) / "command.py"
+  file.write_text(text)
+  before = sys.modules.get(case.module)
+  module = types.ModuleType(case.module)
+  module.__spec__ = importlib.machinery.ModuleSpec(case.module, None, origin=str(file))
+  sys.modules[case.module] = module
+  undo.callback(lambda: sys.modules.pop(case.module) if before is None else sys.modules.update({case.module: before}))
+
+
+def noting(method, seen):
+  """A method of Patches that also notes what it is called with."""
+
+  def noted(self, owner, name, value):
+    seen.append((owner, name, value))
+    return method(self, owner, name, value)
+
+  return noted
+
+
+class Stock:
+  """MaxText as it is without the plugin, and all that the plugin replaces in it."""
+
+  def __init__(self):
+    from maxtext.common.common_types import DecoderBlockType
+    from maxtext.configs import pyconfig
+    from maxtext.configs import types as config_types
+
+    self.base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
+    self.places, self.entries = self._replaced()
+    self.enum = DecoderBlockType
+    self.configs = [value for value in vars(config_types).values() if hasattr(value, "model_fields")]
+    assert len(self.places) > 20 and len(self.entries) > 15 and len(self.configs) > 60
+
+  def _replaced(self):
+    """What the seams replace, noted while they do it."""
+    places, entries = [], []
+    self.wraps = []
+    with pytest.MonkeyPatch.context() as patch:
+      for method, seen in (("attribute", places), ("entry", entries), ("wrap", self.wraps)):
+        patch.setattr(patches.Patches, method, noting(getattr(patches.Patches, method), seen))
+      REGISTRY.install()
+      REGISTRY.complete()
+    assert REGISTRY.usable and REGISTRY.undo() == []
+    return [place[:2] for place in places], [entry[:2] for entry in entries]
+
+  def objects(self):
+    """Every object that the plugin replaces, by its place, and of what it extends the parts."""
+    guarded = ("initialize", "initialize_pydantic")  # the guard stays
+    places = [place for place in self.places if place[1] not in guarded]
+    found = {(id(owner), name): inspect.getattr_static(owner, name, None) for owner, name in places}
+    found |= {(id(mapping), key): mapping.get(key) for mapping, key in self.entries}
+    found |= {("decoder block", name): member for name, member in self.enum.__members__.items()}
+    for cls in self.configs:
+      found |= {(cls, name): field for name, field in cls.model_fields.items()}
+      validators = cls.__pydantic_decorators__.model_validators
+      found |= {(cls, "validator", name): value.func for name, value in validators.items()}
+    return found
+
+  def config(self, model):
+    from maxtext.configs import pyconfig
+
+    initialize = getattr(pyconfig, "initialize", pyconfig.initialize_pydantic)
+    return initialize(["", self.base], model_name=model, **drift_runs.SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def untouched():
+  REGISTRY.complete()
+  assert REGISTRY.usable and REGISTRY.undo() == []
+  yield Stock()
+  REGISTRY.install()
+  REGISTRY.complete()
+  assert REGISTRY.usable
+  assert {seam.state for seam in REGISTRY.seams} == {State.APPLIED}
+
+
+@pytest.fixture
+def stock(untouched):
+  yield untouched
+  REGISTRY.undo()
+
+
+def refused(text, case):
+  """Whether an error or a warning names seam, expected, found and the way out."""
+  target = f"{case.module}:{case.path}"
+  owners = [name for name, seam in SEAMS.items() if target in [wanted.target for wanted in seam.expectations]]
+  assert any(f"seam '{name}': expected {target}" in text for name in owners), text
+  assert "; found " in text and WAY_OUT in text
+  if case.kind == "resigned":
+    assert f"{case.parameter}{NEW}" in text.split("; found ")[1]
+  elif case.path.endswith("__init__"):  # the base class has one
+    assert f"; found {case.module}:{case.path} taking (" in text
+  else:
+    assert "; found nothing of that name" in text
+  return True
+
+
+KINDS = ("removed", "renamed", "resigned")
+ALL = [case for kind in KINDS for case in cases(kind)]
+FIRST = [case for kind in KINDS for case in first(cases(kind))]
+
+
+@parametrize(ALL, slow=set(ALL) - set(FIRST))
+def test_changed_at_run_time(stock, case, caplog):
+  with changed(case):
+    before = stock.objects()
+    REGISTRY.install()
+    REGISTRY.complete()
+    (record,) = caplog.records
+    assert record.name == "maxtext_ling2" and record.levelname == "WARNING" and refused(record.getMessage(), case)
+    after = stock.objects()
+    assert [key for key in before.keys() | after.keys() if before.get(key) is not after.get(key)] == []
+    with pytest.raises(Ling2Error) as error:
+      stock.config("ling2-tiny")
+    assert refused(str(error.value), case)
+    # Who removes something does not call it either, which this MaxText would; and a config takes a second.
+    if case.kind == "renamed" and case in FIRST:
+      assert stock.config("llama2-7b").base_emb_dim == 32
+  assert REGISTRY.undo() == [] and REGISTRY.usable
+  assert [record.name for record in caplog.records].count("maxtext_ling2") == 1
+
+
+STYLES = ("by keyword", "one inserted", "one appended")
+CONFIG = types.SimpleNamespace(decoder_block="llama2", load_parameters_path="")
+GIVEN = {
+  "config": CONFIG, "metrics": {}, "raw_keys": {}, "argv": ["", "base.yml"], "weight_arrays": {},
+  "self": types.SimpleNamespace(),
+}  # fmt: skip
+"""Arguments that a wrapper looks at; any other is just its name."""
+
+
+def answers():
+  """What a wrapper looks at of what MaxText returns."""
+  from flax import nnx
+
+  return {
+    "_resolve_or_infer_config": ("base.yml", []),
+    "_load_config": {},
+    "split_for_checkpoint": (nnx.State({}),) * 3,
+    "load_state_if_possible": ({}, None),
+    "initialize": CONFIG,
+  }
+
+
+def call_in(style, signature):
+  """A signature and the arguments of a call, with all by keyword, or one more after the first or the last."""
+  listed = [
+    entry for entry in signature.parameters.values() if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)
+  ]
+  own = [entry for entry in listed if entry.name == "self"]
+  listed = [entry for entry in listed if entry.name != "self"]
+  one_more = inspect.Parameter("one_more", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  if style == "one inserted":
+    listed = [entry.replace(default=entry.empty) for entry in (*listed[:1], one_more, *listed[1:])]
+  elif style == "one appended":
+    listed.append(one_more.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+  positional = [] if style == "by keyword" else [entry for entry in listed if entry.kind is not entry.KEYWORD_ONLY]
+  args = [GIVEN.get(entry.name, entry.name) for entry in (*own, *positional)]
+  kwargs = {entry.name: GIVEN.get(entry.name, entry.name) for entry in listed if entry not in positional}
+  return signature.replace(parameters=[*own, *listed]), args, kwargs
+
+
+def _signature(value):
+  """The signature of a function or, without `self`, of what makes an object of a class, whose metaclass hides it."""
+  if not isinstance(value, type):
+    return inspect.signature(inspect.unwrap(value))
+  signature = inspect.signature(value.__init__)
+  return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_stock_model_may_be_called_in_other_ways(stock, style):
+  """Contracts let other parameters stand between and after; whatever MaxText passes must arrive, however it does."""
+  for owner, name, wrapper in stock.wraps:
+    signature, args, kwargs = call_in(style, _signature(getattr(owner, name)))
+    seen = []
+
+    def original(*args, _seen=seen, _name=name, **kwargs):
+      _seen.append((args, kwargs))
+      return answers().get(_name)
+
+    original.__signature__ = signature
+    wrapper(original, *args, **kwargs)
+    ((given, named),) = seen
+    assert signature.bind(*given, **named) == signature.bind(*args, **kwargs), name
+  assert len(stock.wraps) >= 20
+
+
+# In copies of MaxText's source
+
+BREAKS_STOCK = {}
+"""Case -> why the copy itself does not work, so that another expectation of the seam stands for it."""
+
+COMMANDS = {
+  "result tokens": "maxtext.inference.decode_multi",
+  "Hugging Face tables": "maxtext.checkpoint_conversion.to_maxtext",
+  "to_maxtext": "maxtext.checkpoint_conversion.to_maxtext",
+  "to_huggingface": "maxtext.checkpoint_conversion.to_huggingface",
+}
+"""Who needs the seams that training does not."""
+
+
+def each_module():
+  """The modules after whose import seams are applied, with the first of these."""
+  seams = {seam.module: seam for seam in reversed(REGISTRY.seams)}
+  return [Case("moved", seam.name, module, "") for module, seam in reversed(seams.items())]
+
+
+def one_each(kind):
+  """For each seam the first of its expectations to which this can happen in MaxText."""
+  return first(case for case in cases(kind) if case.module.startswith("maxtext.") and case.id not in BREAKS_STOCK)
+
+
+SLOW = [*one_each("renamed"), *one_each("resigned"), *each_module()]
+
+
+def copy(sources, case, folder):
+  """A copy of MaxText with this one thing otherwise."""
+  if case.kind == "renamed":
+    changes = drift_source.renamed(sources, case.module, case.path.partition(".")[0])
+  elif case.kind == "resigned":
+    changes = drift_source.resigned(sources, case.module, case.path, case.parameter)
+  else:
+    changes = drift_source.moved(sources, case.module)
+  assert changes
+  drift_source.plant(folder, sources, changes)
+  return folder
+
+
+class World:
+  """Copies of MaxText and runs on them, with the losses of the installed one without the plugin."""
+
+  def __init__(self, folder):
+    self.folder, self.sources = folder, drift_source.Sources()
+    arguments = drift_runs.words("llama2-7b", folder / "alone", self.sources.folder)
+    alone = drift_runs.run_alone(folder / "alone", drift_runs.TRAIN, arguments, MAXTEXT_LING2_DISABLE="1")
+    assert (alone.code, alone.warnings) == (0, []), alone.text[-3000:]
+    self.losses = drift_runs.losses(alone.folder)
+    assert len(self.losses) == drift_runs.STEPS and len(set(self.losses)) == drift_runs.STEPS
+    self.zygote = drift_runs.Zygote(folder, alone.modules)
+
+  def run(self, case, module, model):
+    tree, folder = self.folder / case.id / "maxtext", self.folder / case.id / model
+    arguments = drift_runs.words(model, folder, tree / "maxtext")
+    return self.zygote.run(folder, tree, module, arguments)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  made = World(tmp_path_factory.mktemp("drift"))
+  yield made
+  made.zygote.close()
+
+
+@pytest.mark.slow
+def test_nothing_changed(world):
+  """What the other cases are compared with: the same runs on a copy that is the same."""
+  case = Case("same", "none", "", "none")
+  drift_source.plant(world.folder / case.id / "maxtext", world.sources, {})
+  run = world.run(case, drift_runs.TRAIN, "llama2-7b")
+  assert (run.code, run.warnings) == (0, []), run.text[-3000:]
+  assert drift_runs.losses(run.folder) == world.losses
+
+
+@parametrize(SLOW, slow=SLOW)
+def test_changed_in_the_source(world, case):
+  copy(world.sources, case, world.folder / case.id / "maxtext")
+  run = world.run(case, drift_runs.TRAIN, "llama2-7b")
+  assert run.code == 0, run.text[-3000:]
+  assert drift_runs.losses(run.folder) == world.losses
+  assert len(run.warnings) <= 1
+  assert all(blamed(text, case) for text in run.warnings)
+  run = world.run(case, COMMANDS.get(case.seam, drift_runs.TRAIN), "ling2-tiny")
+  assert run.code != 0 and blamed(run.text, case), run.text[-3000:]
+
+
+def blamed(text, case):
+  """As `refused`; a module that is not there may be missed first by another seam, which expects something of it."""
+  if case.kind != "moved":
+    return refused(text, case)
+  assert "seam '" in text and case.module in text and WAY_OUT in text
+  assert "; found ModuleNotFoundError" in text or "; found the module does not import" in text
+  return True
+
+
+def test_the_page_is_what_the_contracts_say():
+  page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+  assert page.read_text() == script("compatibility").page()
