@@ -64,6 +64,7 @@ class ModelYmlSeam(Seam):
     self.model_names = tuple(model_names)
     self.field_defaults = field_defaults
     self.names = (*self.model_names, decoder_block)
+    self.decoder_block = decoder_block
     self.instead_of_base = instead_of_base
 
   def apply(self) -> None:
@@ -126,15 +127,30 @@ class ModelYmlSeam(Seam):
   def _prepare(self, original: Callable[..., Any], raw_keys: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """The last look at the merged settings before pydantic sees them."""
     self._suggest(raw_keys)
+    self._refuse_another_model(raw_keys)
     return original(raw_keys, *args, **kwargs)
+
+  def _refuse_another_model(self, raw_keys: dict[str, Any]) -> None:
+    """MaxText only warns where it finds no yml for a model, and would train its default model under our name.
+
+    That happens where it reads the name out of something that `requested`, which does not parse ymls, cannot read.
+    """
+    name, block = raw_keys.get("model_name"), raw_keys.get("decoder_block")
+    block = getattr(block, "value", block)
+    if name in self.model_names and block != self.decoder_block:
+      raise ValueError(
+        f"model_name={name}: this run has decoder_block={block}, so its yml was not read, or was overridden; pass "
+        f"model_name={name} on the command line, or in a yml as a line of its own, and no decoder_block"
+      )
 
   def _suggest(self, raw_keys: dict[str, Any]) -> None:
     """Answers a misspelt field of ours, or a misspelt model name, with the right spelling."""
     from maxtext.configs import types
 
-    for key in raw_keys:
+    fields = {*types.MaxTextConfig.model_fields, *types.RLConfig.model_fields}
+    for key in (key for key in raw_keys if key not in fields):
       close = difflib.get_close_matches(key, self.field_defaults, n=1, cutoff=0.8)
-      if close and key not in types.MaxTextConfig.model_fields and key not in types.RLConfig.model_fields:
+      if close:
         raise ValueError(f"{key}={raw_keys[key]}: MaxText has no field of this name; did you mean '{close[0]}'?")
     name, known = raw_keys.get("model_name"), get_args(types.ModelName)
     if isinstance(name, str) and name not in known:

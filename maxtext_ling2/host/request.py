@@ -10,7 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 FIELDS = ("model_name", "decoder_block")
-_SETTING = {field: re.compile(rf"^{field}\s*:\s*(?P<value>[^#\n]+)", re.MULTILINE) for field in (*FIELDS, "base_config")}
+
+
+def _setting(field: str) -> re.Pattern[str]:
+  """A line of a yml that sets a field."""
+  return re.compile(rf"^[\"']?{field}[\"']?\s*:\s*(?P<value>[^#\n]+)", re.MULTILINE)
+
+
+_SETTING = {field: _setting(field) for field in (*FIELDS, "base_config")}
 
 
 def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder: str) -> dict[str, str]:
@@ -23,10 +30,10 @@ def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder
   """
   words = list(argv or ())
   settings = {field: str(kwargs[field]) for field in FIELDS if kwargs.get(field) is not None}
-  for word in words[1:]:
+  for word in reversed(words[1:]):  # of two words for one field, MaxText takes the last
     key, equals, value = word.partition("=")
     if equals and key in FIELDS:
-      settings.setdefault(key, value.strip("'\""))
+      settings.setdefault(key, value.strip().strip("'\""))
   yml = kwargs.get("base_config") or next((word for word in words[1:2] if word.endswith(".yml")), None)
   for text in _chain(yml, configs_folder):
     for field in FIELDS:
@@ -53,7 +60,7 @@ def explicit(field: str, words: Sequence[str], kwargs: dict[str, Any], yml: str,
     return given[-1]
   if f"M_{field.upper()}" in os.environ:
     return os.environ[f"M_{field.upper()}"]
-  setting = re.compile(rf"^{field}\s*:\s*(?P<value>[^#\n]+)", re.MULTILINE)
+  setting = _setting(field)
   for text in _chain(yml, configs_folder, skip=configs_folder):
     match = setting.search(text)
     if match:
