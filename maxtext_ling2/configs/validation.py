@@ -7,6 +7,7 @@ only, so that any object with MaxText's field names will do.
 from collections.abc import Iterator
 from typing import Any
 
+from maxtext_ling2.configs import numbers
 from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
 
 DECODER_BLOCK = "ling2"
@@ -29,9 +30,8 @@ def validate(config: Any) -> None:
   Raises:
     ValueError: all broken rules, one sentence each.
   """
-  rules = (_heads, _layers, _mla, _experts, _dtypes, _signs, _padding, _unsupported) if is_ling2(config) else (_unread,)
-  rules = (*rules, _unread_by_any_pipeline)
-  problems = [problem for rule in rules for problem in rule(config)]
+  rules = _RULES if is_ling2(config) else (_unread,)
+  problems = [problem for rule in (*rules, _unread_by_any_pipeline) for problem in rule(config)]
   if problems:
     raise ValueError("\n".join(problems))
 
@@ -81,8 +81,9 @@ def _heads(c: Any) -> Iterator[str]:
       f"group_norm_size={c.group_norm_size}: it is the number of groups and must divide heads * head_dim = {width}; "
       "choose a divisor, 1 for one RMSNorm over all heads"
     )
-  rotary = int(c.head_dim * c.partial_rotary_factor)
-  if not 0.0 < c.partial_rotary_factor <= 1.0 or rotary < 2 or rotary % 2:
+  possible = 0.0 < c.partial_rotary_factor <= 1.0  # NaN is not
+  rotary = int(c.head_dim * c.partial_rotary_factor) if possible else 0
+  if rotary < 2 or rotary % 2:
     yield (
       f"partial_rotary_factor={c.partial_rotary_factor}: it rotates int(head_dim * factor) = {rotary} of "
       f"head_dim={c.head_dim} dimensions, which must be an even number from 2 to head_dim; 0.5 is LING2's"
@@ -151,6 +152,11 @@ def _experts(c: Any) -> Iterator[str]:
     )
   if c.routed_score_func != "sigmoid":
     yield f"routed_score_func={c.routed_score_func!r}: LING2 routes by sigmoid scores; set routed_score_func=sigmoid"
+  if c.routed_bias_update_rate > 0 and not c.routed_bias:
+    yield (
+      f"routed_bias_update_rate={c.routed_bias_update_rate}: balancing moves the router bias, which routed_bias=false "
+      "leaves out; set routed_bias=true, or the rate to 0"
+    )
   if c.n_routing_groups != -1:
     yield from _groups(c)
 
@@ -184,12 +190,6 @@ def _dtypes(c: Any) -> Iterator[str]:
       f"routed_bias_dtype={c.routed_bias_dtype!r}: not a dtype for a router bias; use one of "
       f"{', '.join(BIAS_DTYPES[1:])}, or '' for weight_dtype"
     )
-
-
-def _signs(c: Any) -> Iterator[str]:
-  for field in ("moe_z_loss_weight", "moe_shared_expert_dim", "routed_bias_update_rate", "mtp_num_layers"):
-    if getattr(c, field) < 0:
-      yield f"{field}={getattr(c, field)}: it must not be negative; 0 turns it off"
 
 
 def _unsupported(c: Any) -> Iterator[str]:
@@ -273,6 +273,8 @@ def _unread_by_any_pipeline(c: Any) -> Iterator[str]:
       f"cuts them, without a BOS; others have their tokenizer's); leave it at {DEFAULTS['bos_id']!r}"
     )
 
+
+_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, _padding, _unsupported)
 
 LING2_ONLY = (
   "moe_z_loss_weight",
