@@ -1,11 +1,13 @@
 """config.json of a BailingMoeV2_5 checkpoint, read as plain JSON, as MaxText settings; other models refused by name."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from maxtext_ling2.checkpoint import hf_rope
+from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.errors import CheckpointError
 
 ARCHITECTURE = "BailingMoeV2_5ForCausalLM"
@@ -68,7 +70,7 @@ def read(folder: Path) -> dict[str, Any]:
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file; pass a Hugging Face folder with config.json and safetensors")
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
   except (ValueError, RecursionError) as error:
     raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
   if not isinstance(config, dict):
@@ -118,6 +120,9 @@ def _head_dim(config: dict[str, Any]) -> int:
 
 def _refusals(config: dict[str, Any]) -> Iterator[str]:
   architectures = config.get("architectures") or []
+  if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+    yield f"architectures={architectures!r}: not a list of names, so config.json is damaged; fetch it again"
+    return
   if ARCHITECTURE not in architectures:
     known = [_OTHER_MODELS[name] for name in architectures if name in _OTHER_MODELS]
     if not architectures and config.get("model_type") == "bailing_hybrid":
@@ -151,7 +156,7 @@ def _mistyped(config: dict[str, Any]) -> Iterator[str]:
     if value is None:
       continue
     if key in _FLOATS:
-      right, what = type(value) in (int, float) and value > 0, "a positive number"
+      right, what = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
     elif key == "use_qk_norm":
       right, what = type(value) is bool, "true or false"
     elif key in _MAY_BE_ZERO:

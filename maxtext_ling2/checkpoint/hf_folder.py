@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint import safetensors_file
+from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.checkpoint.mapping import Entry
 from maxtext_ling2.errors import CheckpointError
 
@@ -103,9 +104,9 @@ def _read_index(folder: Path) -> dict[str, str]:
   if not path.exists():
     return {}
   try:
-    weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
     files = {str(name): str(file) for name, file in weight_map.items()}
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
     raise CheckpointError(f"{path}: not an index with a weight_map ({error!r}); fetch the file again") from error
   for name, file in files.items():
     if Path(file).name != file or not file.endswith(".safetensors"):

@@ -7,6 +7,7 @@ go with it; those of the Hugging Face code are written out as numbers:
   rope_mscale_all_dim: MLA's softmax scale is multiplied by m^2, m = 0.1 * rope_mscale_all_dim * ln(factor) + 1.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ def _yarn_refusals(config: dict[str, Any], scaling: dict[str, Any]) -> Iterator[
   if unknown:
     yield f"rope_scaling.{unknown[0]}={scaling[unknown[0]]!r}: not a parameter of YaRN that LING2 knows; remove it"
   numbers = {key: value for key, value in scaling.items() if key not in ("type", "rope_type", "truncate")}
-  wrong = [key for key, value in numbers.items() if value is not None and type(value) not in (int, float)]
+  wrong = [key for key, value in numbers.items() if value is not None and not _is_number(value)]
   if wrong:
     yield f"rope_scaling.{wrong[0]}={scaling[wrong[0]]!r}: not a number; correct config.json"
     return
@@ -59,6 +60,10 @@ def _yarn_refusals(config: dict[str, Any], scaling: dict[str, Any]) -> Iterator[
       f"rope_scaling.factor={parameters['factor']}: not max_position_embeddings / original_max_position_embeddings = "
       f"{ratio}, and of these two transformers 4 takes the one, transformers 5 the other; make them agree in config.json"
     )
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float) and math.isfinite(value)
 
 
 def _kind(scaling: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.errors import CheckpointError
 
 Array = NDArray[Any]
@@ -96,7 +97,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], int]:
       )
     text = file.read(length)
   try:
-    header = json.loads(text)
+    header = json.loads(text, object_pairs_hook=unique)
     header.pop("__metadata__", None)
     specs = {name: _spec(entry) for name, entry in header.items()}
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
