@@ -34,6 +34,8 @@ def run(arguments: list[str]) -> None:
   module = arguments[0]
   if not _exists(module):
     sys.exit(f"maxtext_ling2 run: there is no module {module!r} on this Python's path; give a name as for `python -m`.")
+  if _is_package(module) and not _exists(f"{module}.__main__"):
+    sys.exit(f"maxtext_ling2 run: {module!r} is a package without a __main__; give the name of one of its modules.")
   import runpy
 
   sys.argv = [module, *arguments[1:]]  # alter_sys then puts the module's file in the first place, as -m does
@@ -44,12 +46,21 @@ def _exists(module: str) -> bool:
   """Whether Python finds the module; an import that fails inside one of its parent packages is passed on as it is."""
   import importlib.util
 
+  if module.startswith("."):  # relative, but to nothing
+    return False
   try:
     return importlib.util.find_spec(module) is not None
   except ModuleNotFoundError as error:
     if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
       return False
     raise
+
+
+def _is_package(module: str) -> bool:
+  import importlib.util
+
+  spec = importlib.util.find_spec(module)
+  return spec is not None and spec.submodule_search_locations is not None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from maxtext_ling2.errors import describe
+
 app = typer.Typer(help="LING2 for stock MaxText.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
@@ -62,6 +64,7 @@ def verify(
   console = Console(soft_wrap=True, highlight=False)
   settings: dict[str, Any] = {"gla_decay_layer_offset": decay_offset, "scan_layers": scan}
   settings |= {"remat_policy": remat} if remat is not None else {}
+  _refuse_what_verify_would_ignore(reference, orbax, via_orbax, {"--grads": grads, "--rows": rows, "--decode": decode})
   try:
     cut = VerifyMesh.read(mesh)
     cut.force_devices()
@@ -77,7 +80,23 @@ def verify(
       )
   except (ValueError, KeyError, OSError) as error:
     _fail(error)
+  except AssertionError as error:  # MaxText's way to say that it does not know a remat_policy
+    _fail(ValueError(f"--remat {remat}: {error}; use one of MaxText's, such as full or minimal") if remat else error)
   raise typer.Exit(0 if passed else 1)
+
+
+def _refuse_what_verify_would_ignore(
+  reference: Path | None, orbax: Path | None, via_orbax: bool, options: dict[str, Any]
+) -> None:
+  """Raises BadParameter for options that contradict each other, or that have nothing to work on."""
+  if orbax is not None and via_orbax:
+    raise typer.BadParameter(f"--orbax {orbax} names a checkpoint and --via-orbax makes one; leave one of them out")
+  if orbax is not None or via_orbax:
+    for option, value in options.items():
+      if value is not None:
+        raise typer.BadParameter(f"{option} {value} goes with --reference alone; leave out --orbax and --via-orbax")
+  elif reference is not None and options["--rows"] is not None and options["--grads"] is None:
+    raise typer.BadParameter(f"--rows {options['--rows']} is about gradients; pass --grads FILE too, or leave it out")
 
 
 @app.command()
@@ -89,6 +108,7 @@ def config(
   from maxtext_ling2.checkpoint import model_yml
 
   try:
+    _check_output(output, "-o")
     text = model_yml.text(folder)
     if output is None:
       print(text, end="")
@@ -114,7 +134,7 @@ def generate(
   tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
   temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the most likely token.")] = 0.0,
   top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens with this probability.")] = 1.0,
-  seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+  seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling.")] = 0,
 ) -> None:
   """Let a trained model go on with a text; prints it as it comes."""
   from maxtext_ling2 import generate as generation
@@ -125,7 +145,8 @@ def generate(
         checkpoint, prompt, tokens, model_name=model, tokenizer=tokenizer, temperature=temperature, nucleus=top_p,
         seed=seed, words=settings or (),
       )  # fmt: skip
-      for piece in itertools.chain([prompt], pieces):
+      first = next(pieces, "")  # whatever is wrong comes to light here, before the prompt is shown
+      for piece in itertools.chain([prompt, first], pieces):
         print(piece, end="", flush=True, file=sys.__stdout__)
     print()
   except (ValueError, OSError) as error:
@@ -148,7 +169,7 @@ def evaluate(
     with contextlib.redirect_stdout(sys.stderr):
       score = evaluation.evaluate(
         checkpoint,
-        text.read_text(encoding="utf-8"),
+        _read(text),
         model_name=model,
         tokenizer=tokenizer,
         length=length,
@@ -179,6 +200,8 @@ def plan(
   console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
   meshes = [*(mesh or ()), *(command.SEARCHED if search else ())] or [""]
   try:
+    _check_output(json_file, "--json")
+    _check_output(png, "--png", (".png", ".pdf", ".svg"))
     fits = command.run(console, model, topology, meshes, settings or (), json_file, png, not no_cache)
   except (ValueError, OSError) as error:
     _fail(error)
@@ -204,8 +227,27 @@ def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As f
   run_module([module, *context.args])
 
 
+def _read(path: Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: not a text in UTF-8 ({error}); convert it, or name another file") from error
+
+
+def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()) -> None:
+  """Raises ValueError if a file could not be written when all the work for it is done."""
+  if path is None:
+    return
+  if path.is_dir() or not path.parent.is_dir():
+    why = "is a folder" if path.is_dir() else f"has no folder {path.parent} to be in"
+    raise ValueError(f"{option} {path}: it {why}; name a file in a folder that exists")
+  if suffixes and path.suffix not in suffixes:
+    raise ValueError(f"{option} {path}: no name of a picture; let it end in {' or '.join(suffixes)}")
+
+
 def _fail(error: Exception) -> NoReturn:
   """Prints an error as one text for people and exits with 1."""
   text: Any = error.args[0] if isinstance(error, KeyError) and error.args else error
+  text = describe(error) if isinstance(error, OSError) else text
   Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/] {escape(str(text))}")
   raise typer.Exit(1)

@@ -11,5 +11,12 @@ class Ling2Error(RuntimeError):
   fatal = True
 
 
+def describe(error: OSError) -> str:
+  """An error of the operating system as a sentence: which path, what is wrong with it, what to do."""
+  if error.filename is None:
+    return str(error)
+  return f"{error.filename}: {error.strerror}; name a path that is there and may be read or written"
+
+
 class CheckpointError(Ling2Error, ValueError):
   """A checkpoint, a file of one, or the place for a new one is not what it must be; the text says what to do."""

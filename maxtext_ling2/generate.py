@@ -1,5 +1,6 @@
 """Text from a trained model, token by token, through MaxText's engine."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ def generate(
     ValueError: see `saved_model.open_model`.
   """
   if count < 1:
-    raise SavedModelError(f"--tokens {count}: at least one token can be generated")
-  if temperature < 0.0 or not 0.0 < nucleus <= 1.0:
+    raise SavedModelError(f"--tokens {count}: nothing to generate; pass at least 1")
+  if not 0.0 <= temperature < math.inf or not 0.0 < nucleus <= 1.0:  # NaN is neither
     raise SavedModelError(
-      f"--temperature {temperature} --top-p {nucleus}: temperature >= 0 and 0 < top-p <= 1 are needed"
+      f"--temperature {temperature} --top-p {nucleus}: a finite temperature >= 0 and 0 < top-p <= 1 are needed"
     )
   sampling = {"decode_sampling_strategy": "greedy"} if temperature == 0.0 else _sampling(temperature, nucleus)
   longest = _padded(len(prompt.encode()))  # a token is at least a byte

@@ -52,13 +52,18 @@ def open_model(
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
   settings = {**_platform(), **sizes, **_parsed(words)}
-  if (checkpoint / "config.json").is_file():
-    if model_name is not None:
-      raise SavedModelError(f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is")
+  items = None if (checkpoint / "config.json").is_file() else _step(checkpoint)
+  model_name = settings.pop("model_name", model_name)
+  if items is None and model_name is not None:
+    raise SavedModelError(
+      f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is; leave it out"
+    )
+  built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take their time
+  if items is None:
     config, values = _from_hugging_face(checkpoint, settings)
   else:
-    config, values = _from_maxtext(_step(checkpoint), model_name or DEFAULT_MODEL, settings)
-  return SavedModel(config, values, _tokenizer(tokenizer or checkpoint))
+    config, values = _from_maxtext(items, model_name or DEFAULT_MODEL, settings)
+  return SavedModel(config, values, built)
 
 
 def check_vocabulary(model: SavedModel, ids: Any) -> None:
@@ -83,9 +88,12 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
   settings = {}
   for word in words:
     key, equals, value = word.partition("=")
-    if not equals:
-      raise SavedModelError(f"{word!r}: a setting of MaxText is written key=value")
-    settings[key] = yaml.safe_load(value)
+    if not equals or not key:
+      raise SavedModelError(f"{word!r}: no setting of MaxText; write key=value")
+    try:
+      settings[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+      raise SavedModelError(f"{word}: its value does not parse as in a yml ({error}); put quotes around it") from error
   return settings
 
 
@@ -106,13 +114,18 @@ def _from_maxtext(items: Path, model_name: str, settings: Mapping[str, Any]) -> 
   scanned = session.is_scanned(str(items))
   layout = {} if scanned is None else {"scan_layers": scanned}
   config = session.make_config(**{"model_name": model_name, **layout, **settings})
-  return config, session.restore(config, session.make_mesh(config), str(items))
+  try:
+    return config, session.restore(config, session.make_mesh(config), str(items))
+  except (ValueError, KeyError) as error:
+    raise SavedModelError(
+      f"{items}: no weights of --model {model_name} can be read ({error}); pass a step saved whole, and its model"
+    ) from error
 
 
 def _step(checkpoint: Path) -> Path:
   """The `items` of a step's folder, or of the last step's in a run's `checkpoints`."""
   if not checkpoint.is_dir():
-    raise SavedModelError(f"{checkpoint}: there is no such folder")
+    raise SavedModelError(f"{checkpoint}: there is no such folder; pass that of a checkpoint")
   steps = [int(path.name) for path in checkpoint.iterdir() if path.name.isdigit()]
   if steps:
     checkpoint = checkpoint / str(max(steps))
@@ -130,11 +143,15 @@ def _tokenizer(path: Path) -> Any:
   """MaxText's tokenizer for a sentencepiece model or a Hugging Face folder, without BOS and EOS."""
   from maxtext.input_pipeline.tokenizer import build_tokenizer
 
-  if path.is_file():
-    return build_tokenizer(str(path), "sentencepiece", False, False, None)
-  if not any(path.glob("tokenizer*")):
+  kind = "sentencepiece" if path.is_file() else "huggingface"
+  if kind == "huggingface" and not any(path.glob("tokenizer*")):
     raise SavedModelError(
       f"{path}: there is no tokenizer in it; pass --tokenizer with a sentencepiece model or a folder with Hugging Face's "
       "tokenizer files"
     )
-  return build_tokenizer(str(path), "huggingface", False, False, None)
+  try:
+    return build_tokenizer(str(path), kind, False, False, None)
+  except Exception as error:  # each library of tokenizers has errors of its own
+    raise SavedModelError(
+      f"{path}: not a tokenizer that {kind} can read ({error}); pass --tokenizer with another one"
+    ) from error

@@ -1,6 +1,7 @@
 """What `maxtext-ling2 verify` does: read the files, compare, print the verdict."""
 
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from maxtext_ling2.checkpoint import model_yml, safetensors_file, verify, verify_checkpoint
+from maxtext_ling2.checkpoint import hf_config, mapping, model_yml, safetensors_file, verify, verify_checkpoint
 from maxtext_ling2.checkpoint.verify import GradientReport, LogitsReport, Reference
 from maxtext_ling2.checkpoint.verify_checkpoint import TensorReport
 from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
@@ -18,6 +19,9 @@ from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.host import session
 
 Array = NDArray[Any]
+
+_UNSCORED = -100
+_RECORD_AGAIN = "record the reference again"
 
 
 def run(
@@ -42,10 +46,15 @@ def run(
   """
   recorded = _load(reference)
   ids, expected = _tokens(reference, recorded, ids_key), _array(reference, recorded, logits_key)
-  if expected.shape[:2] != ids.shape:
-    raise ValueError(
-      f"{reference}: {logits_key} is {expected.shape}, expected (*{ids.shape}, vocabulary) as {ids_key} has"
-    )
+  vocab_size = hf_config.to_maxtext(hf_config.read(folder))["vocab_size"]
+  ids = _check_ids(reference, ids, ids_key, vocab_size)
+  _check_logits(reference, expected, logits_key, (*ids.shape, vocab_size))
+  gradients = None if grads is None else _load(grads)
+  if grads is not None and gradients is not None:
+    _check_gradients(grads, gradients, verify.make_config(folder, 1, 16, **settings))
+    shape = gradients["input_ids"].shape if "input_ids" in gradients else ids.shape
+    source, arrays = (grads, gradients) if "labels" in gradients else (reference, recorded)
+    labels = _labels(source, arrays, shape, vocab_size)
   if decode is not None:
     if not 0 < decode < ids.shape[1]:
       raise ValueError(f"--decode {decode}: the rows of {reference} have {ids.shape[1]} tokens; read 1 to one less")
@@ -53,15 +62,14 @@ def run(
       raise ValueError("--decode with --mesh: decoding is verified on one device; leave one of them out")
     settings = {**settings, "max_prefill_predict_length": decode}
   model = Reference(folder, ids.shape[0], ids.shape[1], cut=cut, **settings)
-  _check_ids(reference, ids, ids_key, model.config.vocab_size)
   if decode is None:
     report = verify.compare_logits(model.logits(ids), expected)
   else:
     report = verify.compare_logits(verify.decoded_logits(model, ids), expected[:, decode - 1 :])
   _print_logits(console, report)
   passed = report.passed
-  if grads is not None:
-    passed &= _gradients(console, model, ids, recorded, reference, grads, rows)
+  if gradients is not None:
+    passed &= _gradients(console, model, ids, labels, gradients, rows)
   console.print("[green]PASS[/]" if passed else "[red]FAIL[/]")
   return passed
 
@@ -105,6 +113,8 @@ def run_checkpoint(
   else:
     recorded = _load(reference)
     ids, expected = _tokens(reference, recorded, ids_key), _array(reference, recorded, logits_key)
+    ids = _check_ids(reference, ids, ids_key, config.vocab_size)
+    _check_logits(reference, expected, logits_key, (*ids.shape, config.vocab_size))
   restored = Reference(folder, ids.shape[0], ids.shape[1], checkpoint=checkpoint, **settings)
   report = verify.compare_logits(restored.logits(ids), expected)
   _print_logits(console, report)
@@ -138,25 +148,17 @@ def _gradients(
   console: Console,
   model: Reference,
   ids: Array,
-  recorded: Mapping[str, Array],
-  reference: Path,
-  grads: Path,
+  labels: Array,
+  expected: Mapping[str, Array],
   rows: int | None,
 ) -> bool:
-  """Compares gradients; ids and labels come from the gradients' own file where it has them."""
-  expected = dict(_load(grads))
-  source, tokens = (grads, expected) if "labels" in expected else (reference, recorded)
-  labels = _array(source, tokens, "labels").astype(np.int32)
+  """Compares gradients; ids come from the gradients' own file where it has them."""
   ids = expected["input_ids"].astype(np.int32) if "input_ids" in expected else ids
-  if labels.shape != ids.shape:
-    raise ValueError(f"{source}: labels are {labels.shape}, expected {ids.shape} as the token ids")
   expected = {name: value for name, value in expected.items() if name not in ("labels", "input_ids")}
   mtp = [f"model.layers.{model.config.num_decoder_layers + k}." for k in range(model.config.mtp_num_layers)]
   with_mtp = any(name.startswith(tuple(mtp)) and np.any(value) for name, value in expected.items()) if mtp else False
   loss, ours = model.gradients(ids[:rows], labels[:rows], with_mtp)
   reports = list(verify.compare_gradients(ours, expected, model.padding_id))
-  if not reports:
-    raise ValueError(f"{grads}: holds no gradients; arrays under Hugging Face tensor names are expected")
   _print_gradients(console, loss, with_mtp, reports)
   return all(report.passed for report in reports)
 
@@ -180,29 +182,70 @@ def _print_gradients(console: Console, loss: float, with_mtp: bool, reports: lis
 def _load(path: Path) -> Mapping[str, Array]:
   """Reads an npz file without pickles."""
   try:
+    with zipfile.ZipFile(path):  # np.load would take other files for pickles
+      pass
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
   except FileNotFoundError:
-    raise ValueError(f"{path}: no such file") from None
+    raise ValueError(f"{path}: no such file; name the npz that holds the reference") from None
   except Exception as error:
-    raise ValueError(f"{path}: not a readable npz file of plain arrays ({error})") from error
+    raise ValueError(f"{path}: not a readable npz file of plain arrays ({error}); {_RECORD_AGAIN}") from error
 
 
 def _array(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
   if key not in arrays:
-    raise ValueError(f"{path}: has no array '{key}'; it has {', '.join(sorted(arrays)[:12])} ...")
+    raise ValueError(f"{path}: has no array '{key}'; name one that it has: {', '.join(sorted(arrays)[:12])} ...")
   return arrays[key]
 
 
 def _tokens(path: Path, arrays: Mapping[str, Array], key: str) -> Array:
   ids = _array(path, arrays, key)
   if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-    raise ValueError(f"{path}: {key} is {ids.dtype} {ids.shape}, expected integer token ids [rows, tokens]")
-  return ids.astype(np.int32)
+    raise ValueError(
+      f"{path}: {key} is {ids.dtype} {ids.shape}, expected integer token ids [rows, tokens]; {_RECORD_AGAIN}"
+    )
+  if not ids.size:
+    raise ValueError(f"{path}: {key} is {ids.shape} and holds no tokens; {_RECORD_AGAIN}")
+  return ids
 
 
-def _check_ids(path: Path, ids: Array, key: str, vocab_size: int) -> None:
+def _check_ids(path: Path, ids: Array, key: str, vocab_size: int) -> Array:
   if ids.min() < 0 or ids.max() >= vocab_size:
     raise ValueError(
-      f"{path}: {key} holds ids from {ids.min()} to {ids.max()}, but the model's vocabulary has {vocab_size}"
+      f"{path}: {key} holds ids from {ids.min()} to {ids.max()}, but the model's vocabulary has {vocab_size}; take the "
+      "reference of this model"
     )
+  return ids.astype(np.int32)  # not sooner, so that no id of 64 bits passes for another one
+
+
+def _check_logits(path: Path, logits: Array, key: str, shape: tuple[int, ...]) -> None:
+  if logits.shape != shape or not np.issubdtype(logits.dtype, np.floating):
+    raise ValueError(
+      f"{path}: {key} is {logits.dtype} {logits.shape}, expected float {shape} as the token ids and the vocabulary "
+      f"have; {_RECORD_AGAIN}"
+    )
+
+
+def _check_gradients(path: Path, arrays: Mapping[str, Array], config: Any) -> None:
+  shapes = {name: entry.hf_shape for entry in mapping.entries(config) for name in entry.names}
+  named = [name for name in arrays if name not in ("labels", "input_ids")]
+  if not named:
+    raise ValueError(f"{path}: holds no gradients; arrays under Hugging Face tensor names are expected")
+  for name in named:
+    if name not in shapes:
+      raise ValueError(f"{path}: the model has no parameter {name}; take the gradients of this model")
+    if arrays[name].shape != shapes[name] or not np.issubdtype(arrays[name].dtype, np.floating):
+      raise ValueError(
+        f"{path}: {name} is {arrays[name].dtype} {arrays[name].shape}, expected float {shapes[name]}; {_RECORD_AGAIN}"
+      )
+  if "input_ids" in arrays:
+    _check_ids(path, _tokens(path, arrays, "input_ids"), "input_ids", config.vocab_size)
+
+
+def _labels(path: Path, arrays: Mapping[str, Array], shape: tuple[int, ...], vocab_size: int) -> Array:
+  labels = _tokens(path, arrays, "labels")
+  if labels.shape != shape:
+    raise ValueError(f"{path}: labels are {labels.shape}, expected {shape} as the token ids; {_RECORD_AGAIN}")
+  scored = labels != _UNSCORED
+  checked = _check_ids(path, np.where(scored, labels, 0), "labels", vocab_size)
+  return np.where(scored, checked, np.int32(_UNSCORED))

@@ -15,6 +15,7 @@ from maxtext_ling2.demo import data, metrics, plot, sample, train
 from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
 from maxtext_ling2.demo.train import Run
+from maxtext_ling2.errors import describe
 
 MODEL = "ling2-tiny"
 STEPS = 100
@@ -46,7 +47,8 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
   try:
     _run(output_directory, STEPS if steps is None else steps, model_name, console)
   except (DemoError, OSError) as error:
-    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(str(error))}")
+    text = describe(error) if isinstance(error, OSError) else str(error)
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(text)}")
     return 1
   except KeyboardInterrupt:
     print("stopped; the trainer has ended, too", file=sys.stderr)

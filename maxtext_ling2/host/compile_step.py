@@ -53,6 +53,8 @@ def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
     OutOfMemoryError: it does not fit.
     PlanConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
   """
+  import yaml
+
   import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
 
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
@@ -76,6 +78,10 @@ def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
       raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
     except (ValueError, AssertionError, NotImplementedError) as error:  # the last: a mesh that its chips cannot form
       raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
+    except (yaml.YAMLError, FileNotFoundError, RecursionError) as error:
+      raise PlanConfigError(
+        f"{yml}: MaxText cannot read it and the ymls that it inherits from ({error}); correct it, base_config first"
+      ) from error
     except Exception as error:
       if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():
         raise OutOfMemoryError(str(error)) from error

@@ -94,12 +94,26 @@ def _model(model: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(
       f"{model}: no such file; pass a model_name such as ling2, or the yml that `maxtext-ling2 config` writes"
     )
+  _check_yml(Path(model))
   return model, {"model_name": CUSTOM_MODEL}
+
+
+def _check_yml(path: Path) -> None:
+  """Raises ValueError if a file holds no settings."""
+  import yaml
+
+  try:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: not a yml ({error}); write it anew with `maxtext-ling2 config`") from error
+  if not isinstance(settings, dict):
+    found = "nothing" if settings is None else f"a {type(settings).__name__}"
+    raise ValueError(f"{path}: holds {found} instead of settings; write it anew with `maxtext-ling2 config`")
 
 
 def _words(words: Sequence[str]) -> dict[str, str]:
   for word in words:
-    if "=" not in word:
+    if "=" not in word or word.startswith("="):
       raise ValueError(f"{word}: not a setting of MaxText; write KEY=VALUE")
   return dict(word.split("=", 1) for word in words)
 

@@ -104,7 +104,10 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, Any])
   chip, devices = chip_of(topology), devices_of(topology)
   if devices is None:
     raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
-  devices *= int(settings.get("compile_topology_num_slices", 1))
+  slices = str(settings.get("compile_topology_num_slices", 1))
+  if not slices.isdecimal() or int(slices) < 1:
+    raise TopologyError(f"compile_topology_num_slices={slices}: not a number of slices; pass at least 1")
+  devices *= int(slices)
   start = time.perf_counter()
   try:
     step = compile_step(yml, {**settings, "compile_topology": topology})
