@@ -7,6 +7,7 @@ goes through: by it a plugin says that going on without it would be worse than s
 
 import _thread
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -173,7 +174,8 @@ def _offers(complaints: list[str]) -> list[_Offer]:
 def _distributions(complaints: list[str]) -> Iterator[Distribution]:
   """All installed distributions, as far as the finders of all packages can list them."""
   try:
-    yield from distributions()
+    # Imports pass over whatever else stands in sys.path; importlib.metadata does not.
+    yield from distributions(path=[entry for entry in sys.path if isinstance(entry, str)])
   except Exception as error:
     complaints.append(
       f"Some MaxText plugins may not be active, because listing the installed distributions failed with {error!r}. "
