@@ -9,6 +9,8 @@ import pytest
 from maxtext_ling2 import discovery
 from sandbox import SITE_FILES, Environment, printing, put_package
 
+pytestmark = pytest.mark.hostile
+
 OWN = "ling2 = maxtext_ling2.plugin:register"
 REGISTERED = "import maxtext; answer = maxtext.registered"
 RECORDS = """

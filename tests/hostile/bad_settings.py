@@ -1,0 +1,299 @@
+"""Bad settings: LING2's rules, MaxText's words, ymls and environment variables, each with words of the error."""
+
+from maxtext_ling2.configs.fields import FIELDS
+
+# What is changed in the good config, and what the message holds besides "field=value" of the first of these fields.
+RULES = [
+  ({"base_num_kv_heads": 8}, "set it to base_num_query_heads=16"),
+  ({"group_norm_size": 3}, "choose a divisor"),
+  ({"group_norm_size": 0}, "choose a divisor"),
+  ({"group_norm_size": -4}, "choose a divisor"),
+  ({"group_norm_size": 4, "base_num_query_heads": 3, "base_num_kv_heads": 3, "head_dim": 2}, "heads * head_dim = 6"),
+  ({"partial_rotary_factor": 0.0}, "0.5 is LING2's"),
+  ({"partial_rotary_factor": 1.5}, "0.5 is LING2's"),
+  ({"partial_rotary_factor": 0.01}, "0.5 is LING2's"),
+  ({"partial_rotary_factor": 0.2}, "even number"),
+  ({"base_num_decoder_layers": 1}, "use at least 2"),
+  ({"inhomogeneous_layer_cycle_interval": 0}, "5 is LING2's"),
+  ({"inhomogeneous_layer_cycle_interval": -5}, "5 is LING2's"),
+  ({"first_num_dense_layers": 21}, "between 0 and base_num_decoder_layers=20"),
+  ({"first_num_dense_layers": -1}, "between 0 and base_num_decoder_layers=20"),
+  ({"gla_decay_layer_offset": 2}, "must be 0 (as trained"),
+  ({"gla_decay_layer_offset": -1}, "must be 0 (as trained"),
+  ({"gla_backend": "triton"}, "gla_backend='triton': use one of auto, pallas, chunked, reference"),
+  ({"gla_backend": ""}, "use one of auto"),
+  ({"attention_type": "global"}, "set attention_type=mla"),
+  ({"kv_lora_rank": 0}, "must be positive"),
+  ({"qk_nope_head_dim": 0}, "must be positive"),
+  ({"qk_rope_head_dim": 0}, "must be positive"),
+  ({"qk_rope_head_dim": 63}, "must be even"),
+  ({"v_head_dim": -128}, "must be positive"),
+  ({"num_experts": 1}, "use at least 2 experts"),
+  ({"num_experts_per_tok": 0}, "at most num_experts=256"),
+  ({"num_experts_per_tok": 257}, "at most num_experts=256"),
+  ({"routed_score_func": "softmax"}, "set routed_score_func=sigmoid"),
+  ({"routed_score_func": ""}, "set routed_score_func=sigmoid"),
+  ({"n_routing_groups": 7}, "choose a divisor, or -1"),
+  ({"n_routing_groups": 0}, "choose a divisor, or -1"),
+  ({"n_routing_groups": -2}, "choose a divisor, or -1"),
+  ({"n_routing_groups": 256}, "use fewer groups, or -1"),
+  ({"topk_routing_group": 9}, "between 1 and n_routing_groups=8"),
+  ({"topk_routing_group": 0}, "between 1 and n_routing_groups=8"),
+  ({"topk_routing_group": 1, "num_experts_per_tok": 40}, "keep more groups"),
+  ({"routed_bias_dtype": "float33"}, "float32, bfloat16, float16, or ''"),
+  ({"moe_z_loss_weight": -0.1}, "0 turns it off"),
+  ({"moe_shared_expert_dim": -1}, "0 turns it off"),
+  ({"routed_bias_update_rate": -0.001}, "0 turns it off"),
+  ({"mtp_num_layers": -1}, "0 turns it off"),
+  ({"ici_pipeline_parallelism": 2}, "use fsdp"),
+  ({"dcn_pipeline_parallelism": 2}, "use fsdp"),
+  ({"shard_mode": "explicit"}, "use shard_mode=auto"),
+  ({"context_parallel_load_balance": True, "ici_context_parallelism": 2}, "set context_parallel_load_balance=false"),
+  ({"context_parallel_load_balance": True, "dcn_context_parallelism": 2}, "of 2 context ranks"),
+  ({"context_parallel_load_balance": True, "ici_context_parallelism": -1}, "set context_parallel_load_balance=false"),
+  ({"ici_autoregressive_parallelism": 2}, "set sparse_matmul=false"),
+  ({"ici_tensor_sequence_parallelism": 2}, "set sparse_matmul=false"),
+  ({"dcn_tensor_sequence_parallelism": -1}, "set sparse_matmul=false"),
+  ({"attention": "paged"}, "to_huggingface"),
+  ({"attention": "vllm_rpa"}, "to_huggingface"),
+  ({"attention": "vllm_batched_rpa"}, "to_huggingface"),
+  ({"mhc_expansion_rate": 4}, "leave it at 1"),
+  ({"engram_layers": [1]}, "leave it at []"),
+  ({"use_batch_split_schedule": True}, "leave it at False"),
+  ({"te_moe_block": True}, "leave it at False"),
+  ({"use_indexer": True}, "leave it at False"),
+  ({"first_num_hash_layers": 1}, "leave it at 0"),
+  ({"fused_qkv": True}, "leave it at False"),
+  ({"moe_expert_input_dim": 64}, "leave it at -1"),
+  ({"mtp_reuse_input_embedding": True}, "leave it at False"),
+  ({"use_tunix_gradient_accumulation": True}, "leave it at False"),
+  ({"pad_id": 7}, "leave it at 0"),
+  ({"pad_id": -1}, "choose one from 0 on"),
+  ({"pad_id": 1 << 20}, "choose one from 0 on"),
+  ({"bos_id": 2}, "leave it at 1"),
+]
+NUMBER, WHOLE, SWITCH, TEXT, FINITE = (
+  "valid number",
+  "valid integer",
+  "valid boolean",
+  "valid string",
+  "be positive and finite",
+)
+
+RULES += [
+  ({"base_emb_dim": 0}, FINITE),
+  ({"base_mlp_dim": -1}, FINITE),
+  ({"base_moe_mlp_dim": 0}, FINITE),
+  ({"head_dim": 0}, FINITE),
+  ({"vocab_size": 0}, FINITE),
+  ({"normalization_layer_epsilon": 0.0}, FINITE),
+  ({"normalization_layer_epsilon": float("nan")}, FINITE),
+  ({"rope_max_timescale": 0}, FINITE),
+  ({"routed_scaling_factor": float("inf")}, FINITE),
+  ({"routed_scaling_factor": -2.5}, FINITE),
+  ({"max_target_length": 0}, FINITE),
+  ({"per_device_batch_size": float("nan")}, FINITE),
+  ({"rope_factor": 0, "rope_type": "yarn"}, FINITE),
+  ({"original_max_position_embeddings": 0, "rope_type": "yarn"}, FINITE),
+  ({"beta_slow": 0, "rope_type": "yarn"}, FINITE),
+  ({"rope_max_timescale": 1, "rope_type": "yarn"}, "use at least 2"),
+  ({"rope_attention_factor": -1.0}, "0 takes MaxText's rule"),
+  ({"rope_attention_factor": float("nan")}, "0 takes MaxText's rule"),
+  ({"rope_mscale_all_dim": float("inf")}, "a negative number takes MaxText's rule"),
+  ({"routed_bias_update_rate": float("nan")}, "0 turns it off"),
+  ({"moe_z_loss_weight": float("inf")}, "0 turns it off"),
+  ({"partial_rotary_factor": float("nan")}, "0.5 is LING2's"),
+  ({"partial_rotary_factor": float("inf")}, "0.5 is LING2's"),
+  ({"routed_bias_update_rate": 0.001, "routed_bias": False}, "set routed_bias=true, or the rate to 0"),
+  ({"base_num_query_heads": 0, "base_num_kv_heads": 0}, "set it to at least 1"),
+  ({"quantize_kvcache": True}, "set it to false"),
+  ({"use_chunked_prefill": True}, "max_prefill_predict_length to the longest prompt"),
+  ({"mla_naive_kvcache": True}, "leave it out or set it to false"),
+]
+
+SETTINGS = {
+  "group_norm_size=many": WHOLE,
+  "group_norm_size=1.5": WHOLE,
+  "group_norm_size=nan": WHOLE,
+  "group_norm_size=[1]": WHOLE,
+  "group_norm_size=": WHOLE,
+  "group_norm_size=1e400": "finite number",
+  "group_norm_size=99999999999999999999999": "choose a divisor",
+  "group_norm_size=3": "choose a divisor",
+  "gla_decay_layer_offset=one": WHOLE,
+  "gla_decay_layer_offset=0.5": WHOLE,
+  "gla_decay_layer_offset=2": "must be 0 (as trained",
+  "gla_backend=Pallas": "use one of auto",
+  "gla_backend=pallas chunked": "use one of auto",
+  "gla_backend=1": TEXT,
+  "gla_backend=none": TEXT,
+  "moe_z_loss_weight=nan": "greater than or equal to 0",
+  "moe_z_loss_weight=-inf": "greater than or equal to 0",
+  "moe_z_loss_weight=inf": "0 turns it off",
+  "moe_z_loss_weight=-1e-09": "greater than or equal to 0",
+  "moe_z_loss_weight=much": NUMBER,
+  "moe_z_loss_weight=[0.1]": NUMBER,
+  "moe_z_loss_weight=none": NUMBER,
+  "moe_shared_expert_dim=wide": WHOLE,
+  "moe_shared_expert_dim=0.5": WHOLE,
+  "moe_shared_expert_dim=-1": "0 turns it off",
+  "routed_bias_dtype=float64": "use one of float32",
+  "routed_bias_dtype=FLOAT32": "use one of float32",
+  "routed_bias_dtype=32": TEXT,
+  "enable_routed_bias_grad=maybe": SWITCH,
+  "enable_routed_bias_grad=2": SWITCH,
+  "routed_bias_zero_mean_update=sometimes": SWITCH,
+  "routed_bias_zero_mean_update=none": SWITCH,
+  "mla_interleaved_rope=half": SWITCH,
+  "use_linear_silu=relu": SWITCH,
+  "calculate_per_token_loss=mean": SWITCH,
+  "reset_attention_mask=7": SWITCH,
+  "eod_mask_loss=x": SWITCH,
+  "mmap_split_sentences=x": SWITCH,
+  "blend_cache_dir=[1]": TEXT,
+  "blend_index_dir=7": TEXT,
+  "rope_mscale_all_dim=x": NUMBER,
+  "rope_mscale_all_dim=nan": "takes MaxText's rule",
+  "rope_attention_factor=big": NUMBER,
+  "rope_attention_factor=-1": "takes MaxText's rule",
+  "pad_id=x": WHOLE,
+  "pad_id=1.5": WHOLE,
+  "pad_id=99999": "choose one from 0 on",
+  "bos_id=x": WHOLE,
+  "bos_id=-1": "leave it at 1",
+  "routed_bias_update_rate=x": NUMBER,
+  "routed_bias_update_rate=nan": "0 turns it off",
+  "routed_bias_update_rate=0.1 routed_bias=false": "or the rate to 0",
+  "mtp_num_layers=x": WHOLE,
+  "mtp_num_layers=-1": "greater than or equal to 0",
+  "mtp_loss_scaling_factor=nan": "greater than or equal to 0",
+  "partial_rotary_factor=inf": "0.5 is LING2's",
+  "partial_rotary_factor=x": NUMBER,
+  "base_num_decoder_layers=0": "use at least 2",
+  "base_num_query_heads=3": "set it to base_num_query_heads=3",
+  "base_emb_dim=0": FINITE,
+  "head_dim=-8": FINITE,
+  "head_dim=7": "even number",
+  "vocab_size=-1": FINITE,
+  "num_experts=7": "choose a divisor",
+  "num_experts_per_tok=1000": "at most num_experts",
+  "topk_routing_group=9": "groups can be kept",
+  "shared_experts=-1": "greater than or equal to 0",
+  "q_lora_rank=-1": "greater than or equal to 0",
+  "routed_score_func=tanh": "set routed_score_func=sigmoid",
+  "decoder_block=ling3": "and no decoder_block",
+  "decoder_block=llama2": "and no decoder_block",
+  "attention_type=chunk": "set attention_type=mla",
+  "attention=paged": "`maxtext-ling2 eval` and `generate`",
+  "quantization=nonsense": "'int8'",
+  "quantize_kvcache=true": "set it to false",
+  "use_chunked_prefill=true": "the longest prompt",
+  "mla_naive_kvcache=true": "set it to false",
+  "decode_sampling_strategy=nonsense": "'greedy'",
+  "ici_pipeline_parallelism=2": "use fsdp",
+  "dcn_pipeline_parallelism=2": "use fsdp",
+  "context_parallel_load_balance=true ici_context_parallelism=2": "set context_parallel_load_balance=false",
+  "ici_autoregressive_parallelism=2": "set sparse_matmul=false",
+  "ici_fsdp_parallelism=x": WHOLE,
+  "shard_mode=explicit": "use shard_mode=auto",
+  "shard_mode=manual": "'auto'",
+  "scan_layers=maybe": SWITCH,
+  "per_device_batch_size=0": FINITE,
+  "max_target_length=-1": FINITE,
+  "gradient_accumulation_steps=0": "greater than 0",
+  "learning_rate=nan": "greater than or equal to 0",
+  "opt_type=nonsense": "'adamw'",
+  "dtype=int8": "'bfloat16'",
+  "steps==3": WHOLE,
+  "--steps=3": "not in",
+  "steps": WHOLE,
+  "novalue": "not in",
+}
+"""Words after `model_name=ling2-tiny override_model_config=true`: the field of the first is at fault."""
+
+AS_READ = {"none": "None", "1e400": "inf"}
+"""What MaxText makes of a value before it is looked at."""
+
+MODELS = {
+  "ling": "'ling2'",
+  "Ling2": "'ling2'",
+  "LING2": "doctor",
+  "ling-2": "'ling2'",
+  "ling2.yml": "'ling2'",
+  "ling2_tiny": "'ling2-tiny'",
+  "ling2.6flash": "'ling2.6-flash'",
+  "ling2.5-1T": "'ling2.5-1t'",
+  "../ling2": "'ling2'",
+  "/etc/passwd": "doctor",
+  "inclusionAI/Ling-2.5": "doctor",
+  "none": "doctor",
+}
+"""Misspelt model names, and what the answer names."""
+
+TYPOS = {field.name[: len(field.name) // 2] + field.name[len(field.name) // 2 + 1 :]: field.name for field in FIELDS}
+"""Our fields with their middle letter left out."""
+
+NAMED = "base_config: base.yml\n{}model_name: ling2-tiny\n"
+
+YMLS = {
+  "base_config: base.yml\nmodel_name: ling22\n": ["model_name=ling22", "'ling2'"],
+  "{base_config: base.yml, model_name: ling2-tiny}": ["model_name=ling2-tiny", "as a line of its own"],
+  "base_config: base.yml\nmodel_name: &a ling2-tiny\nrun_name: *a\n": ["model_name=ling2-tiny", "as a line of its own"],
+  NAMED.format("group_norm_siz: 4\n"): ["group_norm_siz=4", "did you mean 'group_norm_size'"],
+  NAMED.format("moe_z_loss_weight: .nan\n"): ["moe_z_loss_weight", "greater than or equal to 0"],
+  NAMED.format("moe_z_loss_weight: .inf\n"): ["moe_z_loss_weight=inf", "0 turns it off"],
+  NAMED.format("ici_pipeline_parallelism: 2\n"): ["ici_pipeline_parallelism=2", "use fsdp"],
+  NAMED.format("bos_id: [1]\n"): ["bos_id", WHOLE],
+  NAMED.format("steps: 3\nsteps: 4\n"): ["bad.yml", "duplicate key steps", "line 3"],
+  NAMED.format("steps: [1\n"): ["bad.yml", "line 2"],
+  NAMED.format("\tsteps: 3\n"): ["bad.yml", "tab character"],
+  NAMED.format("run_name: !!python/object/apply:os.getcwd []\n"): ["bad.yml", "tag"],
+  NAMED.format("steps: ${nothing}\n"): ["steps", "'nothing' not found"],
+  "base_config: gone.yml\nmodel_name: ling2-tiny\n": ["gone.yml", "No such file"],
+  "base_config: base.yml\nmodel_name: ling2-custom\n": ["attention_type=global", "set attention_type=mla"],
+}
+"""Base ymls called bad.yml, and words of the error."""
+
+VARIABLES = {
+  "M_MODEL_NAME=ling2": "unset it and pass model_name=ling2",
+  "M_MODEL_NAME=llama2-7b": "unset it and pass model_name=ling2-tiny",
+  "M_GROUP_NORM_SIZE=many": "Couldn't parse",
+  "M_GROUP_NORM_SIZE=3": "choose a divisor",
+  "M_MOE_Z_LOSS_WEIGHT=nan": "greater than or equal to 0",
+  "M_MOE_Z_LOSS_WEIGHT=inf": "0 turns it off",
+  "M_GLA_BACKEND=triton": "use one of auto",
+  "M_PAD_ID=-1": "choose one from 0 on",
+  "M_BOS_ID=2": "leave it at 1",
+  "M_USE_LINEAR_SILU=2": "Couldn't parse",
+  "M_STEPS=x": "Couldn't parse",
+  "M_DECODER_BLOCK=llama2": "and no decoder_block",
+  "M_ICI_PIPELINE_PARALLELISM=2": "use fsdp",
+  "M_SHARD_MODE=explicit": "use shard_mode=auto",
+  "M_ATTENTION=paged": "`maxtext-ling2 eval` and `generate`",
+  "M_QUANTIZE_KVCACHE=true": "set it to false",
+  "M_MLA_NAIVE_KVCACHE=true": "set it to false",
+}
+"""Environment variables beside `model_name=ling2-tiny override_model_config=true`."""
+
+SLIM = """
+steps: 10
+decoder_block: llama2
+ici_pipeline_parallelism: 1
+shard_mode: auto
+attention: autoselected
+quantize_kvcache: false
+mla_naive_kvcache: false
+"""
+"""A base yml with only what `VARIABLES` changes: merging the 800 keys of MaxText's takes most of the time of a case."""
+
+
+def split(text):
+  """The words of a row of `SETTINGS`; a blank belongs to a value unless a field follows it."""
+  first, *rest = text.split(" ")
+  found = [first]
+  for word in rest:
+    if "=" in word:
+      found.append(word)
+    else:
+      found[-1] += f" {word}"
+  return found
