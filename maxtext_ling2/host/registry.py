@@ -126,6 +126,8 @@ class Registry:
 
   def _apply(self, seam: Seam) -> None:
     breaches = seam.breaches()
+    if not self.usable:  # it imported the module of another seam, which did not fit
+      return
     if breaches:
       self._fail(seam, breaches)
       return

@@ -19,6 +19,7 @@ from maxtext_ling2.host.registry import Seam
 
 _HANDLERS = "orbax.checkpoint.type_handlers"
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
+_TABLES = "maxtext.checkpoint_conversion.utils.param_mapping"
 _COMMAND = "maxtext.checkpoint_conversion.to_maxtext"
 _ARGUMENTS = ("lazy_load_tensors", "hf_model_path", "save_dtype")
 
@@ -70,6 +71,8 @@ class ToMaxTextSeam(Seam):
     ),
     Expectation("maxtext.configs.pyconfig:initialize", parameters=("argv",)),
     CommandExpectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
+    # The command looks a model up in the tables before it configures it: without ours it would not come to the guard.
+    Expectation(f"{_TABLES}:PARAM_MAPPING", holds=lambda value: isinstance(value, dict), meaning="a dict"),
     # What the streaming writer (checkpoint/orbax_store.py) overrides; a private method, so that its change must be told.
     Expectation(f"{_HANDLERS}:NumpyHandler._open_and_write", parameters=("value", "tspec", "ts_context")),
   )

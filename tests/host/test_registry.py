@@ -1,6 +1,7 @@
 """The common fate of the seams, on a stand-in for MaxText: modules of a few lines and seams that wrap one function."""
 
 import importlib
+import importlib.machinery
 import itertools
 import sys
 import types
@@ -272,3 +273,24 @@ def test_a_tested_version_gets_none(world, caplog):
   world.registry()
   world.configure("model_name=fake-model")
   assert not caplog.records
+
+
+def test_a_seam_whose_contract_imports_one_that_does_not_fit_is_not_applied(world, caplog):
+  made = world.registry(expectations=world.unmet())
+  made.seams[0].expectations = (Expectation(f"{world.second}:answer"),)
+  importlib.import_module(world.first)
+  assert world.answers() == [1, 1]
+  assert states(made) == [State.WAITING, State.FAILED]
+  assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+  ("command", "needed"), [("maxtext.tools.convert", True), ("maxtext.train", False), (None, False)]
+)
+def test_commands_of_its_package_need_a_seam_that_training_does_not(monkeypatch, command, needed):
+  seam = FakeSeam("tables", "maxtext.tools.tables", needed=False)
+  main = types.ModuleType("__main__")
+  main.__spec__ = command and importlib.machinery.ModuleSpec(command, None)
+  monkeypatch.setitem(sys.modules, "__main__", main)
+  assert registry.needed_here(seam) == needed
+  assert registry.needed_here(FakeSeam("step", "maxtext.train"))
