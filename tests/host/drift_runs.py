@@ -102,10 +102,10 @@ def environment(**variables):
   return {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "MAXTEXT_LING2_DISABLE": "0", **variables}
 
 
-def run_alone(folder, module, arguments, **variables):
-  """The same as `Zygote.run`, in a fresh process and with the installed MaxText."""
+def run_alone(folder, path, module, arguments, **variables):
+  """The same as `Zygote.run`, in a fresh process; with "" for `path` on the installed MaxText."""
   folder.mkdir(parents=True)
-  request = json.dumps([str(folder), "", module, arguments])
+  request = json.dumps([str(folder), str(path), module, arguments])
   command = [sys.executable, __file__, "--once", request]
   subprocess.run(command, env=environment(**variables), check=True, timeout=TIMEOUT)
   return Outcome(folder)

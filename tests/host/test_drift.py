@@ -368,7 +368,7 @@ class World:
   def __init__(self, folder):
     self.folder, self.sources = folder, drift_source.Sources()
     arguments = drift_runs.words("llama2-7b", folder / "alone", self.sources.folder)
-    alone = drift_runs.run_alone(folder / "alone", drift_runs.TRAIN, arguments, MAXTEXT_LING2_DISABLE="1")
+    alone = drift_runs.run_alone(folder / "alone", "", drift_runs.TRAIN, arguments, MAXTEXT_LING2_DISABLE="1")
     assert (alone.code, alone.warnings) == (0, []), alone.text[-3000:]
     self.losses = drift_runs.losses(alone.folder)
     assert len(self.losses) == drift_runs.STEPS and len(set(self.losses)) == drift_runs.STEPS
