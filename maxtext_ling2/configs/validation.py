@@ -152,11 +152,6 @@ def _experts(c: Any) -> Iterator[str]:
     )
   if c.routed_score_func != "sigmoid":
     yield f"routed_score_func={c.routed_score_func!r}: LING2 routes by sigmoid scores; set routed_score_func=sigmoid"
-  if c.routed_bias_update_rate > 0 and not c.routed_bias:
-    yield (
-      f"routed_bias_update_rate={c.routed_bias_update_rate}: balancing moves the router bias, which routed_bias=false "
-      "leaves out; set routed_bias=true, or the rate to 0"
-    )
   if c.n_routing_groups != -1:
     yield from _groups(c)
 

@@ -104,7 +104,6 @@ RULES += [
   ({"moe_z_loss_weight": float("inf")}, "0 turns it off"),
   ({"partial_rotary_factor": float("nan")}, "0.5 is LING2's"),
   ({"partial_rotary_factor": float("inf")}, "0.5 is LING2's"),
-  ({"routed_bias_update_rate": 0.001, "routed_bias": False}, "set routed_bias=true, or the rate to 0"),
   ({"base_num_query_heads": 0, "base_num_kv_heads": 0}, "set it to at least 1"),
   ({"quantize_kvcache": True}, "set it to false"),
   ({"use_chunked_prefill": True}, "max_prefill_predict_length to the longest prompt"),
