@@ -3,12 +3,10 @@
 A stock model must then train as if the plugin were not there, with one warning at most, and LING2 must be refused by an
 error that names the seam, what it expected, what it found and the way out.
 
-The first half does it to the imported MaxText, for every expectation. The second, which is slow, trains: with copies of
-MaxText's source in which all is consistent (drift_source.py), by MaxText's own commands (drift_runs.py).
+Here it is done to the imported MaxText, for every expectation; in test_drift_in_the_source.py to copies of its source.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.machinery
 import inspect
@@ -19,60 +17,17 @@ import types
 from pathlib import Path
 
 import drift_runs
-import drift_source
 import pytest
+from drift_cases import REGISTRY, cases, first, parametrize, refused
+from drift_source import NEW
 
-from maxtext_ling2 import plugin
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host import patches
-from maxtext_ling2.host.contract import CommandExpectation, resolve
-from maxtext_ling2.host.registry import WAY_OUT, State
+from maxtext_ling2.host.contract import resolve
+from maxtext_ling2.host.registry import State
 from test_docs import script
 
 pytestmark = pytest.mark.drift
-REGISTRY = plugin.REGISTRY
-SEAMS = {seam.name: seam for seam in REGISTRY.seams}
-NEW = drift_source.NEW
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One thing that is otherwise."""
-
-  kind: str
-  seam: str
-  module: str
-  path: str
-  parameter: str | None = None
-  command: bool = False
-
-  @property
-  def id(self):
-    return f"{self.kind}-{self.seam.replace(' ', '_')}-{self.path or self.module.rpartition('.')[2]}"
-
-
-def cases(kind):
-  """The expectations of all seams to which this can happen."""
-  for seam in SEAMS.values():
-    for expectation in seam.expectations:
-      module, _, path = expectation.target.partition(":")
-      parameter = expectation.parameters[-1] if expectation.parameters else None
-      if kind != "resigned" or parameter:
-        yield Case(kind, seam.name, module, path, parameter, isinstance(expectation, CommandExpectation))
-
-
-def first(found):
-  """One case for each seam."""
-  return list({case.seam: case for case in reversed(list(found))}.values())[::-1]
-
-
-def parametrize(found, slow=()):
-  """The cases by their names; those in `slow` are left out by `make test`."""
-  mark = lambda case: [pytest.mark.slow] if case in slow else []  # noqa: E731
-  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=mark(case)) for case in found])
-
-
-# In the imported MaxText
 
 
 @contextlib.contextmanager
@@ -215,21 +170,6 @@ def stock(untouched):
   REGISTRY.undo()
 
 
-def refused(text, case):
-  """Whether an error or a warning names seam, expected, found and the way out."""
-  target = f"{case.module}:{case.path}"
-  owners = [name for name, seam in SEAMS.items() if target in [wanted.target for wanted in seam.expectations]]
-  assert any(f"seam '{name}': expected {target}" in text for name in owners), text
-  assert "; found " in text and WAY_OUT in text
-  if case.kind == "resigned":
-    assert f"{case.parameter}{NEW}" in text.split("; found ")[1]
-  elif case.path.endswith("__"):  # the base class or the metaclass has one
-    assert f"; found {case.module}:{case.path} taking (" in text
-  else:
-    assert "; found nothing of that name" in text
-  return True
-
-
 KINDS = ("removed", "renamed", "resigned")
 ALL = [case for kind in KINDS for case in cases(kind)]
 FIRST = [case for kind in KINDS for case in first(cases(kind))]
@@ -319,103 +259,6 @@ def test_a_stock_model_may_be_called_in_other_ways(stock, style):
     ((given, named),) = seen
     assert signature.bind(*given, **named) == signature.bind(*args, **kwargs), name
   assert len(stock.wraps) >= 20
-
-
-# In copies of MaxText's source
-
-BREAKS_STOCK = {}
-"""Case -> why the copy itself does not work, so that another expectation of the seam stands for it."""
-
-COMMANDS = {
-  "result tokens": "maxtext.inference.decode_multi",
-  "Hugging Face tables": "maxtext.checkpoint_conversion.to_maxtext",
-  "to_maxtext": "maxtext.checkpoint_conversion.to_maxtext",
-  "to_huggingface": "maxtext.checkpoint_conversion.to_huggingface",
-}
-"""Who needs the seams that training does not."""
-
-
-def each_module():
-  """The modules after whose import seams are applied, with the first of these."""
-  seams = {seam.module: seam for seam in reversed(REGISTRY.seams)}
-  return [Case("moved", seam.name, module, "") for module, seam in reversed(seams.items())]
-
-
-def one_each(kind):
-  """For each seam the first of its expectations to which this can happen in MaxText."""
-  return first(case for case in cases(kind) if case.module.startswith("maxtext.") and case.id not in BREAKS_STOCK)
-
-
-SLOW = [*one_each("renamed"), *one_each("resigned"), *each_module()]
-
-
-def copy(sources, case, folder):
-  """A copy of MaxText with this one thing otherwise."""
-  if case.kind == "renamed":
-    changes = drift_source.renamed(sources, case.module, case.path.partition(".")[0])
-  elif case.kind == "resigned":
-    changes = drift_source.resigned(sources, case.module, case.path, case.parameter)
-  else:
-    changes = drift_source.moved(sources, case.module)
-  assert changes
-  drift_source.plant(folder, sources, changes)
-  return folder
-
-
-class World:
-  """Copies of MaxText and runs on them, with the losses of the installed one without the plugin."""
-
-  def __init__(self, folder):
-    self.folder, self.sources = folder, drift_source.Sources()
-    arguments = drift_runs.words("llama2-7b", folder / "alone", self.sources.folder)
-    alone = drift_runs.run_alone(folder / "alone", "", drift_runs.TRAIN, arguments, MAXTEXT_LING2_DISABLE="1")
-    assert (alone.code, alone.warnings) == (0, []), alone.text[-3000:]
-    self.losses = drift_runs.losses(alone.folder)
-    assert len(self.losses) == drift_runs.STEPS and len(set(self.losses)) == drift_runs.STEPS
-    self.zygote = drift_runs.Zygote(folder, alone.modules)
-
-  def run(self, case, module, model):
-    tree, folder = self.folder / case.id / "maxtext", self.folder / case.id / model
-    arguments = drift_runs.words(model, folder, tree / "maxtext")
-    return self.zygote.run(folder, tree, module, arguments)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-  made = World(tmp_path_factory.mktemp("drift"))
-  yield made
-  made.zygote.close()
-
-
-@pytest.mark.slow
-def test_nothing_changed(world):
-  """What the other cases are compared with: the same runs on a copy that is the same."""
-  case = Case("same", "none", "", "none")
-  drift_source.plant(world.folder / case.id / "maxtext", world.sources, {})
-  run = world.run(case, drift_runs.TRAIN, "llama2-7b")
-  assert (run.code, run.warnings) == (0, []), run.text[-3000:]
-  assert drift_runs.losses(run.folder) == world.losses
-
-
-@parametrize(SLOW, slow=SLOW)
-def test_changed_in_the_source(world, case):
-  copy(world.sources, case, world.folder / case.id / "maxtext")
-  run = world.run(case, drift_runs.TRAIN, "llama2-7b")
-  assert run.code == 0, run.text[-3000:]
-  assert drift_runs.losses(run.folder) == world.losses
-  assert len(run.warnings) <= 1
-  assert all(blamed(text, case) for text in run.warnings)
-  run = world.run(case, COMMANDS.get(case.seam, drift_runs.TRAIN), "ling2-tiny")
-  assert run.code != 0 and blamed(run.text, case), run.text[-3000:]
-
-
-def blamed(text, case):
-  """As `refused`; a module that is not there may be missed first by another seam, which expects something of it."""
-  if case.kind != "moved":
-    return refused(text, case)
-  assert "seam '" in text and case.module in text and WAY_OUT in text
-  assert "; found ModuleNotFoundError" in text or "; found the module does not import" in text
-  return True
 
 
 def test_the_page_is_what_the_contracts_say():

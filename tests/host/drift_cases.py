@@ -1,0 +1,65 @@
+"""What can be otherwise in another MaxText: an expectation of a seam is removed, renamed, moved, takes another parameter."""
+
+import dataclasses
+
+import drift_source
+import pytest
+
+from maxtext_ling2 import plugin
+from maxtext_ling2.host.contract import CommandExpectation
+from maxtext_ling2.host.registry import WAY_OUT
+
+REGISTRY = plugin.REGISTRY
+SEAMS = {seam.name: seam for seam in REGISTRY.seams}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One thing that is otherwise."""
+
+  kind: str
+  seam: str
+  module: str
+  path: str
+  parameter: str | None = None
+  command: bool = False
+
+  @property
+  def id(self):
+    return f"{self.kind}-{self.seam.replace(' ', '_')}-{self.path or self.module.rpartition('.')[2]}"
+
+
+def cases(kind):
+  """The expectations of all seams to which this can happen."""
+  for seam in SEAMS.values():
+    for expectation in seam.expectations:
+      module, _, path = expectation.target.partition(":")
+      parameter = expectation.parameters[-1] if expectation.parameters else None
+      if kind != "resigned" or parameter:
+        yield Case(kind, seam.name, module, path, parameter, isinstance(expectation, CommandExpectation))
+
+
+def first(found):
+  """One case for each seam."""
+  return list({case.seam: case for case in reversed(list(found))}.values())[::-1]
+
+
+def parametrize(found, slow=()):
+  """The cases by their names; those in `slow` are left out by `make test`."""
+  mark = lambda case: [pytest.mark.slow] if case in slow else []  # noqa: E731
+  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=mark(case)) for case in found])
+
+
+def refused(text, case):
+  """Whether an error or a warning names seam, expected, found and the way out."""
+  target = f"{case.module}:{case.path}"
+  owners = [name for name, seam in SEAMS.items() if target in [wanted.target for wanted in seam.expectations]]
+  assert any(f"seam '{name}': expected {target}" in text for name in owners), text
+  assert "; found " in text and WAY_OUT in text
+  if case.kind == "resigned":
+    assert f"{case.parameter}{drift_source.NEW}" in text.split("; found ")[1]
+  elif case.path.endswith("__"):  # the base class or the metaclass has one
+    assert f"; found {case.module}:{case.path} taking (" in text
+  else:
+    assert "; found nothing of that name" in text
+  return True
