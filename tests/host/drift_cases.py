@@ -1,4 +1,4 @@
-"""What can be otherwise in another MaxText: an expectation of a seam is removed, renamed, moved, takes another parameter."""
+"""What can be otherwise in another MaxText: something is removed, renamed, moved, or takes another parameter."""
 
 import dataclasses
 
