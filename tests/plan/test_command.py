@@ -165,7 +165,7 @@ def test_a_real_program(tmp_path):
 
 @pytest.mark.slow
 def test_two_slices_and_the_ragged_exchange_of_tokens(tmp_path):
-  """Two slices of four v5e chips, data parallel between them, experts cut in four within each by MaxText's default way."""
+  """Two slices of four v5e chips, data parallel between them, experts cut in four within each, MaxText's default way."""
   slices = ("compile_topology_num_slices=2", "dcn_data_parallelism=2", "dcn_fsdp_parallelism=1")
   experts = ("ici_fsdp_parallelism=1", "ici_expert_parallelism=4")
   one = plan_of_tiny(tmp_path, "v5e-4", "scan_layers=true", *slices, *experts)

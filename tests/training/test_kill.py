@@ -1,4 +1,4 @@
-"""A training run that is killed at any moment goes on as if it had not been: MaxText's own trainer, SIGKILL, new processes."""
+"""A training run that is killed at any moment goes on as if it had not been: SIGKILL, then new processes."""
 
 import random
 import time
