@@ -92,7 +92,7 @@ def test_batches_hold_every_target_once(count):
     ((GOLDEN, None, None, {}), "neither a Hugging Face folder"),
     ((GOLDEN / "nothing", None, None, {}), "there is no such folder"),
     ((FOLDER, "ling2", None, {}), "--model ling2: .* says itself"),
-    ((FOLDER, None, None, {}, ["temperature"]), "'temperature': a setting of MaxText is written key=value"),
+    ((FOLDER, None, None, {}, ["temperature"]), "'temperature': no setting of MaxText; write key=value"),
   ],
 )
 def test_what_cannot_be_opened(arguments, message):
