@@ -162,7 +162,6 @@ SETTINGS = {
   "bos_id=-1": "leave it at 1",
   "routed_bias_update_rate=x": NUMBER,
   "routed_bias_update_rate=nan": "0 turns it off",
-  "routed_bias_update_rate=0.1 routed_bias=false": "or the rate to 0",
   "mtp_num_layers=x": WHOLE,
   "mtp_num_layers=-1": "greater than or equal to 0",
   "mtp_loss_scaling_factor=nan": "greater than or equal to 0",
