@@ -16,6 +16,9 @@ SITE_FILES = ROOT / "site_files"
 # What the start-up consists of. The rest of the package needs JAX and MaxText and has no part in these tests.
 START_UP = ("__init__.py", "__main__.py", "startup.py", "discovery.py")
 
+OWN = "ling2 = maxtext_ling2.plugin:register"
+"""The entry point of this package."""
+
 REGISTER = """
   def register():
     import maxtext
@@ -40,6 +43,14 @@ class Environment:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(textwrap.dedent(text))
     return file
+
+  def install(self) -> "Environment":
+    """Put this package in as an installer does: start-up modules with stand-ins, site files, metadata."""
+    put_package(self.site)
+    for file in SITE_FILES.iterdir():
+      shutil.copy(file, self.site)
+    self.add_distribution("maxtext-ling2", "1.0", OWN)
+    return self
 
   def add_plugin(self, name: str, *, distribution: str | None = None, version: str = "1.0") -> None:
     """Add a plugin module and the distribution that offers it."""

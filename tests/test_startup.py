@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from maxtext_ling2 import discovery
-from sandbox import SITE_FILES, Environment, printing, put_package
+from sandbox import OWN, SITE_FILES, Environment, printing, put_package
 
 pytestmark = pytest.mark.hostile
 
-OWN = "ling2 = maxtext_ling2.plugin:register"
 REGISTERED = "import maxtext; answer = maxtext.registered"
 RECORDS = """
 import maxtext
@@ -29,11 +28,7 @@ def bare(tmp_path: Path) -> Environment:
 @pytest.fixture
 def installed(bare: Environment) -> Environment:
   """An environment as an installer leaves it."""
-  put_package(bare.site)
-  for file in SITE_FILES.iterdir():
-    shutil.copy(file, bare.site)
-  bare.add_distribution("maxtext-ling2", "1.0", OWN)
-  return bare
+  return bare.install()
 
 
 @pytest.fixture

@@ -11,27 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import SITE_FILES, Environment, printing, put_package
+from sandbox import Environment, printing, put_package
 
 pytestmark = pytest.mark.hostile
 
-OWN = "ling2 = maxtext_ling2.plugin:register"
 REGISTERED = "import maxtext; answer = maxtext.registered"
 BY_IMPORT = "import maxtext_ling2, maxtext; answer = [maxtext_ling2.startup.found_by, maxtext.registered]"
 
 
-def install(environment: Environment) -> Environment:
-  """What an installer does."""
-  put_package(environment.site)
-  for file in SITE_FILES.iterdir():
-    shutil.copy(file, environment.site)
-  environment.add_distribution("maxtext-ling2", "1.0", OWN)
-  return environment
-
-
 @pytest.fixture
 def installed(tmp_path: Path) -> Environment:
-  return install(Environment(tmp_path / "venv"))
+  return Environment(tmp_path / "venv").install()
 
 
 def files(folder: Path) -> set[Path]:
@@ -109,7 +99,7 @@ def test_a_site_without_permission_to_write(installed: Environment) -> None:
 
 @pytest.mark.parametrize("name", ["with blanks in it", "Übung-日本語", "quo'te", "per%cent;semi", "emoji 🚀"])
 def test_odd_paths(tmp_path: Path, name: str) -> None:
-  environment = install(Environment(tmp_path / name))
+  environment = Environment(tmp_path / name).install()
   assert environment.ask(REGISTERED, LC_ALL="C.UTF-8") == ["ling2"]
   assert environment.ask(REGISTERED, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == ["ling2"]
 
