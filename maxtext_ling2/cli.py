@@ -80,8 +80,6 @@ def verify(
       )
   except (ValueError, KeyError, OSError) as error:
     _fail(error)
-  except AssertionError as error:  # MaxText's way to say that it does not know a remat_policy
-    _fail(ValueError(f"--remat {remat}: {error}; use one of MaxText's, such as full or minimal") if remat else error)
   raise typer.Exit(0 if passed else 1)
 
 

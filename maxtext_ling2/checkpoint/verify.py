@@ -64,7 +64,9 @@ def make_config(folder: Path, batch: float, length: int, **settings: Any) -> Any
   hf = hf_config.to_maxtext(raw)
   hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
   sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
-  return session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
+  config = session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
+  session.check_remat_policy(config)
+  return config
 
 
 class Reference:

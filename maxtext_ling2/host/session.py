@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,20 @@ def make_config(**settings: Any) -> Any:
     return pyconfig.initialize(["", base], **{**TOOL_SETTINGS, **settings})
   except SystemExit as error:
     raise ValueError("MaxText refuses this configuration; its reason stands above") from error
+
+
+def check_remat_policy(config: Any) -> None:
+  """Asks MaxText's own table of policies, which it does only while a model is traced.
+
+  Raises:
+    ValueError: `remat_policy` is none of them.
+  """
+  from maxtext.layers.nnx_decoders import NNXDecoder
+
+  try:
+    NNXDecoder.get_remat_policy(SimpleNamespace(config=config, minimal_policy=lambda **_: None))
+  except AssertionError as error:
+    raise ValueError(f"remat_policy={config.remat_policy}: {error}; use one such as full, minimal or none") from error
 
 
 def make_mesh(config: Any) -> Any:

@@ -112,6 +112,7 @@ COMMANDS = {
   _verify("--decode -3"): (CONTENT, ["--decode -3", "read 1 to one less"]),
   _verify("--decode 1000"): (CONTENT, ["--decode 1000", "read 1 to one less"]),
   _verify("--decode x"): (USAGE, ["--decode", "valid integer"]),
+  _verify("--remat nonsense"): (CONTENT, ["remat_policy=nonsense", "such as full, minimal"]),
   _verify("--mesh x"): (CONTENT, ["--mesh x", "name each of data"]),
   _verify("--mesh fsdp=0"): (CONTENT, ["--mesh fsdp=0", "positive numbers"]),
   _verify("--mesh fsdp=two"): (CONTENT, ["--mesh fsdp=two", "positive numbers"]),
