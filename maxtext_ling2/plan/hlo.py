@@ -6,6 +6,7 @@ Bodies of loops count as often as they run, as far as the compiler knows it. XLA
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -26,8 +27,8 @@ _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all"),
   *("partition-id", "replica-id", "opt-barrier", "iota", "add-dependency", "domain"),
 }
-# Run a computation beside the others; the second is how a collective is given to the sparse cores of a tpu7x.
-_ASYNC = ("async-start", "custom-call-start")
+# Run a computation beside the others: the last two are how gathers and collectives are given to the sparse cores.
+_ASYNC = ("async-start", "call-start", "custom-call-start")
 _SLICING = {"dynamic-slice", "slice", "gather"}
 
 
@@ -144,8 +145,9 @@ class _Module:
       return 2.0 * result
     if one.opcode == "dynamic-update-slice":
       return 2.0 * operands[1]
-    if one.opcode.endswith("-start"):  # a copy: (destination, source, mark)
-      return 2.0 * max(operands, default=0)
+    if one.opcode.endswith("-start"):  # a copy, of a slice maybe: (one end, the other end, mark)
+      ends = [found[0] for found in itertools.islice(_ARRAY.finditer(one.shape), 2)]
+      return float(min(map(_size, ends)) * sum(_size(end, hbm_only=True) > 0 for end in ends))
     if one.opcode == "fusion" and (called := next(iter(_called(one)), "")) in self.computations:
       operands, result = self._fused(called, operands, result)
     return sum(operands) + result

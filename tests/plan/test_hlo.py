@@ -5,8 +5,9 @@ import pytest
 from maxtext_ling2.plan.hlo import traffic
 
 # A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
-# the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a
-# Pallas kernel in the loop; a gather that the sparse cores do.
+# the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a Pallas kernel in the loop; an
+# all-gather and a gather of rows that the sparse cores do; a slice and an array fetched into the chip's memory, and an
+# array copied within the HBM.
 TEXT = """HloModule m
 
 %sliced (p0: f32[3,8,128], p1: f32[8,128], p2: s32[]) -> f32[8,128] {
@@ -46,6 +47,18 @@ TEXT = """HloModule m
   ROOT %ag.1 = f32[32,128]{1,0} all-gather(%s), replica_groups=mesh['f'=4] {'f'}, dimensions={0}
 }, execution_thread="sparsecore"
 
+%picked (table: f32[4096,128], rows: s32[8,1]) -> f32[8,128] {
+  %table = f32[4096,128]{1,0} parameter(0)
+  %rows = s32[8,1]{1,0} parameter(1)
+  ROOT %g = f32[8,128]{1,0} gather(%table, %rows), offset_dims={1}, slice_sizes={1,128}
+}
+
+%offloaded.1 (table.1: f32[4096,128], rows.1: s32[8,1]) -> f32[8,128] {
+  %table.1 = f32[4096,128]{1,0} parameter(0)
+  %rows.1 = s32[8,1]{1,0} parameter(1)
+  ROOT %gather_fusion = f32[8,128]{1,0} fusion(%table.1, %rows.1), kind=kCustom, calls=%picked
+}, execution_thread="sparsecore"
+
 ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
   %a0 = f32[8,128]{1,0} parameter(0)
   %w0 = f32[3,8,128]{2,1,0} parameter(1)
@@ -58,6 +71,16 @@ ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
   %start = ((), (), (s32[4])) custom-call-start(), async_execution_thread="sparsecore", called_computations={%offloaded}
   %update = ((f32[8,128]{1,0}), f32[32,128]{1,0}, (s32[4])) custom-call-update(%start, %out)
   %all = f32[32,128]{1,0} custom-call-done(%update)
+  %big = f32[4096,128]{1,0} constant(0)
+  %ids = s32[8,1]{1,0} constant(0)
+  %gs = ((f32[4096,128]{1,0}, s32[8,1]{1,0}), f32[8,128]{1,0}, u32[]{:S(8)}) call-start(%big, %ids), to_apply=%offloaded.1
+  %gd = f32[8,128]{1,0} call-done(%gs)
+  %ss = ((f32[4096,128]{1,0}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%big), slice={[0:8], [0:128]}
+  %sd = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%ss)
+  %in.1 = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%gd)
+  %in.2 = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%in.1)
+  %cs = (f32[8,128]{0,1}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%gd)
+  %cd = f32[8,128]{0,1} copy-done(%cs)
   %half = bf16[8,128]{1,0} convert(%out)
   ROOT %ag = bf16[32,128]{1,0} all-gather(%half), replica_groups=mesh['d'=2,'f'=4,'t'=1] {'f','t'}, dimensions={0}
 }
@@ -71,7 +94,8 @@ def test_by_hand():
   found = traffic(TEXT)
   loop = 3 * ROUND
   others = ARRAY + ARRAY // 4 + (ARRAY + ARRAY // 2)  # negate reads; the scatter writes; convert
-  assert found.memory == pytest.approx(loop + others)
+  copies = (2 * ARRAY + 8 * 4) + ARRAY + ARRAY + 2 * ARRAY  # rows and their numbers; a slice, an array fetched; a copy
+  assert found.memory == loop + others + copies
   assert found.collectives == {
     "all-gather": (2, ARRAY * 3 + ARRAY / 2 * 3),
     "reduce-scatter": (1, ARRAY * 3 / 4),
