@@ -4,6 +4,9 @@
     o = gla(q, k, v, decay);         y = (GroupRMSNorm(o) * sigmoid(x Wg)) Wo
 
 The decay depends on the layer's index only; it is neither a parameter nor part of a checkpoint.
+
+Between the products all arrays are [B, T, H * D]: on TPU a reshape to [B, T, H, D] copies, unless another one back
+follows at once, as around `gla`.
 """
 
 from typing import Any
@@ -20,8 +23,8 @@ from maxtext.utils import max_utils
 from maxtext.utils.sharding import maybe_shard_with_logical
 
 from maxtext_ling2.model.norms import GatedGroupRMSNorm
-from maxtext_ling2.model.rope import rotary_embedding
-from maxtext_ling2.model.sharded_gla import HEADS, sharded_gla
+from maxtext_ling2.model.rope import HalfRotaryEmbedding
+from maxtext_ling2.model.sharded_gla import FLAT, sharded_gla, sharded_rotated_norm
 from maxtext_ling2.ops.gla import log_decay
 from maxtext_ling2.ops.gla.decode import gla_step
 
@@ -48,12 +51,11 @@ class GatedLinearAttention(nnx.Module):
       heads * dim,
       num_groups=config.group_norm_size,
       epsilon=config.normalization_layer_epsilon,
-      dtype=config.dtype,
       weight_dtype=config.weight_dtype,
       kernel_axes=("norm",),
     )
     self.rotary_dims = int(dim * config.partial_rotary_factor)
-    self.rotary_embedding = rotary_embedding(config, mesh, self.rotary_dims, interleaved=False, rngs=rngs)
+    self.rotary_embedding = HalfRotaryEmbedding(config, mesh, self.rotary_dims, rngs)
     if model_mode != ct.MODEL_MODE_TRAIN:
       self.recurrent_state = self._cache(model_mode)
 
@@ -111,14 +113,18 @@ class GatedLinearAttention(nnx.Module):
     Returns:
       [B, T, C] in the dtype of the config. Rows of padding hold no information.
     """
-    q, k, v = self._project(x, positions)
-    decay = log_decay(layer_index, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
-    o = self._attend(q, k, v, jnp.asarray(decay), segment_ids, model_mode)
-    o = checkpoint_name(self._shard(o), "context")
-    gate = checkpoint_name(self.output_gate(x), "output_gate")  # [B, T, H, D]
-    flat = (*o.shape[:2], -1)
-    y = self.output_norm(o.reshape(flat), gate.reshape(flat)).reshape(o.shape)
-    return checkpoint_name(self.out(self._shard(y)), "out_proj")
+    decoding = model_mode == ct.MODEL_MODE_AUTOREGRESSIVE
+    backend = "chunked" if decoding else self.config.gla_backend  # one token is not worth a kernel
+    q, k, v = self._project(x, positions, backend)
+    decay = log_decay(
+      layer_index, self.config.num_decoder_layers, self.config.num_query_heads, self.config.gla_decay_layer_offset
+    )
+    o = self._attend(*map(self._per_head, (q, k, v)), jnp.asarray(decay), segment_ids, model_mode)
+    o = checkpoint_name(self._shard(_flat(o)), "context")
+    (gate,) = self._products(self.output_gate, x)
+    gate = checkpoint_name(gate, "output_gate")
+    y = self.output_norm(o, gate, mesh=self.mesh, heads=self.config.num_query_heads, backend=backend)
+    return checkpoint_name(self.out(self._per_head(self._shard(y))), "out_proj")
 
   def _attend(
     self, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, segment_ids: jax.Array | None, model_mode: str
@@ -137,24 +143,44 @@ class GatedLinearAttention(nnx.Module):
     self.recurrent_state[...] = new
     return o
 
-  def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k (normalised and rotated) and v, each [B, T, H, D]."""
-    qkv = self.query_key_value(x)  # [B, T, 3, H, D]
+  def _project(
+    self, x: jax.Array, positions: jax.Array, backend: str
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k (normalised and rotated) and v, each [B, T, H * D]."""
+    projected = self._products(self.query_key_value, x)
     if self.config.use_linear_silu:
-      qkv = jax.nn.silu(qkv)
-    qkv = checkpoint_name(qkv, "qkv_proj")
-    q, k, v = (self._shard(qkv[:, :, i]) for i in range(3))
-    if self.config.use_qk_norm:
-      q, k = self.query_norm(q), self.key_norm(k)
-    q, k = self._rotate(q, positions), self._rotate(k, positions)
-    return checkpoint_name(q, "query_proj"), checkpoint_name(k, "key_proj"), checkpoint_name(v, "value_proj")
+      projected = [jax.nn.silu(part) for part in projected]
+    names = ("query_proj", "key_proj", "value_proj")
+    q, k, v = (checkpoint_name(self._shard(part), name) for part, name in zip(projected, names, strict=True))
+    options = {"rotated": self.rotary_dims, "epsilon": self.config.normalization_layer_epsilon, "backend": backend}
+    options |= {"mesh": self.mesh, "heads": self.config.num_query_heads}
+    scales = (self.query_norm.scale[...], self.key_norm.scale[...]) if self.config.use_qk_norm else (None, None)
+    tables = self.rotary_embedding.tables(positions, self.config.head_dim)
+    q, k = (sharded_rotated_norm(part, scale, *tables, **options) for part, scale in zip((q, k), scales, strict=True))
+    return q, k, v
 
-  def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """RoPE on the first `rotary_dims` dimensions; the rest passes unchanged."""
-    rotated = self.rotary_embedding(x[..., : self.rotary_dims], positions)
-    return jnp.concatenate([rotated.astype(x.dtype), x[..., self.rotary_dims :]], axis=-1)
+  def _products(self, dense: DenseGeneral, x: jax.Array) -> list[jax.Array]:
+    """x [B, T, C] times the kernel [C, H, D], or those stacked in it [C, n, H, D]: n arrays [B, T, H * D].
+
+    Products of their own: the parts of one product would be cut out of it by copies.
+    """
+    if dense.quant is not None:
+      whole = dense(x)
+      return [_flat(whole[:, :, i]) for i in range(whole.shape[2])] if whole.ndim == 5 else [_flat(whole)]
+    kernel = jnp.asarray(dense.kernel[...], dense.dtype)
+    kernels = [kernel[:, i] for i in range(kernel.shape[1])] if kernel.ndim == 4 else [kernel]
+    precision = jax.lax.Precision(dense.matmul_precision)
+    x = jnp.asarray(x, dense.dtype)
+    return [jnp.dot(x, part.reshape(x.shape[-1], -1), precision=precision) for part in kernels]
+
+  def _per_head(self, x: jax.Array) -> jax.Array:
+    """[B, T, H * D] -> [B, T, H, D]."""
+    return x.reshape(*x.shape[:2], self.config.num_query_heads, -1)
 
   def _shard(self, x: jax.Array) -> jax.Array:
-    return maybe_shard_with_logical(
-      x, HEADS, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding
-    )
+    return maybe_shard_with_logical(x, FLAT, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  """[B, T, H, D] -> [B, T, H * D]."""
+  return x.reshape(*x.shape[:2], -1)

@@ -38,6 +38,22 @@ class HalfRotaryEmbedding(RotaryEmbedding):
       return super().timescale
     return jnp.asarray(1.0 / yarn.inverse_frequencies(self.config, self.embedding_dims), jnp.float32)
 
+  def tables(self, position: jax.Array, dims: int) -> tuple[jax.Array, jax.Array]:
+    """Factors that `ops.gla.rotated_norm` takes, for vectors of `dims` dimensions of which the first are rotated.
+
+    Args:
+      position: [B, T] int.
+      dims: at least the number of rotated dimensions.
+
+    Returns:
+      cos and sin [B, T, dims] float32.
+    """
+    angle = position[..., None] / self.timescale
+    factor = yarn.attention_factor(self.config) if yarn.is_yarn(self.config) else 1.0
+    cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
+    rest = jnp.zeros((*position.shape, dims - self.embedding_dims), cos.dtype)
+    return jnp.concatenate([cos, cos, rest + 1], axis=-1), jnp.concatenate([-sin, sin, rest], axis=-1)
+
   def apply_rotary(self, inputs: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates `inputs` [B, T, H, D] by cos and sin [B, T, 1, D], which YaRN scales."""
     if yarn.is_yarn(self.config):

@@ -1,4 +1,4 @@
-"""GLA on a mesh: each device runs the operation on its own batch rows, heads and piece of the sequence.
+"""GLA, and what stands around it, on a mesh: each device works on its own batch rows, heads and piece of the sequence.
 
 A TPU kernel cannot be cut by the compiler, so the cut is written here, along the mesh axes that MaxText's logical axis
 rules give to batch, sequence and heads.
@@ -12,10 +12,12 @@ import jax
 from maxtext.common import common_types as ct
 from maxtext.utils.sharding import get_logical_axis_rules, logical_to_mesh_axes
 
-from maxtext_ling2.ops.gla import gla, gla_over_ranks
+from maxtext_ling2.ops.gla import gated_norm, gla, gla_over_ranks, rotated_norm
 
-HEADS = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD, ct.KV_HEAD_DIM)
-"""Logical axes of q, k, v and o, [B, T, H, D]."""
+FLAT = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD)
+"""Logical axes of q, k, v and o, [B, T, H * D]."""
+
+_Axes = tuple[str, ...] | None
 
 
 def sharded_gla(
@@ -46,8 +48,7 @@ def sharded_gla(
   Returns:
     o [B, T, H, D], and the final state [B, H, D, D] float32 or None.
   """
-  axes = logical_to_mesh_axes(HEADS, mesh=mesh, rules=get_logical_axis_rules()) or (None,) * 4
-  batch, length, heads, _ = (_dividing(part, size, mesh) for part, size in zip(axes, q.shape, strict=True))
+  batch, length, heads = _axes_of(q.shape[:3], mesh)
   operation = functools.partial(gla_over_ranks, axis_name=length) if length else gla
   tokens, ids, states = jax.P(batch, length, heads, None), jax.P(batch, length), jax.P(batch, heads, None, None)
 
@@ -73,7 +74,52 @@ def sharded_gla(
   return run(q, k, v, g_gamma, segment_ids, initial_state)
 
 
-def _dividing(axes: Any, size: int, mesh: jax.sharding.Mesh) -> tuple[str, ...] | None:
+def sharded_rotated_norm(
+  x: jax.Array,
+  scale: jax.Array | None,
+  cos: jax.Array,
+  sin: jax.Array,
+  *,
+  mesh: jax.sharding.Mesh,
+  heads: int,
+  **options: Any,
+) -> jax.Array:
+  """`ops.gla.rotated_norm` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
+  batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
+  wide, narrow = jax.P(batch, length, over_heads), jax.P(batch, length, None)
+  run = functools.partial(rotated_norm, **options)
+  return jax.shard_map(run, mesh=mesh, in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide)(x, scale, cos, sin)
+
+
+def sharded_gated_norm(
+  x: jax.Array,
+  gate: jax.Array,
+  scale: jax.Array,
+  *,
+  mesh: jax.sharding.Mesh,
+  heads: int,
+  groups: int,
+  epsilon: float,
+  backend: str,
+) -> jax.Array:
+  """`ops.gla.gated_norm` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
+  batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
+  pieces = math.prod(mesh.shape[name] for name in over_heads or ())
+  if groups % pieces:  # a group lies on several devices: the compiler adds up their parts
+    return gated_norm(x, gate, scale, groups=groups, epsilon=epsilon, backend="chunked")
+  wide = jax.P(batch, length, over_heads)
+  run = functools.partial(gated_norm, groups=groups // pieces, epsilon=epsilon, backend=backend)
+  return jax.shard_map(run, mesh=mesh, in_specs=(wide, wide, jax.P(over_heads)), out_specs=wide)(x, gate, scale)
+
+
+def _axes_of(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> tuple[_Axes, _Axes, _Axes]:
+  """The mesh axes that cut batch, sequence and heads of a shape (B, T, H)."""
+  axes = logical_to_mesh_axes(FLAT, mesh=mesh, rules=get_logical_axis_rules()) or (None,) * 3
+  batch, length, heads = (_dividing(part, size, mesh) for part, size in zip(axes, shape, strict=True))
+  return batch, length, heads
+
+
+def _dividing(axes: Any, size: int, mesh: jax.sharding.Mesh) -> _Axes:
   """The mesh axes that cut one dimension, or none if they do not divide it (a batch of one row, a few heads)."""
   if axes is None or axes is jax.P.UNCONSTRAINED:
     return None

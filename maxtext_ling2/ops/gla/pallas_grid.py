@@ -121,8 +121,8 @@ def call(
   Inputs and outputs are NamedTuples; specs are given for all of their fields, used for those that are not None.
   """
   padded = jnp.zeros((1, 1), jnp.int32) if padded is None else padded  # the kernel does not look at it then
-  g_gamma, padded, inputs = _vary_alike((g_gamma, padded, inputs))
-  out_shapes = jax.tree.map(functools.partial(_varying_shape, jax.typeof(inputs[0])), out_shapes)
+  g_gamma, padded, inputs = vary_alike((g_gamma, padded, inputs))
+  out_shapes = jax.tree.map(functools.partial(like_input, inputs[0]), out_shapes)
   return pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -140,7 +140,7 @@ def call(
   )(g_gamma, padded, inputs)[0]
 
 
-def _vary_alike(arrays: Any) -> Any:
+def vary_alike(arrays: Any) -> Any:
   """Within a `jax.shard_map` that checks them, all arrays of a kernel must vary over the same mesh axes."""
   varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
@@ -151,9 +151,9 @@ def _vary_alike(arrays: Any) -> Any:
   return jax.tree.map(vary, arrays)
 
 
-def _varying_shape(like: Any, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def like_input(like: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """The shape of an output that varies over mesh axes as an input does."""
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=like.manual_axis_type)
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _used(specs: Any, arrays: Any) -> Any:

@@ -69,7 +69,7 @@ def _backward(
   return _heads(found.dq, q), _heads(found.dk, k), _heads(found.dv, v), dstate
 
 
-def _differentiable[F: Callable[..., Any]](kernel: F, twin: F) -> F:
+def differentiable[F: Callable[..., Any]](kernel: F, twin: F) -> F:
   """The kernel with the derivative of its twin in plain JAX: for the gradient of a gradient, no kernel is needed."""
 
   def call(*args: Any, **static: Any) -> Any:
@@ -84,7 +84,7 @@ def _differentiable[F: Callable[..., Any]](kernel: F, twin: F) -> F:
 
 
 _twin = in_chunks_of(None)
-pallas = Implementation(_differentiable(_forward, _twin.forward), _differentiable(_backward, _twin.backward))
+pallas = Implementation(differentiable(_forward, _twin.forward), differentiable(_backward, _twin.backward))
 
 
 def _grid(q: jax.Array, v: jax.Array, *, reverse: bool) -> Grid:

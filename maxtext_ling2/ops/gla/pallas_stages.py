@@ -1,0 +1,218 @@
+"""TPU kernels of what stands around linear attention: norm and rotation of queries and keys, norm and gate of outputs.
+
+Each reads its operands once and writes its results once, in the layout [B, T, H * D] of the projections before and after
+it. Left to the compiler, the same few operations on [B, T, H, D] cost several copies from one tiling to another, and
+float32 arrays in the HBM. float32 is only in the chip's memory here; the gradients compute the forward values again.
+Any T will do: the last block may reach beyond the end, what it finds there counts for no sum, and is not written.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from maxtext_ling2.ops.gla.pallas_chunk import Ref
+from maxtext_ling2.ops.gla.pallas_grid import like_input, vary_alike
+
+_ROWS = 256
+"""Tokens of a block."""
+_COLUMNS = 2048
+"""Columns of a block, if a part is not wider; a part is what one norm sees."""
+_SUBLANES = 8
+_VMEM = 60 * 2**20
+
+
+def rotated_norm(
+  x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array, *, rotated: int, epsilon: float
+) -> jax.Array:
+  """`stages.rotated_norm` of whole blocks of 128 columns."""
+  kernel = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
+  return _run(kernel, "gla_rotated_norm", cos.shape[-1], (x,), (cos, sin), scale, _shared, [x.dtype])[0]
+
+
+def rotated_norm_gradient(
+  x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array, dy: jax.Array, *, rotated: int, epsilon: float
+) -> tuple[jax.Array, jax.Array | None]:
+  """dx [B, T, H * D], and dscale [D] float32."""
+  kernel = functools.partial(_rotated_norm_gradient, rotated=rotated, epsilon=epsilon, length=x.shape[1])
+  dx, *sums = _run(
+    kernel, "gla_rotated_norm_gradient", cos.shape[-1], (x, dy), (cos, sin), scale, _shared, [x.dtype], scale is not None
+  )
+  return dx, sums[0].reshape(-1, cos.shape[-1]).sum(0) if sums else None
+
+
+def gated_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, epsilon: float) -> jax.Array:
+  """`stages.gated_norm` of groups of whole blocks of 128 columns."""
+  kernel = functools.partial(_gated_norm, epsilon=epsilon)
+  return _run(kernel, "gla_gated_norm", x.shape[-1] // groups, (x, gate), (), scale, _own, [gate.dtype])[0]
+
+
+def gated_norm_gradient(
+  x: jax.Array, gate: jax.Array, scale: jax.Array, dy: jax.Array, *, groups: int, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dx and dgate [B, T, N], and dscale [N] float32."""
+  kernel = functools.partial(_gated_norm_gradient, epsilon=epsilon, length=x.shape[1])
+  width = x.shape[-1] // groups
+  dx, dgate, sums = _run(
+    kernel, "gla_gated_norm_gradient", width, (x, gate, dy), (), scale, _own, [x.dtype, gate.dtype], sums=True
+  )
+  return dx, dgate, sums.reshape(-1, x.shape[-1]).sum(0)
+
+
+def _shared(b: Any, t: Any, n: Any) -> tuple[Any, ...]:
+  """The block of a scale that all parts share."""
+  return 0, 0
+
+
+def _own(b: Any, t: Any, n: Any) -> tuple[Any, ...]:
+  """The block of a scale that has a value for each column."""
+  return 0, n
+
+
+def _run(
+  kernel: Callable[..., None],
+  name: str,
+  part: int,
+  wide: Sequence[jax.Array],
+  narrow: Sequence[jax.Array],
+  scale: jax.Array | None,
+  place: Callable[..., tuple[Any, ...]],
+  results: Sequence[Any],
+  sums: bool = False,
+) -> list[jax.Array]:
+  """Runs a kernel over blocks of tokens and columns; it gets `part`, wide, narrow, scale, and the results.
+
+  Args:
+    kernel: the kernel.
+    name: its name in the program.
+    part: columns that one norm sees.
+    wide: arrays [B, T, N], cut into blocks of whole parts.
+    narrow: arrays [B, T, part], the same for all parts.
+    scale: [part] or [N], or None.
+    place: the block of the scale.
+    results: dtypes of the results [B, T, N].
+    sums: whether there is one more result, sums over tokens by columns of the scale, [B, blocks, blocks, 8, columns].
+  """
+  batch, length, total = wide[0].shape
+  parts = max(n for n in range(1, total // part + 1) if total // part % n == 0 and (n == 1 or n * part <= _COLUMNS))
+  columns = part * parts
+  rows = min(_ROWS, -(-length // 16) * 16)
+  grid = (batch, -(-length // rows), total // columns)
+  block = pl.BlockSpec((1, rows, columns), lambda b, t, n: (b, t, n))
+  table = pl.BlockSpec((1, rows, part), lambda b, t, n: (b, t, 0))
+  arrays = [*wide, *narrow]
+  specs = [block] * len(wide) + [table] * len(narrow)
+  if scale is not None:
+    arrays.append(scale.astype(jnp.float32)[None])
+    specs.append(pl.BlockSpec((1, part if place is _shared else columns), place))
+  arrays = vary_alike(arrays)
+  shapes = [jax.ShapeDtypeStruct((batch, length, total), dtype) for dtype in results]
+  out_specs = [block] * len(results)
+  if sums:
+    width = specs[-1].block_shape[-1]
+    shapes.append(jax.ShapeDtypeStruct((batch, grid[1], _SUBLANES, grid[2] * width), jnp.float32))
+    out_specs.append(pl.BlockSpec((1, 1, _SUBLANES, width), lambda b, t, n: (b, t, 0, n)))
+  return list(
+    pl.pallas_call(
+      functools.partial(kernel, part=part),
+      grid=grid,
+      in_specs=specs,
+      out_specs=out_specs,
+      out_shape=[like_input(arrays[0], shape) for shape in shapes],
+      name=name,
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "parallel"), vmem_limit_bytes=_VMEM, disable_bounds_checks=True
+      ),
+    )(*arrays)
+  )
+
+
+def _parts(block: Ref, part: int) -> list[Any]:
+  """Where the parts of a block are."""
+  return [(0, slice(None), pl.ds(start, part)) for start in range(0, block.shape[2], part)]
+
+
+def _rotated_norm(x: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: int, epsilon: float) -> None:
+  *scale, y = refs
+  for at in _parts(x, part):
+    value = x[at].astype(jnp.float32)
+    if scale:
+      value = value * _root(value, epsilon) * scale[0][...]
+    y[at] = (value * cos[0] + _swapped(value, rotated) * sin[0]).astype(y.dtype)
+
+
+def _rotated_norm_gradient(
+  x: Ref, dy: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: int, epsilon: float, length: int
+) -> None:
+  if len(refs) == 1:
+    (dx,) = refs
+    for at in _parts(x, part):
+      dx[at] = _unrotated(dy[at], cos, sin, rotated).astype(dx.dtype)
+    return
+  scale, dx, dscale = refs
+  total = jnp.zeros((_SUBLANES, part), jnp.float32)
+  for at in _parts(x, part):
+    value = x[at].astype(jnp.float32)
+    root = _root(value, epsilon)
+    normed, dz = value * root, _unrotated(dy[at], cos, sin, rotated)
+    dx[at] = _through_norm(normed, root, dz * scale[...]).astype(dx.dtype)
+    total += _over_tokens(normed * dz, length)
+  dscale[0, 0] = total
+
+
+def _gated_norm(x: Ref, gate: Ref, scale: Ref, y: Ref, *, part: int, epsilon: float) -> None:
+  for at in _parts(x, part):
+    value = x[at].astype(jnp.float32)
+    open_by = jax.nn.sigmoid(gate[at].astype(jnp.float32))
+    y[at] = (value * _root(value, epsilon) * scale[at[1:]] * open_by).astype(y.dtype)
+
+
+def _gated_norm_gradient(
+  x: Ref, gate: Ref, dy: Ref, scale: Ref, dx: Ref, dgate: Ref, dscale: Ref, *, part: int, epsilon: float, length: int
+) -> None:
+  for at in _parts(x, part):
+    value, dvalue = x[at].astype(jnp.float32), dy[at].astype(jnp.float32)
+    open_by = jax.nn.sigmoid(gate[at].astype(jnp.float32))
+    root = _root(value, epsilon)
+    normed = value * root
+    dscaled = dvalue * open_by
+    dgate[at] = (dscaled * (1 - open_by) * normed * scale[at[1:]]).astype(dgate.dtype)
+    dx[at] = _through_norm(normed, root, dscaled * scale[at[1:]]).astype(dx.dtype)
+    dscale[0, 0, :, at[2]] = _over_tokens(normed * dscaled, length)
+
+
+def _root(x: jax.Array, epsilon: float) -> jax.Array:
+  """1 / root mean square of the rows, [rows, 1]."""
+  return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def _through_norm(normed: jax.Array, root: jax.Array, dnormed: jax.Array) -> jax.Array:
+  """The gradient of x where normed = x * root(x)."""
+  return root * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
+
+
+def _swapped(x: jax.Array, rotated: int) -> jax.Array:
+  """The first `rotated` columns with their halves changed for each other, then zeros."""
+  width, half = x.shape[1], rotated // 2
+  lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  first, second = pltpu.roll(x, width - half, 1), pltpu.roll(x, half, 1)
+  return jnp.where(lane < half, first, jnp.where(lane < rotated, second, 0.0))
+
+
+def _unrotated(dy: jax.Array, cos: Ref, sin: Ref, rotated: int) -> jax.Array:
+  """The gradient of x where y = x cos + swapped(x) sin."""
+  dy = dy.astype(jnp.float32)
+  return dy * cos[0] + _swapped(dy * sin[0], rotated)
+
+
+def _over_tokens(x: jax.Array, length: int) -> jax.Array:
+  """The sum over the tokens of a block, but for eight that are left: [8, columns]. What is beyond the end is left out."""
+  rows = x.shape[0]
+  if length % rows:
+    row = pl.program_id(1) * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    x = jnp.where(row < length, x, 0.0)
+  return x.reshape(rows // _SUBLANES, _SUBLANES, -1).sum(0)

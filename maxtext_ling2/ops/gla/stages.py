@@ -1,0 +1,141 @@
+"""What stands around linear attention in a layer: norm and rotation of q and k, grouped norm and gate of the output.
+
+Both work on [B, T, H * D], the layout of a projection: on TPU [B, T, H, D] is tiled in another way, and a reshape between
+them is a copy. Both compute in float32 and round once. Like `gla` they are in plain JAX or, for TPUs, Pallas kernels
+with a gradient of their own, which keeps the operands and computes all else again.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxtext_ling2.ops.gla import pallas_stages
+from maxtext_ling2.ops.gla.pallas_grid import vary_alike
+from maxtext_ling2.ops.gla.pallas_tpu import differentiable
+
+_LANES = 128
+_PLAIN = ("reference", "chunked")
+
+
+def rotated_norm(
+  x: jax.Array,
+  scale: jax.Array | None,
+  cos: jax.Array,
+  sin: jax.Array,
+  *,
+  rotated: int,
+  epsilon: float,
+  backend: str = "auto",
+) -> jax.Array:
+  """RMSNorm of each head, then half-rotation of its first dimensions (the others pass).
+
+  Args:
+    x: [B, T, H * D], float32 or bfloat16.
+    scale: [D], of the norm; None: no norm.
+    cos: [B, T, D] float32: of the angle for both halves of the rotated dimensions, 1 behind them.
+    sin: [B, T, D] float32: minus the sine for the first half, the sine for the second, 0 behind them.
+    rotated: number of rotated dimensions, even.
+    epsilon: of the norm.
+    backend: that of `gla`. Kernels need D to be a multiple of 128; else it is plain JAX in any case.
+
+  Returns:
+    [B, T, H * D] in x's dtype; differentiable in x and scale.
+  """
+  plain, kernel, gradient = (
+    functools.partial(run, rotated=rotated, epsilon=epsilon)
+    for run in (_rotated_norm, pallas_stages.rotated_norm, pallas_stages.rotated_norm_gradient)
+  )
+  scale = None if scale is None else scale.astype(jnp.float32)
+  if backend in _PLAIN or cos.shape[-1] % _LANES:
+    return plain(x, scale, cos, sin)
+  return _run(backend, plain, kernel, gradient, (x, scale), (cos, sin))
+
+
+def gated_norm(
+  x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, epsilon: float, backend: str = "auto"
+) -> jax.Array:
+  """RMSNorm in which each of `groups` equal groups of the last axis has its own mean square, then a sigmoid gate.
+
+  Args:
+    x: [B, T, N], float32 or bfloat16.
+    gate: [B, T, N], before the sigmoid.
+    scale: [N].
+    groups: their number, a divisor of N; 1 is a plain RMSNorm. (Source: BailingMoeV2_5's `group_norm_size`.)
+    epsilon: of the norm.
+    backend: that of `gla`. Kernels need N / groups to be a multiple of 128; else it is plain JAX in any case.
+
+  Returns:
+    [B, T, N] in the dtype of the gate; differentiable in x, gate and scale.
+  """
+  plain, kernel, gradient = (
+    functools.partial(run, groups=groups, epsilon=epsilon)
+    for run in (_gated_norm, pallas_stages.gated_norm, pallas_stages.gated_norm_gradient)
+  )
+  scale = scale.astype(jnp.float32)
+  if backend in _PLAIN or x.shape[-1] // groups % _LANES:
+    return plain(x, gate, scale)
+  return _run(backend, plain, kernel, gradient, (x, gate, scale))
+
+
+def _rotated_norm(
+  x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array, *, rotated: int, epsilon: float
+) -> jax.Array:
+  """`rotated_norm` in plain JAX."""
+  heads = x.astype(jnp.float32).reshape(*x.shape[:2], -1, cos.shape[-1])
+  if scale is not None:
+    heads = _normed(heads, epsilon) * scale
+  first, second, rest = jnp.split(heads, [rotated // 2, rotated], axis=-1)
+  swapped = jnp.concatenate([second, first, rest], axis=-1)
+  return (heads * cos[:, :, None] + swapped * sin[:, :, None]).reshape(x.shape).astype(x.dtype)
+
+
+def _gated_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, epsilon: float) -> jax.Array:
+  """`gated_norm` in plain JAX."""
+  normed = _normed(x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1), epsilon).reshape(x.shape)
+  return (normed * scale * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(gate.dtype)
+
+
+def _normed(x: jax.Array, epsilon: float) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def _run(
+  backend: str,
+  plain: Callable[..., jax.Array],
+  kernel: Callable[..., jax.Array],
+  kernel_gradient: Callable[..., Any],
+  operands: Sequence[jax.Array | None],
+  constants: Sequence[jax.Array] = (),
+) -> jax.Array:
+  """Runs a stage by kernels, or by whatever the platform has.
+
+  Args:
+    backend: "pallas" or "auto".
+    plain: (*operands, *constants) -> result, in plain JAX.
+    kernel: the same.
+    kernel_gradient: (*operands, *constants, gradient of the result) -> gradients of the operands.
+    operands: arrays.
+    constants: arrays without a gradient.
+  """
+  number = len(operands)
+
+  def plain_gradient(*arrays: Any) -> tuple[jax.Array | None, ...]:
+    *given, dy = arrays
+    return jax.vjp(lambda *operands: plain(*operands, *given[number:]), *given[:number])[1](dy)
+
+  def choose(tpu: Callable[..., Any], default: Callable[..., Any], *arrays: Any) -> Any:
+    tpu = differentiable(tpu, default)
+    return tpu(*arrays) if backend == "pallas" else jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+
+  @jax.custom_vjp
+  def run(*arrays: Any) -> Any:
+    return choose(kernel, plain, *arrays)
+
+  def pull_back(arrays: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+    return (*choose(kernel_gradient, plain_gradient, *arrays, dy), *[None] * len(constants))
+
+  run.defvjp(lambda *arrays: (run(*arrays), arrays), pull_back)
+  return run(*vary_alike((*operands, *constants)))
