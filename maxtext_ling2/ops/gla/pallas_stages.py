@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.gla.pallas_chunk import Ref
+from maxtext_ling2.ops.gla.pallas_chunk import NN, Ref, dot
 from maxtext_ling2.ops.gla.pallas_grid import like_input, vary_alike
 
 _ROWS = 256
@@ -138,30 +138,33 @@ def _parts(block: Ref, part: int) -> list[Any]:
 
 def _rotated_norm(x: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: int, epsilon: float) -> None:
   *scale, y = refs
+  scaled_cos, scaled_sin, swap = cos[0], sin[0], _swap(part, rotated, x.dtype)
+  if scale:
+    scaled_cos, scaled_sin = scaled_cos * scale[0][...], scaled_sin * dot(scale[0][...], _swap(part, rotated, jnp.float32), NN)
   for at in _parts(x, part):
     value = x[at].astype(jnp.float32)
-    if scale:
-      value = value * _root(value, epsilon) * scale[0][...]
-    y[at] = (value * cos[0] + _swapped(value, rotated) * sin[0]).astype(y.dtype)
+    turned = value * scaled_cos + dot(x[at], swap, NN) * scaled_sin
+    y[at] = (turned * _root(value, epsilon) if scale else turned).astype(y.dtype)
 
 
 def _rotated_norm_gradient(
   x: Ref, dy: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: int, epsilon: float, length: int
 ) -> None:
-  if len(refs) == 1:
-    (dx,) = refs
-    for at in _parts(x, part):
-      dx[at] = _unrotated(dy[at], cos, sin, rotated).astype(dx.dtype)
-    return
-  scale, dx, dscale = refs
+  *rest, dx = refs if len(refs) == 1 else refs[:2]
+  swap = _swap(part, rotated, dy.dtype)
+  swapped_sin = dot(sin[0], _swap(part, rotated, jnp.float32), NN)
   total = jnp.zeros((_SUBLANES, part), jnp.float32)
   for at in _parts(x, part):
-    value = x[at].astype(jnp.float32)
-    root = _root(value, epsilon)
-    normed, dz = value * root, _unrotated(dy[at], cos, sin, rotated)
-    dx[at] = _through_norm(normed, root, dz * scale[...]).astype(dx.dtype)
-    total += _over_tokens(normed * dz, length)
-  dscale[0, 0] = total
+    dturned = dy[at].astype(jnp.float32) * cos[0] + dot(dy[at], swap, NN) * swapped_sin
+    if rest:
+      value = x[at].astype(jnp.float32)
+      root = _root(value, epsilon)
+      normed = value * root
+      total += _over_tokens(normed * dturned, length)
+      dturned = _through_norm(normed, root, dturned * rest[0][...])
+    dx[at] = dturned.astype(dx.dtype)
+  if rest:
+    refs[2][0, 0] = total
 
 
 def _gated_norm(x: Ref, gate: Ref, scale: Ref, y: Ref, *, part: int, epsilon: float) -> None:
@@ -195,18 +198,15 @@ def _through_norm(normed: jax.Array, root: jax.Array, dnormed: jax.Array) -> jax
   return root * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
 
 
-def _swapped(x: jax.Array, rotated: int) -> jax.Array:
-  """The first `rotated` columns with their halves changed for each other, then zeros."""
-  width, half = x.shape[1], rotated // 2
-  lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-  first, second = pltpu.roll(x, width - half, 1), pltpu.roll(x, half, 1)
-  return jnp.where(lane < half, first, jnp.where(lane < rotated, second, 0.0))
+def _swap(width: int, rotated: int, dtype: Any) -> jax.Array:
+  """The matrix [width, width] by which rows get the halves of their first `rotated` columns swapped, and then zeros.
 
-
-def _unrotated(dy: jax.Array, cos: Ref, sin: Ref, rotated: int) -> jax.Array:
-  """The gradient of x where y = x cos + swapped(x) sin."""
-  dy = dy.astype(jnp.float32)
-  return dy * cos[0] + _swapped(dy * sin[0], rotated)
+  The matrix unit has nothing else to do here, and does it exactly; the unit that moves lanes is what these kernels wait for.
+  """
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in range(2))
+  half = rotated // 2
+  from_row = jnp.where(column < half, column + half, column - half)
+  return ((row == from_row) & (column < rotated)).astype(jnp.float32).astype(dtype)
 
 
 def _over_tokens(x: jax.Array, length: int) -> jax.Array:
