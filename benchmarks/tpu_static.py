@@ -146,10 +146,11 @@ def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -
   import jax
 
   module, name = target.split(":")
-  mesh = one_device(chip)
+  cases = importlib.import_module(module)
+  mesh = one_device(chip, getattr(cases, "MESH_AXES", ("device",)))
   sharding = jax.NamedSharding(mesh, jax.P())
   with jax.set_mesh(mesh):  # it tells the program for which device kind it is traced
-    function, args = getattr(importlib.import_module(module), name)(**arguments)
+    function, args = getattr(cases, name)(**arguments)
     lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*args)
     looping = sorted(_looping(lowered.jaxpr.jaxpr))
     if looping:
@@ -163,14 +164,14 @@ def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -
   return Estimate(kernels, around, compiled.memory_analysis().temp_size_in_bytes)
 
 
-def one_device(chip: str) -> Any:
+def one_device(chip: str, axes: Sequence[str] = ("device",)) -> Any:
   """A mesh of one device of a chip that is not there, for compiling ahead of time."""
   import jax
   import numpy as np
   from jax.experimental import topologies
 
   devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices
-  return jax.sharding.Mesh(np.array(devices[:1]), ("device",))
+  return jax.sharding.Mesh(np.array(devices[:1]).reshape([1] * len(axes)), axes)
 
 
 def _looping(jaxpr: Any, kernel: str = "") -> set[str]:

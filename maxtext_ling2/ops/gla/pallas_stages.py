@@ -31,7 +31,7 @@ def rotated_norm(
 ) -> jax.Array:
   """`stages.rotated_norm` of whole blocks of 128 columns."""
   kernel = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
-  return _run(kernel, "gla_rotated_norm", cos.shape[-1], (x,), (cos, sin), scale, _shared, [x.dtype])[0]
+  return _run(kernel, "rotated_norm", cos.shape[-1], (x,), (cos, sin), scale, _shared, [x.dtype])[0]
 
 
 def rotated_norm_gradient(
@@ -40,7 +40,7 @@ def rotated_norm_gradient(
   """dx [B, T, H * D], and dscale [D] float32."""
   kernel = functools.partial(_rotated_norm_gradient, rotated=rotated, epsilon=epsilon, length=x.shape[1])
   dx, *sums = _run(
-    kernel, "gla_rotated_norm_gradient", cos.shape[-1], (x, dy), (cos, sin), scale, _shared, [x.dtype], scale is not None
+    kernel, "rotated_norm_gradient", cos.shape[-1], (x, dy), (cos, sin), scale, _shared, [x.dtype], scale is not None
   )
   return dx, sums[0].reshape(-1, cos.shape[-1]).sum(0) if sums else None
 
@@ -48,7 +48,7 @@ def rotated_norm_gradient(
 def gated_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, epsilon: float) -> jax.Array:
   """`stages.gated_norm` of groups of whole blocks of 128 columns."""
   kernel = functools.partial(_gated_norm, epsilon=epsilon)
-  return _run(kernel, "gla_gated_norm", x.shape[-1] // groups, (x, gate), (), scale, _own, [gate.dtype])[0]
+  return _run(kernel, "gated_norm", x.shape[-1] // groups, (x, gate), (), scale, _own, [gate.dtype])[0]
 
 
 def gated_norm_gradient(
@@ -58,7 +58,7 @@ def gated_norm_gradient(
   kernel = functools.partial(_gated_norm_gradient, epsilon=epsilon, length=x.shape[1])
   width = x.shape[-1] // groups
   dx, dgate, sums = _run(
-    kernel, "gla_gated_norm_gradient", width, (x, gate, dy), (), scale, _own, [x.dtype, gate.dtype], sums=True
+    kernel, "gated_norm_gradient", width, (x, gate, dy), (), scale, _own, [x.dtype, gate.dtype], sums=True
   )
   return dx, dgate, sums.reshape(-1, x.shape[-1]).sum(0)
 
