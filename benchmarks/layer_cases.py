@@ -8,7 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.linen import partitioning as nn_partitioning
+from flax.core.spmd import logical_axis_rules
 
 from maxtext_ling2.host import session
 from maxtext_ling2.model.gla import GatedLinearAttention
@@ -43,7 +43,7 @@ def gla_layer(length: int = 4096, *, gradients: bool = False, plain: bool = Fals
 
   def forward(weights: Any, rest: Any, x: Any, positions: Any) -> Any:
     no_width = 2**30 if plain else stages._LANES
-    with nn_partitioning.axis_rules(config.logical_axis_rules), mock.patch.object(stages, "_LANES", no_width):
+    with logical_axis_rules(config.logical_axis_rules), mock.patch.object(stages, "_LANES", no_width):
       return nnx.merge(graph, weights, rest)(x, None, positions, 3)
 
   def both(weights: Any, rest: Any, x: Any, positions: Any, dy: Any) -> Any:
