@@ -156,12 +156,17 @@ def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -
     if looping:
       raise NotEstimated(f"there is a loop within {', '.join(looping)}")
     compiled = lowered.lower().compile()
-  moved, around = _bytes_moved(compiled.as_text())
-  kernels = tuple(_kernels(folder, CHIPS[chip], moved))
-  missing = set(moved) - {kernel.name for kernel in kernels}
-  if missing:
-    raise NotEstimated(f"libtpu wrote no schedule of {', '.join(sorted(missing))}")
-  return Estimate(kernels, around, compiled.memory_analysis().temp_size_in_bytes)
+  text = compiled.as_text()
+  moved, around = _bytes_moved(text)
+  scheduled = {kernel.name: kernel for kernel in _kernels(folder, CHIPS[chip], moved)}
+  twins = _twins(text)  # of kernels with one program libtpu compiles the first
+  kernels = []
+  for name in moved:
+    found = [scheduled[twin] for twin in twins[name] if twin in scheduled]
+    if not found:
+      raise NotEstimated(f"libtpu wrote no schedule of {name}")
+    kernels.append(scheduled.get(name) or dataclasses.replace(found[0], name=name))
+  return Estimate(tuple(kernels), around, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def one_device(chip: str, axes: Sequence[str] = ("device",)) -> Any:
@@ -216,6 +221,16 @@ def _bytes_moved(hlo: str) -> tuple[dict[str, int], int]:
       elif entry and kind not in _NOT_MOVED:
         around += moved
   return kernels, around
+
+
+def _twins(hlo: str) -> dict[str, list[str]]:
+  """Each kernel -> the kernels with the same program on arrays of the same shapes, itself among them."""
+  programs: dict[str, list[str]] = {}
+  for line in hlo.splitlines():
+    if "tpu_custom_call" in line and (instruction := _INSTRUCTION.match(line)):
+      program = re.sub(r"metadata=\{.*?\}, backend_config", "backend_config", line.split("custom_call_target", 1)[1])
+      programs.setdefault(instruction.group(2) + program, []).append(instruction.group(1))
+  return {name: names for names in programs.values() for name in names}
 
 
 def _size(shape: str) -> int:

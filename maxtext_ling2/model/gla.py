@@ -115,11 +115,9 @@ class GatedLinearAttention(nnx.Module):
     """
     decoding = model_mode == ct.MODEL_MODE_AUTOREGRESSIVE
     backend = "chunked" if decoding else self.config.gla_backend  # one token is not worth a kernel
-    q, k, v = self._project(x, positions, backend)
-    decay = log_decay(
-      layer_index, self.config.num_decoder_layers, self.config.num_query_heads, self.config.gla_decay_layer_offset
-    )
-    o = self._attend(*map(self._per_head, (q, k, v)), jnp.asarray(decay), segment_ids, model_mode)
+    q, k, v = map(self._per_head, self._project(x, positions, backend))
+    decay = log_decay(layer_index, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
+    o = self._attend(q, k, v, jnp.asarray(decay), segment_ids, model_mode)
     o = checkpoint_name(self._shard(_flat(o)), "context")
     (gate,) = self._products(self.output_gate, x)
     gate = checkpoint_name(gate, "output_gate")
@@ -143,9 +141,7 @@ class GatedLinearAttention(nnx.Module):
     self.recurrent_state[...] = new
     return o
 
-  def _project(
-    self, x: jax.Array, positions: jax.Array, backend: str
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _project(self, x: jax.Array, positions: jax.Array, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k (normalised and rotated) and v, each [B, T, H * D]."""
     projected = self._products(self.query_key_value, x)
     if self.config.use_linear_silu:

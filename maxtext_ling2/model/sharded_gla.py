@@ -87,8 +87,12 @@ def sharded_rotated_norm(
   """`ops.gla.rotated_norm` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
   batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
   wide, narrow = jax.P(batch, length, over_heads), jax.P(batch, length, None)
-  run = functools.partial(rotated_norm, **options)
-  return jax.shard_map(run, mesh=mesh, in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide)(x, scale, cos, sin)
+
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide)
+  def run(x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    return rotated_norm(x, scale, cos, sin, **options)
+
+  return run(x, scale, cos, sin)
 
 
 def sharded_gated_norm(

@@ -104,16 +104,16 @@ def _run(
   grid = (batch, -(-length // rows), total // columns)
   block = pl.BlockSpec((1, rows, columns), lambda b, t, n: (b, t, n))
   table = pl.BlockSpec((1, rows, part), lambda b, t, n: (b, t, 0))
+  width = part if place is _shared else columns  # of the scale, in one block
   arrays = [*wide, *narrow]
   specs = [block] * len(wide) + [table] * len(narrow)
   if scale is not None:
     arrays.append(scale.astype(jnp.float32)[None])
-    specs.append(pl.BlockSpec((1, part if place is _shared else columns), place))
+    specs.append(pl.BlockSpec((1, width), place))
   arrays = vary_alike(arrays)
   shapes = [jax.ShapeDtypeStruct((batch, length, total), dtype) for dtype in results]
   out_specs = [block] * len(results)
   if sums:
-    width = specs[-1].block_shape[-1]
     shapes.append(jax.ShapeDtypeStruct((batch, grid[1], _SUBLANES, grid[2] * width), jnp.float32))
     out_specs.append(pl.BlockSpec((1, 1, _SUBLANES, width), lambda b, t, n: (b, t, 0, n)))
   return list(
@@ -140,7 +140,8 @@ def _rotated_norm(x: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: in
   *scale, y = refs
   scaled_cos, scaled_sin, swap = cos[0], sin[0], _swap(part, rotated, x.dtype)
   if scale:
-    scaled_cos, scaled_sin = scaled_cos * scale[0][...], scaled_sin * dot(scale[0][...], _swap(part, rotated, jnp.float32), NN)
+    scaled_cos *= scale[0][...]
+    scaled_sin *= dot(scale[0][...], _swap(part, rotated, jnp.float32), NN)
   for at in _parts(x, part):
     value = x[at].astype(jnp.float32)
     turned = value * scaled_cos + dot(x[at], swap, NN) * scaled_sin
@@ -201,7 +202,7 @@ def _through_norm(normed: jax.Array, root: jax.Array, dnormed: jax.Array) -> jax
 def _swap(width: int, rotated: int, dtype: Any) -> jax.Array:
   """The matrix [width, width] by which rows get the halves of their first `rotated` columns swapped, and then zeros.
 
-  The matrix unit has nothing else to do here, and does it exactly; the unit that moves lanes is what these kernels wait for.
+  The matrix unit has nothing else to do here, and does it exactly; these kernels wait for the unit that moves lanes.
   """
   row, column = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in range(2))
   half = rotated // 2

@@ -44,13 +44,13 @@ def rotated_norm(
   Returns:
     [B, T, H * D] in x's dtype; differentiable in x and scale.
   """
-  plain, kernel, gradient = (
-    functools.partial(run, rotated=rotated, epsilon=epsilon)
-    for run in (_rotated_norm, pallas_stages.rotated_norm, pallas_stages.rotated_norm_gradient)
-  )
+  options: dict[str, Any] = {"rotated": rotated, "epsilon": epsilon}
+  plain = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
   scale = None if scale is None else scale.astype(jnp.float32)
   if backend in _PLAIN or cos.shape[-1] % _LANES:
     return plain(x, scale, cos, sin)
+  kernel = functools.partial(pallas_stages.rotated_norm, **options)
+  gradient = functools.partial(pallas_stages.rotated_norm_gradient, **options)
   return _run(backend, plain, kernel, gradient, (x, scale), (cos, sin))
 
 
@@ -70,13 +70,13 @@ def gated_norm(
   Returns:
     [B, T, N] in the dtype of the gate; differentiable in x, gate and scale.
   """
-  plain, kernel, gradient = (
-    functools.partial(run, groups=groups, epsilon=epsilon)
-    for run in (_gated_norm, pallas_stages.gated_norm, pallas_stages.gated_norm_gradient)
-  )
+  options: dict[str, Any] = {"groups": groups, "epsilon": epsilon}
+  plain = functools.partial(_gated_norm, groups=groups, epsilon=epsilon)
   scale = scale.astype(jnp.float32)
   if backend in _PLAIN or x.shape[-1] // groups % _LANES:
     return plain(x, gate, scale)
+  kernel = functools.partial(pallas_stages.gated_norm, **options)
+  gradient = functools.partial(pallas_stages.gated_norm_gradient, **options)
   return _run(backend, plain, kernel, gradient, (x, gate, scale))
 
 
