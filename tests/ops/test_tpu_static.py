@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gla_tpu_static
+from benchmarks import gla_tpu_static, layer_tpu_static
 from benchmarks.tpu_static import NotEstimated, estimate
 from maxtext_ling2.ops.gla import tiles
 
@@ -81,3 +81,15 @@ def test_every_chip_of_the_table_has_tiles_of_its_own():
   for kind in gla_tpu_static.TESTED.values():
     forward, backward = tiles.tiles_for(4096, 16, 128, 2, kind)
     assert forward.chunk == backward.chunk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("passes", "mib"), [("forward", 255.1), ("both", 848.2)])
+def test_fused_layer_moves(passes, mib):
+  """What XLA moves around the kernels of a layer of ling2, by the program it compiles for a v6e, and the kernels' time."""
+  (row,) = (row for row in layer_tpu_static.measure("v6e", ["fused"]) if row.passes == passes)
+  assert row.around == pytest.approx(mib, rel=0.05)
+  assert row.missed() == []
+  calls = {"forward": ["gated_norm", "gla_forward", "rotated_norm"]}
+  calls["both"] = sorted([*calls["forward"], "gated_norm_gradient", "gla_backward", "rotated_norm_gradient"])
+  assert sorted(row.kernels) == calls[passes]
