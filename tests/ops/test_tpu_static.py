@@ -86,7 +86,7 @@ def test_every_chip_of_the_table_has_tiles_of_its_own():
 @pytest.mark.slow
 @pytest.mark.parametrize(("passes", "mib"), [("forward", 255.1), ("both", 848.2)])
 def test_fused_layer_moves(passes, mib):
-  """What XLA moves around the kernels of a layer of ling2, by the program it compiles for a v6e, and the kernels' time."""
+  """What XLA moves around the kernels of a layer of ling2 on a v6e; the kernels and their time."""
   (row,) = (row for row in layer_tpu_static.measure("v6e", ["fused"]) if row.passes == passes)
   assert row.around == pytest.approx(mib, rel=0.05)
   assert row.missed() == []
