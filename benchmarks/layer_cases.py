@@ -1,4 +1,4 @@
-"""The GLA layer of LING2 as a program for `tpu_static`: MaxText's module, one device, bfloat16."""
+"""Parts of a LING2 layer as programs for `tpu_static`: the plugin's modules, one device, bfloat16."""
 
 import functools
 from collections.abc import Callable
@@ -8,15 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
+from maxtext.layers.multi_token_prediction import MultiTokenPredictionLayer
 
 from maxtext_ling2.host import session
 from maxtext_ling2.model.gla import GatedLinearAttention
+from maxtext_ling2.model.layer import Ling2MtpLayer
+from maxtext_ling2.model.mla import MultiHeadLatentAttention
+from maxtext_ling2.model.moe import Ling2MoE, Router
 from maxtext_ling2.model.sharded_gla import sharded_gla
 from maxtext_ling2.ops.gla import log_decay
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 SETTINGS = {"model_name": "ling2", "per_device_batch_size": 1, "weight_dtype": "bfloat16", "gla_backend": "pallas"}
+SETTINGS |= {"attention": "flash"}
 
 
 class PlainComposition(GatedLinearAttention):
@@ -54,23 +59,76 @@ MESH_AXES = tuple(_config(4096).mesh_axes)
 
 
 def gla_layer(length: int = 4096, *, gradients: bool = False, plain: bool = False) -> Program:
+  """A layer of linear attention, or with `plain` the composition of modules."""
+  kind = PlainComposition if plain else GatedLinearAttention
+  return _program(
+    length,
+    gradients,
+    lambda config, mesh: kind(config, mesh, "train", None, nnx.Rngs(0)),
+    lambda layer, x, positions: layer(x, None, positions, 3),
+  )
+
+
+def mla_layer(length: int = 4096, *, gradients: bool = False) -> Program:
+  """MLA, with MaxText's flash attention; one document a row."""
+  return _program(
+    length,
+    gradients,
+    lambda config, mesh: MultiHeadLatentAttention(config, mesh, "train", None, (1, length, config.emb_dim), nnx.Rngs(0)),
+    lambda layer, x, positions: layer(
+      x, x, positions, decoder_segment_ids=jnp.ones_like(positions), deterministic=True, model_mode="train"
+    )[0],
+  )
+
+
+def router(length: int = 4096, *, gradients: bool = False) -> Program:
+  """Scores of all experts, float32."""
+  return _program(length, gradients, lambda config, mesh: Router(config, nnx.Rngs(0)), lambda layer, x, _: layer(x)[0])
+
+
+def shared_expert(length: int = 4096, *, gradients: bool = False) -> Program:
+  """The expert that every token passes."""
+  return _program(
+    length,
+    gradients,
+    lambda config, mesh: Ling2MoE._shared(None, config, mesh, None, nnx.Rngs(0)),
+    lambda layer, x, _: layer(x, deterministic=True),
+  )
+
+
+def mtp_input(length: int = 4096, *, gradients: bool = False) -> Program:
+  """What an MTP layer does before its decoder layer: two norms and the product of both, side by side."""
+
+  def make(config: Any, mesh: Any) -> nnx.Module:
+    return MultiTokenPredictionLayer(config, mesh, 1, Ling2MtpLayer, rngs=nnx.Rngs(0))
+
+  def call(layer: Any, x: jax.Array, _: jax.Array) -> jax.Array:
+    normed = layer.embedding_norm(x), layer.hidden_state_norm(x)
+    return layer.projection_layer(jnp.concatenate(normed, axis=-1))
+
+  return _program(length, gradients, make, call)
+
+
+def _program(length: int, gradients: bool, make: Callable[..., Any], call: Callable[..., jax.Array]) -> Program:
   """x [1, T, C] -> y, or with `gradients` (x, dy) -> y, gradients of all weights and of x."""
   config = _config(length)
   mesh = jax.sharding.get_mesh()
-  kind = PlainComposition if plain else GatedLinearAttention
   with session.model_context(config, mesh):
-    abstract = nnx.eval_shape(lambda: kind(config, mesh, "train", None, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make(config, mesh))
   graph, weights, rest = nnx.split(abstract, nnx.Param, ...)
   x = jax.ShapeDtypeStruct((1, length, config.emb_dim), jnp.bfloat16)
   positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
   def forward(weights: Any, rest: Any, x: Any, positions: Any) -> Any:
     with logical_axis_rules(config.logical_axis_rules):
-      return nnx.merge(graph, weights, rest)(x, None, positions, 3)
+      return call(nnx.merge(graph, weights, rest), x, positions)
 
   def both(weights: Any, rest: Any, x: Any, positions: Any, dy: Any) -> Any:
     y, pull = jax.vjp(lambda weights, x: forward(weights, rest, x, positions), weights, x)
-    return y, pull(dy)
+    return y, pull(dy.astype(y.dtype))
 
   arguments = tuple(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (weights, rest, x, positions)))
-  return (both, (*arguments, x)) if gradients else (forward, arguments)
+  if not gradients:
+    return forward, arguments
+  y = jax.eval_shape(forward, *arguments)
+  return both, (*arguments, jax.ShapeDtypeStruct(y.shape, jnp.bfloat16))

@@ -2,6 +2,7 @@
 
     python benchmarks/layer_tpu_static.py --chip v6e   the table of a chip, with targets; fails if one is missed
     python benchmarks/layer_tpu_static.py              all chips: writes benchmarks/results/layer_tpu_static.{json,md,png}
+    python benchmarks/layer_tpu_static.py --rest       beside GLA: MLA, router, shared expert, MTP's input
 
 T = 4096, batch 1, bfloat16, one device: products for q, k, v and gate, norm, rotation, GLA, norm and gate, product of the
 output. "Plain" is the layer as modules in a row, in which GLA alone is a kernel; "fused" is the plugin's. Kernels are
@@ -45,6 +46,7 @@ class Row:
     kernels: name -> microseconds, all its runs together.
     kernel_ratio: time of all kernels over that of their bytes at full bandwidth.
     around: MiB.
+    floor: MiB around the kernels that cannot be saved.
   """
 
   chip: str
@@ -53,12 +55,7 @@ class Row:
   kernels: dict[str, float]
   kernel_ratio: float
   around: float
-
-  @property
-  def floor(self) -> float:
-    """MiB around the kernels that cannot be saved."""
-    elements = LENGTH * EMBED + EMBED * HEADS * DIM + LENGTH * HEADS * DIM
-    return PRODUCTS[self.passes] * elements * 2 / 2**20
+  floor: float
 
   @property
   def product_us(self) -> float:
@@ -102,7 +99,24 @@ def measure(chip: str, forms: Sequence[str] = ("plain", "fused")) -> Iterator[Ro
       name = kernel.name.split(".")[0]
       kernels[name] = kernels.get(name, 0.0) + kernel.us
     ratio = result.us / sum(kernel.hbm_us for kernel in result.kernels)
-    yield Row(chip, passes, form, kernels, ratio, result.around_bytes / 2**20)
+    yield Row(chip, passes, form, kernels, ratio, result.around_bytes / 2**20, result.product_bytes / 2**20)
+
+
+REST = ("mla_layer", "router", "shared_expert", "mtp_input")
+
+
+def rest(chip: str) -> str:
+  """A table of the other parts of a layer: MiB that XLA moves, against its floor."""
+  jobs = [(f"benchmarks.layer_cases:{name}", {"gradients": passes == "both"}) for name in REST for passes in PRODUCTS]
+  lines = ["| chip | part | passes | around, MiB | floor | x floor |", "|---|---|---|---|---|---|"]
+  for (target, arguments), result in zip(jobs, estimate(chip, jobs, bytes_only=True), strict=True):
+    if not isinstance(result, Estimate):
+      raise result
+    moved, floor = result.around_bytes / 2**20, result.product_bytes / 2**20
+    passes = "forward + backward" if arguments["gradients"] else "forward"
+    name = target.partition(":")[2].replace("_", " ")
+    lines.append(f"| {chip} | {name} | {passes} | {moved:.0f} | {floor:.0f} | {moved / floor:.2f} |")
+  return "\n".join(lines) + "\n"
 
 
 HEADINGS = (
@@ -157,7 +171,12 @@ def main() -> int:
   """Exit code: 1 if a target is missed."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--chip", action="append", choices=TESTED, help="only this chip (may be given more than once)")
-  chips = parser.parse_args().chip
+  parser.add_argument("--rest", action="store_true", help="the other parts of a layer")
+  arguments = parser.parse_args()
+  chips = arguments.chip
+  if arguments.rest:
+    print("\n".join(map(rest, chips or ("v6e", "v5p"))))
+    return 0
   rows = [row for chip in chips or TESTED for row in measure(chip)]
   print(table(rows))
   if not chips:

@@ -79,10 +79,18 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A compiled program: its kernels, what XLA moves around them (bytes), and temporaries (bytes)."""
+  """A compiled program.
+
+  Attributes:
+    kernels: its Pallas kernels; none if only bytes were asked for.
+    around_bytes: what XLA's own operations read and write.
+    product_bytes: of `around_bytes`, what cannot be saved: operands and results of each matrix product, once.
+    temporary_bytes: of the whole program.
+  """
 
   kernels: tuple[Kernel, ...]
   around_bytes: int
+  product_bytes: int
   temporary_bytes: int
 
   @property
@@ -99,9 +107,14 @@ Job = tuple[str, dict[str, Any]]
 """module:function and its arguments."""
 
 
-def estimate(chip: str, jobs: Sequence[Job], timeout: float = 1800) -> list[Estimate | NotEstimated]:
-  """Estimates programs for one chip, in one fresh process (libtpu reads its flags once)."""
-  command = [sys.executable, os.path.abspath(__file__), "--worker", chip]
+def estimate(
+  chip: str, jobs: Sequence[Job], timeout: float = 3600, *, bytes_only: bool = False
+) -> list[Estimate | NotEstimated]:
+  """Estimates programs for one chip, in one fresh process (libtpu reads its flags once).
+
+  With `bytes_only` nothing is said of kernels, and they may hold loops, as MaxText's attention does.
+  """
+  command = [sys.executable, os.path.abspath(__file__), "--worker", chip, *(["--bytes-only"] if bytes_only else [])]
   root = str(Path(__file__).parents[1])
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
   run = subprocess.run(
@@ -122,7 +135,7 @@ def _decoded(line: dict[str, Any]) -> Estimate | NotEstimated:
   return Estimate(tuple(Kernel(**kernel) for kernel in line.pop("kernels")), **line)
 
 
-def _work(chip: str) -> None:
+def _work(chip: str, bytes_only: bool) -> None:
   """The fresh process: reads jobs from stdin, prints one line a job."""
   with tempfile.TemporaryDirectory(prefix="tpu_static") as folder:
     os.environ.update(
@@ -133,7 +146,7 @@ def _work(chip: str) -> None:
     )
     for target, arguments in json.load(sys.stdin):
       try:
-        answer = dataclasses.asdict(_estimate(chip, target, arguments, Path(folder)))
+        answer = dataclasses.asdict(_estimate(chip, target, arguments, None if bytes_only else Path(folder)))
       except Exception as e:  # compilers raise what they like; the caller decides
         answer = {"error": f"{target} {arguments} on {chip}: {e}"[:2000]}
       print(_MARK + json.dumps(answer), flush=True)
@@ -141,8 +154,8 @@ def _work(chip: str) -> None:
         file.unlink()
 
 
-def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -> Estimate:
-  """Compiles in this process and reads what libtpu left in the folder."""
+def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path | None) -> Estimate:
+  """Compiles in this process and reads what libtpu left in the folder, if there is one."""
   import jax
 
   module, name = target.split(":")
@@ -152,21 +165,15 @@ def _estimate(chip: str, target: str, arguments: dict[str, Any], folder: Path) -
   with jax.set_mesh(mesh):  # it tells the program for which device kind it is traced
     function, args = getattr(cases, name)(**arguments)
     lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*args)
-    looping = sorted(_looping(lowered.jaxpr.jaxpr))
+    looping = sorted(_looping(lowered.jaxpr.jaxpr)) if folder else []
     if looping:
       raise NotEstimated(f"there is a loop within {', '.join(looping)}")
+    products = sum(_products(lowered.jaxpr.jaxpr))
     compiled = lowered.lower().compile()
   text = compiled.as_text()
   moved, around = _bytes_moved(text)
-  scheduled = {kernel.name: kernel for kernel in _kernels(folder, CHIPS[chip], moved)}
-  twins = _twins(text)  # of kernels with one program libtpu compiles the first
-  kernels = []
-  for name in moved:
-    found = [scheduled[twin] for twin in twins[name] if twin in scheduled]
-    if not found:
-      raise NotEstimated(f"libtpu wrote no schedule of {name}")
-    kernels.append(scheduled.get(name) or dataclasses.replace(found[0], name=name))
-  return Estimate(tuple(kernels), around, compiled.memory_analysis().temp_size_in_bytes)
+  kernels = tuple(_all_kernels(folder, CHIPS[chip], text, moved)) if folder else ()
+  return Estimate(kernels, around, products, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def one_device(chip: str, axes: Sequence[str] = ("device",)) -> Any:
@@ -187,12 +194,29 @@ def _looping(jaxpr: Any, kernel: str = "") -> set[str]:
     if kernel and (kind == "while" or (kind == "scan" and parameters["unroll"] < parameters["length"])):
       found.add(kernel)
     inside = str(parameters.get("name") or "a kernel") if kind == "pallas_call" else kernel
-    for value in parameters.values():
-      for item in value if isinstance(value, (tuple, list)) else (value,):
-        inner = getattr(item, "jaxpr", item)
-        if hasattr(inner, "eqns"):
-          found |= _looping(inner, inside)
+    for inner in _inner(equation):
+      found |= _looping(inner, inside)
   return found
+
+
+def _products(jaxpr: Any) -> Iterator[int]:
+  """Bytes of operands and result of each matrix product outside of kernels."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
+      yield sum(array.size * array.dtype.itemsize for array in arrays)
+    elif equation.primitive.name != "pallas_call":
+      for inner in _inner(equation):
+        yield from _products(inner)
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+  """The jaxprs that an equation runs."""
+  for value in equation.params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      inner = getattr(item, "jaxpr", item)
+      if hasattr(inner, "eqns"):
+        yield inner
 
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)")
@@ -250,6 +274,17 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-fA-F]+|\d+)\s+[A-Z, ]*?\s*:\s*(>*)\s*\{")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/")
 
 
+def _all_kernels(folder: Path, chip: Chip, hlo: str, moved: dict[str, int]) -> Iterator[Kernel]:
+  """Of kernels with one program libtpu compiles the first only; the others are the same."""
+  scheduled = {kernel.name: kernel for kernel in _kernels(folder, chip, moved)}
+  twins = _twins(hlo)
+  for name in moved:
+    found = [scheduled[twin] for twin in twins[name] if twin in scheduled]
+    if not found:
+      raise NotEstimated(f"libtpu wrote no schedule of {name}")
+    yield scheduled.get(name) or dataclasses.replace(found[0], name=name)
+
+
 def _kernels(folder: Path, chip: Chip, moved: dict[str, int]) -> Iterator[Kernel]:
   for path in sorted(folder.glob("*final_bundles.txt")):
     name = match.group(1) if (match := _FINAL.fullmatch(path.name)) else ""
@@ -281,9 +316,10 @@ def main() -> None:
   parser.add_argument("--chip", choices=CHIPS)
   parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an argument of the function")
   parser.add_argument("--worker", choices=CHIPS, help=argparse.SUPPRESS)
+  parser.add_argument("--bytes-only", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.worker:
-    _work(args.worker)
+    _work(args.worker, args.bytes_only)
     return
   if not (args.target and args.chip):
     parser.error("a target and --chip are needed")

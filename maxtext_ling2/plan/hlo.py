@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -70,6 +70,48 @@ def traffic(text: str) -> Traffic:
   return _Module(text).traffic()
 
 
+def memory_by(text: str, part: Callable[[str, Sequence[str]], str]) -> dict[str, float]:
+  """`Traffic.memory`, divided.
+
+  Args:
+    text: as for `traffic`.
+    part: (name of an instruction, "file:function" of the source it comes from, the innermost first) -> a name.
+
+  Returns:
+    {name: bytes}, the largest first.
+  """
+  module, frames = _Module(text), _frames(text)
+  found: collections.Counter[str] = collections.Counter()
+  for one, moved, _ in module.memory():
+    frame = re.search(r"stack_frame_id=(\d+)", one.rest)
+    found[part(one.name, frames.get(int(frame[1]), ()) if frame else ())] += moved  # type: ignore[assignment]
+  return dict(found.most_common())
+
+
+def _frames(text: str) -> dict[int, tuple[str, ...]]:
+  """The source of each stack frame, "file:function", from it to the outermost."""
+  tables: dict[str, dict[int, str]] = {}
+  table: dict[int, str] = {}
+  for line in text.splitlines():
+    if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+      table = tables.setdefault(line, {})
+    elif found := re.match(r"(\d+) (.*)", line):
+      table[int(found[1])] = found[2].strip('"')
+    elif line.startswith("%"):
+      break
+
+  def number(row: str, key: str) -> int:
+    return int(match[1]) if (match := re.search(rf"{key}=(\d+)", row)) else 0
+
+  frames: dict[int, tuple[str, ...]] = {}
+  for key, row in tables.get("StackFrames", {}).items():
+    place = tables["FileLocations"][number(row, "file_location_id")]
+    file, function = number(place, "file_name_id"), number(place, "function_name_id")
+    source = f"{tables['FileNames'][file]}:{tables['FunctionNames'][function]}"
+    frames[key] = (source, *frames.get(number(row, "parent_frame_id") - 1, ()))  # its own number means none
+  return frames
+
+
 class _Module:
   """The computations of a module."""
 
@@ -92,20 +134,24 @@ class _Module:
     sent: dict[str, float] = collections.defaultdict(float)
     kernels: dict[str, tuple[int, float]] = {}
     unknown = 0
+    for one, moved, (times, table) in self.memory():
+      memory += moved
+      unknown += one.opcode == "while" and self._rounds(one) is None
+      if kernel := re.search(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)/pallas_call', one.rest):
+        runs, size = kernels.get(kernel[1], (0, 0.0))
+        kernels[kernel[1]] = (runs + times, size + moved)
+      for collective in self._collectives(one):
+        kind = collective.opcode.removesuffix("-start")
+        number[kind] += times
+        sent[kind] += times * _sent(collective, table)
+    return Traffic(memory, {kind: (number[kind], sent[kind]) for kind in sorted(number)}, kernels, unknown)
+
+  def memory(self) -> Iterator[tuple[Instruction, float, tuple[int, Mapping[str, Instruction]]]]:
+    """Each instruction that runs by itself, its bytes in all its runs, and (their number, instructions beside it)."""
     for name, times in self._runs(self.entry, 1):
       table = {one.name: one for one in self.computations[name]}
       for one in self.computations[name]:
-        moved = times * self._moved(one, table)
-        memory += moved
-        unknown += one.opcode == "while" and self._rounds(one) is None
-        if kernel := re.search(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)/pallas_call', one.rest):
-          runs, size = kernels.get(kernel[1], (0, 0.0))
-          kernels[kernel[1]] = (runs + times, size + moved)
-        for collective in self._collectives(one):
-          kind = collective.opcode.removesuffix("-start")
-          number[kind] += times
-          sent[kind] += times * _sent(collective, table)
-    return Traffic(memory, {kind: (number[kind], sent[kind]) for kind in sorted(number)}, kernels, unknown)
+        yield one, times * self._moved(one, table), (times, table)
 
   def _runs(self, name: str, times: int) -> Iterator[tuple[str, int]]:
     """(computation, how often it runs) for all that are run by themselves, not inside of a fusion."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxtext_ling2.plan.hlo import traffic
+from maxtext_ling2.plan.hlo import memory_by, traffic
 
 # A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
 # the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a Pallas kernel in the loop; an
@@ -102,6 +102,40 @@ def test_by_hand():
   }
   assert found.kernels == {"gla": (3, 3 * KERNEL)}
   assert found.unknown_loops == 0
+
+
+SOURCES = """HloModule m
+
+FileNames
+1 "/a/train.py"
+2 "/a/layer.py"
+
+FunctionNames
+1 "step"
+2 "Layer.__call__"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=3 end_line=3 column=0 end_column=1}
+2 {file_name_id=2 function_name_id=2 line=5 end_line=5 column=0 end_column=1}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+"""
+
+
+def test_by_source():
+  """Frame 2 was called from frame 1; all parts together are all the bytes."""
+  text = TEXT.replace("HloModule m\n", SOURCES).replace("negate(%out)", "negate(%out), metadata={stack_frame_id=2}")
+  seen = {}
+
+  def part(name, frames):
+    seen[name] = tuple(frames)
+    return "layer" if any(frame == "/a/layer.py:Layer.__call__" for frame in frames) else "rest"
+
+  found = memory_by(text, part)
+  assert found == {"rest": traffic(TEXT).memory - ARRAY, "layer": ARRAY}  # negate reads, and writes into the chip
+  assert seen["own.1"] == ("/a/layer.py:Layer.__call__", "/a/train.py:step") and seen["half"] == ()
 
 
 def test_a_loop_of_unknown_length_is_counted_once():

@@ -1,0 +1,109 @@
+"""What a train step of ling2 moves from and to the HBM, by part of the model, with the GLA layer plain and fused.
+
+    python benchmarks/step_traffic.py --topology v6e-16   compiles the step twice, in processes of their own; half an hour
+
+"Plain" is `layer_cases.PlainComposition`: modules in a row, with GLA as a kernel. All else is the plugin's, with
+MaxText's defaults: scanned layers, full rematerialisation, FSDP over all devices, one row of 4096 tokens a device. Bytes
+are those of `maxtext_ling2/plan/hlo.py`: per device and step, of the program that libtpu compiles. An operation belongs
+to the part of the model whose source it comes from; what the compiler adds has none. Results are kept in
+benchmarks/results/step_traffic.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+RESULTS = Path(__file__).parent / "results" / "step_traffic.json"
+FORMS = ("plain", "fused")
+
+# The first whose words all stand in the sources of an operation, "file:function" of each frame, is its part.
+PARTS = {
+  "router": ("model/moe.py:Router",),
+  "shared expert": ("model/moe.py:Ling2MoE", "linears.py:MlpBlock"),
+  "experts": ("layers/moe.py",),
+  "GLA": ("model/gla.py",),
+  "GLA (plain)": ("layer_cases.py",),
+  "MLA": ("attention_mla.py",),
+  "logits and loss": ("apply_output_head",),
+  "loss": ("cross_entropy",),
+  "gradient norms, AdamW": ("optax",),
+  "gradient norms": ("l2norm_pytree",),
+  "MTP, besides": ("model/mtp.py",),
+  "norms, residuals": ("model/layer.py",),
+  "scan over layers": ("_apply_layers_sequentially",),
+}
+NAMES = {"experts": ("gmm", "tgmm"), "MLA": ("splash",), "copies to the chip's memory": ("copy-start", "slice-start")}
+JOINED = {"loss": "logits and loss", "gradient norms": "gradient norms, AdamW", "GLA (plain)": "GLA"}
+
+
+def part(name: str, frames: Sequence[str]) -> str:
+  """The part of the model that an instruction belongs to."""
+  sources = "\n".join(frames)
+  for found, words in PARTS.items():
+    if all(word in sources for word in words):
+      return JOINED.get(found, found)
+  return next((found for found, starts in NAMES.items() if name.startswith(starts)), "other")
+
+
+def compiled_parts(topology: str, form: str) -> dict[str, float]:
+  """{part: bytes} of a step compiled in this process."""
+  from benchmarks.layer_cases import PlainComposition
+  from maxtext_ling2.demo.data import maxtext_folder
+  from maxtext_ling2.host.compile_step import compile_step
+  from maxtext_ling2.model import layer
+  from maxtext_ling2.plan import hlo
+
+  if form == "plain":
+    layer.GatedLinearAttention = PlainComposition  # type: ignore[misc]
+  settings = {"model_name": "ling2", "compile_topology": topology, "compile_topology_num_slices": "1"}
+  settings |= {"per_device_batch_size": "1", "gla_backend": "pallas", "log_config": "false"}
+  step = compile_step(str(maxtext_folder() / "configs" / "base.yml"), settings)
+  return hlo.memory_by(step.compiled.as_text(), part)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+  """As Markdown, in GB."""
+  lines = ["| part | plain | fused |", "|---|---|---|"]
+  names = list(dict.fromkeys([*found["plain"], *found["fused"]]))
+  rows = {name: [found[form].get(name, 0.0) for form in FORMS] for name in names}
+  rows["all"] = [sum(found[form].values()) for form in FORMS]
+  lines += [f"| {name} | {plain / 1e9:.1f} | {fused / 1e9:.1f} |" for name, (plain, fused) in rows.items()]
+  plain, fused = rows["all"]
+  return "\n".join([*lines, "", f"fused moves {1 - fused / plain:.1%} fewer bytes"])
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--topology", default="v6e-16", help="as MaxText's compile_topology")
+  parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  if options.form:
+    print(json.dumps(compiled_parts(options.topology, options.form)))
+    return
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "DECOUPLE_GCLOUD": "TRUE"}
+  found = {}
+  for form in FORMS:
+    command = [sys.executable, __file__, "--topology", options.topology, "--form", form]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found[form] = json.loads(done.stdout.splitlines()[-1])
+  keep(options.topology, found)
+  print(table(found))
+
+
+def keep(topology: str, found: dict[str, dict[str, float]]) -> None:
+  """Writes a topology's result beside those of others."""
+  results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  versions = {name: importlib.metadata.version(name) for name in ("maxtext", "jax", "libtpu")}
+  results[topology] = {"versions": versions, "bytes": found}
+  RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
