@@ -1,4 +1,6 @@
-"""Compiles GLA ahead of time for a TPU that is not there: `python compile_for_tpu.py CHIP` prints {program: its kernels}.
+"""Compiles GLA and the stages around it ahead of time for a TPU that is not there.
+
+`python compile_for_tpu.py CHIP` prints {program: its kernels}.
 
 A process of its own, because libtpu reads its settings once, and not every machine lets two processes load it.
 """
@@ -17,13 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.tpu_static import one_device
-from maxtext_ling2.ops.gla import gla
+from maxtext_ling2.ops.gla import gated_norm, gla, rotated_norm
 
 PROGRAMS = {  # dtype, T, H, D, Dv
   "as in LING2": (jnp.bfloat16, 4096, 16, 128, 128),
   "a short, odd shape": (jnp.bfloat16, 77, 3, 96, 40),
   "float32, beyond the last step": (jnp.float32, 2100, 6, 128, 128),
   "wide heads": (jnp.float32, 600, 2, 512, 256),
+}
+STAGES = {  # dtype, T, H, D, groups
+  "stages as in LING2": (jnp.bfloat16, 4096, 16, 128, 4),
+  "stages, an odd length": (jnp.float32, 77, 3, 128, 3),
+  "stages, wide heads, one group": (jnp.float32, 600, 5, 512, 1),
 }
 
 
@@ -45,15 +52,30 @@ def program(dtype, length, heads, dim, value_dim):
   return jax.value_and_grad(loss, (0, 1, 2, 3)), (key, key, value, state, ids)
 
 
+def stages_program(dtype, length, heads, dim, groups):
+  """Norm, rotation, norm and gate in a row, rematerialised, with all gradients; and their arguments."""
+
+  def loss(x, gate, scale, output_scale, cos, sin):
+    y = rotated_norm(x, scale, cos, sin, rotated=dim // 2, epsilon=1e-6)
+    y = gated_norm(y, gate, output_scale, groups=groups, epsilon=1e-6)
+    return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+  x = jax.ShapeDtypeStruct((2, length, heads * dim), dtype)
+  scale, output_scale = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (dim, heads * dim))
+  table = jax.ShapeDtypeStruct((2, length, dim), jnp.float32)
+  return jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2, 3)), (x, x, scale, output_scale, table, table)
+
+
 def main(chip):
   mesh = one_device(chip)
   sharding = jax.NamedSharding(mesh, jax.P())
   found = {}
-  for name, shape in PROGRAMS.items():
-    function, args = program(*shape)
+  programs = {name: program(*shape) for name, shape in PROGRAMS.items()}
+  programs |= {name: stages_program(*shape) for name, shape in STAGES.items()}
+  for name, (function, args) in programs.items():
     with jax.set_mesh(mesh):
       compiled = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
-    names = re.findall(r"%(gla_\w+?)[.\d]* = [^\n]*tpu_custom_call", compiled.as_text())
+    names = re.findall(r"%(\w+?)[.\d]*(?:\.\w+)? = [^\n]*tpu_custom_call", compiled.as_text())
     found[name] = sorted(set(names))
   print("KERNELS " + json.dumps(found))
 

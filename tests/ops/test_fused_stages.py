@@ -74,7 +74,7 @@ GATES = [  # length, columns, groups
   (40, 512, 4),
   (300, 512, 1),
   (300, 4096, 8),  # two blocks of columns
-  (17, 3 * 2176, 3),  # a group is wider than a block
+  (100, 2 * 6144, 2),  # a group is wider than a block of columns, and a block of fewer tokens
   (1, 128, 1),
 ]
 

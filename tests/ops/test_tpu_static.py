@@ -22,8 +22,10 @@ def test_compiles_for(chip):
   assert run.returncode == 0, run.stderr[-3000:]
   (line,) = (line for line in run.stdout.splitlines() if line.startswith("KERNELS "))
   found = json.loads(line.removeprefix("KERNELS "))
-  assert len(found) == 4
-  assert all(kernels == ["gla_backward", "gla_forward"] for kernels in found.values())
+  stages = ["gated_norm", "gated_norm_gradient", "rotated_norm", "rotated_norm_gradient"]
+  assert len(found) == 7
+  for program, kernels in found.items():
+    assert kernels == (stages if program.startswith("stages") else ["gla_backward", "gla_forward"]), program
 
 
 @pytest.mark.slow

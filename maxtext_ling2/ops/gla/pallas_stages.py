@@ -19,11 +19,15 @@ from maxtext_ling2.ops.gla.pallas_chunk import NN, Ref, dot
 from maxtext_ling2.ops.gla.pallas_grid import like_input, vary_alike
 
 _ROWS = 256
-"""Tokens of a block."""
+"""Tokens of a block, if its arrays are not too large."""
 _COLUMNS = 2048
 """Columns of a block, if a part is not wider; a part is what one norm sees."""
 _SUBLANES = 8
+_TILE_ROWS = 16
+"""Rows of a tile in bfloat16."""
 _VMEM = 60 * 2**20
+_BLOCKS = 10 * 2**20
+"""Bytes of all blocks of a step, each of them twice, while the next ones are fetched: a v4 has 16 MiB."""
 
 
 def rotated_norm(
@@ -100,7 +104,9 @@ def _run(
   batch, length, total = wide[0].shape
   parts = max(n for n in range(1, total // part + 1) if total // part % n == 0 and (n == 1 or n * part <= _COLUMNS))
   columns = part * parts
-  rows = min(_ROWS, -(-length // 16) * 16)
+  token = columns * sum(dtype.itemsize for dtype in (*(array.dtype for array in wide), *map(jnp.dtype, results)))
+  fitting = max(_BLOCKS // (2 * token) // _TILE_ROWS, 1) * _TILE_ROWS
+  rows = min(_ROWS, fitting, -(-length // _TILE_ROWS) * _TILE_ROWS)
   grid = (batch, -(-length // rows), total // columns)
   block = pl.BlockSpec((1, rows, columns), lambda b, t, n: (b, t, n))
   table = pl.BlockSpec((1, rows, part), lambda b, t, n: (b, t, 0))
