@@ -75,7 +75,17 @@ def collectives(settings):
   return {kind: np.array(value) for kind, value in found.items()}
 
 
-KINDS = {"train": train, "decode": decode, "collectives": collectives}
+def gla_layer(settings):
+  """Output and gradients of a layer, its kernels in the interpreter."""
+  from jax.experimental.pallas import tpu as pltpu
+
+  from gla_layer import output_and_gradients
+
+  with pltpu.force_tpu_interpret_mode():
+    return output_and_gradients(**settings)
+
+
+KINDS = {"train": train, "decode": decode, "collectives": collectives, "gla_layer": gla_layer}
 
 
 def run(folder, devices, runs):

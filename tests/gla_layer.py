@@ -1,0 +1,36 @@
+"""One GLA layer on packed documents, forward and backward, under the settings of a test."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import tiny
+from maxtext_ling2.host import session
+from maxtext_ling2.model.gla import GatedLinearAttention
+
+LENGTH = 60
+WIDE = {"head_dim": 128, "group_norm_size": 2, "max_target_length": LENGTH, "per_device_batch_size": 2}
+SEGMENTS = np.repeat([[1, 2, 0], [3, 3, 4]], LENGTH // 3, axis=1).astype(np.int32)
+
+
+def output_and_gradients(backend, dtype="float32", **settings):
+  """{name: array} of one layer for packed documents."""
+  cfg = tiny.config(**{**WIDE, **settings, "gla_backend": backend, "dtype": dtype})
+  mesh = session.make_mesh(cfg)
+  rng = np.random.default_rng(0)
+  x, dy = (jnp.asarray(rng.standard_normal((2, LENGTH, cfg.emb_dim)), dtype) for _ in range(2))
+  positions = jnp.asarray(np.tile(np.arange(LENGTH), (2, 1)))
+  with session.model_context(cfg, mesh):
+    layer = GatedLinearAttention(cfg, mesh, "train", None, nnx.Rngs(0))
+    graph, weights, rest = nnx.split(layer, nnx.Param, ...)
+    weights = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), weights)
+
+    def run(weights, x):
+      return nnx.merge(graph, weights, rest)(x, jnp.asarray(SEGMENTS), positions, 3)
+
+    y, pull = jax.vjp(run, weights, x)
+    dweights, dx = pull(dy)
+  flat = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(dweights)}
+  arrays = {"y": y, "dx": dx} | {name: value.get_value() for name, value in flat.items()}
+  return {name: np.asarray(value, np.float64) for name, value in arrays.items()}
