@@ -42,7 +42,8 @@ def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path):
   mesh = {f"ici_{axis}_parallelism": 2 for axis in ("fsdp", "context", "tensor")}
   settings = {"backend": "pallas", "context_parallel_load_balance": False, **mesh}
   (found,) = mesh_runs.run(tmp_path, 8, [("gla_layer", settings)])
-  expected = output_and_gradients("chunked")
+  # In a process of its own, too: other tests here set JAX's random generator, from which the weights come.
+  (expected,) = mesh_runs.run(tmp_path, 1, [("gla_layer", {"backend": "chunked"})])
   assert set(found) == set(expected)
   for name, value in expected.items():
     assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
