@@ -27,7 +27,7 @@ SETTINGS |= {"attention": "flash"}
 class PlainComposition(GatedLinearAttention):
   """The same layer as one writes it at first: modules in a row on [B, T, H, D], only GLA itself as a kernel.
 
-  For training; the plugin's own layer until issue 9.
+  For training. What `GatedLinearAttention` is measured against.
   """
 
   def __call__(
@@ -91,7 +91,7 @@ def shared_expert(length: int = 4096, *, gradients: bool = False) -> Program:
   return _program(
     length,
     gradients,
-    lambda config, mesh: Ling2MoE._shared(None, config, mesh, None, nnx.Rngs(0)),
+    lambda config, mesh: Ling2MoE(config, mesh, None, nnx.Rngs(0)).shared_experts,
     lambda layer, x, _: layer(x, deterministic=True),
   )
 

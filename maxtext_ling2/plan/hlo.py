@@ -81,11 +81,11 @@ def memory_by(text: str, part: Callable[[str, Sequence[str]], str]) -> dict[str,
     {name: bytes}, the largest first.
   """
   module, frames = _Module(text), _frames(text)
-  found: collections.Counter[str] = collections.Counter()
+  found: dict[str, float] = collections.defaultdict(float)
   for one, moved, _ in module.memory():
     frame = re.search(r"stack_frame_id=(\d+)", one.rest)
-    found[part(one.name, frames.get(int(frame[1]), ()) if frame else ())] += moved  # type: ignore[assignment]
-  return dict(found.most_common())
+    found[part(one.name, frames.get(int(frame[1]), ()) if frame else ())] += moved
+  return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _frames(text: str) -> dict[int, tuple[str, ...]]:

@@ -151,7 +151,7 @@ class OracleSuite:
     assert not bad, bad[:5]
 
   def test_bfloat16_loss(self):
-    """On all recorded tokens: a few of them get other experts, whose share of the short input's 46 labels is luck."""
+    """A few tokens get other experts: noise, which falls with the square root of the number of labels."""
     differences, errors, labels = [], [], []
     for length in LENGTHS:
       reference = Reference(GOLDEN / self.case, 2, LENGTHS[length], gla_decay_layer_offset=1, dtype="bfloat16")
@@ -160,5 +160,7 @@ class OracleSuite:
       differences.append(loss - float(recorded(self.case, f"io_{length}")["eval.loss"]))
       errors += list(np.sqrt(np.mean(np.square(ours - logits(self.case, length, 1)), axis=-1)).ravel())
       labels.append(np.sum(tokens(self.case, length, "labels")[:, 1:] != -100))
+    noise = 0.02 * np.sqrt(max(labels) / np.array(labels))  # 0.02 for the long input
+    assert np.all(np.abs(differences) < noise), differences
     assert abs(np.average(differences, weights=labels)) < 0.02
     assert 1e-3 < np.median(errors) < 0.06  # the logits deviate by 0.8; it did compute in bfloat16
