@@ -1,5 +1,7 @@
 """One GLA layer on packed documents, forward and backward, under the settings of a test."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,24 @@ SEGMENTS = np.repeat([[1, 2, 0], [3, 3, 4]], LENGTH // 3, axis=1).astype(np.int3
 
 def output_and_gradients(backend, dtype="float32", **settings):
   """{name: array} of one layer for packed documents."""
+  run, arguments, context = _layer(backend, dtype, settings)
+  with context:
+    y, dweights, dx = run(*arguments)
+  flat = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(dweights)}
+  arrays = {"y": y, "dx": dx} | {name: value.get_value() for name, value in flat.items()}
+  return {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+
+
+def kernels(backend, **settings):
+  """Names of the kernels in the layer with its gradients."""
+  run, arguments, context = _layer(backend, "float32", settings)
+  with context:
+    text = str(jax.make_jaxpr(run)(*arguments))
+  return set(re.findall(r"name=((?:gla|rotated|gated)_\w+)$", text, re.MULTILINE))
+
+
+def _layer(backend, dtype, settings):
+  """(weights, x, dy) -> output and gradients; these arguments; the mesh and its rules."""
   cfg = tiny.config(**{**WIDE, **settings, "gla_backend": backend, "dtype": dtype})
   mesh = session.make_mesh(cfg)
   rng = np.random.default_rng(0)
@@ -23,14 +43,14 @@ def output_and_gradients(backend, dtype="float32", **settings):
   positions = jnp.asarray(np.tile(np.arange(LENGTH), (2, 1)))
   with session.model_context(cfg, mesh):
     layer = GatedLinearAttention(cfg, mesh, "train", None, nnx.Rngs(0))
-    graph, weights, rest = nnx.split(layer, nnx.Param, ...)
-    weights = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), weights)
+  graph, weights, rest = nnx.split(layer, nnx.Param, ...)
+  weights = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), weights)
 
-    def run(weights, x):
-      return nnx.merge(graph, weights, rest)(x, jnp.asarray(SEGMENTS), positions, 3)
+  def forward(weights, x):
+    return nnx.merge(graph, weights, rest)(x, jnp.asarray(SEGMENTS), positions, 3)
 
-    y, pull = jax.vjp(run, weights, x)
-    dweights, dx = pull(dy)
-  flat = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(dweights)}
-  arrays = {"y": y, "dx": dx} | {name: value.get_value() for name, value in flat.items()}
-  return {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+  def run(weights, x, dy):
+    y, pull = jax.vjp(forward, weights, x)
+    return y, *pull(dy)
+
+  return run, (weights, x, dy), session.model_context(cfg, mesh)

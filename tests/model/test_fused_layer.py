@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import mesh_runs
-from gla_layer import output_and_gradients
+from gla_layer import kernels, output_and_gradients
 
 OPTIONS = {
   "as in LING2": {},
@@ -34,6 +34,15 @@ def test_fused_in_bfloat16_is_as_near_to_float32_as_the_plain_composition():
   for name, value in exact.items():
     ours, theirs = (np.linalg.norm(x[name] - value) / np.linalg.norm(value) for x in (found, plain))
     assert ours < 0.02 and ours < 1.1 * theirs + 1e-3, name
+
+
+def test_fused_layer_is_made_of_kernels():
+  """On a TPU; heads that fill no register leave only GLA's."""
+  gla = {"gla_forward", "gla_backward"}
+  stages = {"rotated_norm", "rotated_norm_gradient", "gated_norm", "gated_norm_gradient"}
+  assert kernels("pallas") == gla | stages
+  assert kernels("pallas", head_dim=24) == gla
+  assert kernels("chunked") == set()
 
 
 @pytest.mark.mesh
