@@ -62,6 +62,7 @@ def compiled_parts(topology: str, form: str) -> dict[str, float]:
   from maxtext_ling2.plan import hlo
 
   settings = {"model_name": "ling2", "compile_topology": topology, "compile_topology_num_slices": "1"}
+  settings |= {"override_model_config": "true", "scan_layers": "true", "enable_goodput_recording": "false"}
   settings |= {"per_device_batch_size": "1", "gla_backend": "pallas", "log_config": "false"}
   attention = PlainComposition if form == "plain" else layer.GatedLinearAttention
   with mock.patch.object(layer, "GatedLinearAttention", attention):
