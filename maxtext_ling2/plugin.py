@@ -16,6 +16,7 @@ from maxtext_ling2.host.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.flops import FlopsSeam
 from maxtext_ling2.host.hf_tables import HfTablesSeam
+from maxtext_ling2.host.mmap_documents import MmapDocumentsSeam
 from maxtext_ling2.host.mmap_pipeline import MmapPipelineSeam
 from maxtext_ling2.host.model_classes import ModelClassesSeam
 from maxtext_ling2.host.model_yml import ModelYmlSeam
@@ -105,6 +106,7 @@ REGISTRY = Registry(
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
+    MmapDocumentsSeam(validation.inserts_bos),
     MmapPipelineSeam(DECODER_BLOCK),
     EvalMetricsSeam(("evaluation/moe_z_loss",)),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),

@@ -79,6 +79,12 @@ def test_ways_to_ask(tmp_path, monkeypatch):
   assert load("model_name=ling2-tiny").moe_z_loss_weight == 0.25
 
 
+BOS = [
+  *("bos_id=3", "add_bos=true", "packing=true", "grain_packing_type=concat_then_split", "dataset_type=grain"),
+  *("grain_train_files=/none/data", "override_model_config=true"),
+]
+
+
 @pytest.mark.parametrize(
   ("words", "text"),
   [
@@ -86,7 +92,11 @@ def test_ways_to_ask(tmp_path, monkeypatch):
     (["model_name=ling2-tiny", "group_norm_sze=2"], "did you mean 'group_norm_size'"),
     (["model_name=llama2-7b", "moe_z_loss_weight=0.1"], "only decoder_block=ling2 reads this field"),
     (["model_name=ling2-tiny", "pad_id=3"], "grain_file_type=mmap or mmap_npy reads it"),
-    (["model_name=ling2-tiny", "bos_id=3"], "no input pipeline"),
+    (["model_name=ling2-tiny", "bos_id=3"], "add_bos=true reads it"),
+    (["model_name=ling2-tiny", "grain_file_type=mmap_npy", *BOS], "add_bos=true reads it"),
+    (["model_name=ling2-tiny", "grain_file_type=mmap", *BOS, "vocab_size=3"], "choose one from 0 on"),
+    (["model_name=ling2-tiny", "grain_file_type=mmap", *BOS, "mmap_eod_id=3"], "that is mmap_eod_id"),
+    (["model_name=llama2-7b", "bos_id=3"], "only decoder_block=ling2 reads this field"),
     (["model_name=llama2-7b", "pad_id=3"], "only decoder_block=ling2 reads this field"),
     (["model_name=ling2-tiny", "ici_pipeline_parallelism=2"], "pipeline stages must be alike"),
   ],

@@ -31,7 +31,7 @@ def validate(config: Any) -> None:
     ValueError: all broken rules, one sentence each.
   """
   rules = _RULES if is_ling2(config) else (_unread,)
-  problems = [problem for rule in (*rules, _unread_by_any_pipeline) for problem in rule(config)]
+  problems = [problem for rule in rules for problem in rule(config)]
   if problems:
     raise ValueError("\n".join(problems))
 
@@ -260,16 +260,31 @@ def _padding(c: Any) -> Iterator[str]:
     )
 
 
-def _unread_by_any_pipeline(c: Any) -> Iterator[str]:
-  """bos_id: MaxText's mmap pipelines cut Megatron's samples and never concat_then_split, others ask a tokenizer."""
-  if getattr(c, "bos_id", DEFAULTS["bos_id"]) != DEFAULTS["bos_id"]:
+def inserts_bos(c: Any) -> bool:
+  """Whether documents get `bos_id` before them: MaxText's words for it, of which `mmap` reads none for other models."""
+  reads_mmap = is_ling2(c) and c.dataset_type == "grain" and c.grain_file_type == "mmap"
+  return bool(reads_mmap and c.packing and c.grain_packing_type == "concat_then_split" and c.add_bos)
+
+
+def _beginning(c: Any) -> Iterator[str]:
+  """bos_id, which one of the mmap pipelines reads."""
+  if not inserts_bos(c):
+    if c.bos_id != (off := DEFAULTS["bos_id"]):
+      yield (
+        f"bos_id={c.bos_id}: only dataset_type=grain, grain_file_type=mmap, packing=true with "
+        f"grain_packing_type=concat_then_split and add_bos=true reads it (samples of mmap_npy are Megatron's, without a "
+        f"BOS; other pipelines ask their tokenizer); set these, or leave it at {off}"
+      )
+  elif not 0 <= c.bos_id < c.vocab_size:
+    yield f"bos_id={c.bos_id}: no token of a vocabulary of vocab_size={c.vocab_size}; choose one from 0 on below it"
+  elif c.bos_id == getattr(c, "mmap_eod_id", None):
     yield (
-      f"bos_id={c.bos_id}: no input pipeline of this version reads it (samples of the mmap pipelines are cut as Megatron "
-      f"cuts them, without a BOS; others have their tokenizer's); leave it at {DEFAULTS['bos_id']!r}"
+      f"bos_id={c.bos_id}: that is mmap_eod_id, behind which a document ends, so that each would end at its first token; "
+      f"choose another token, or add_bos=false"
     )
 
 
-_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, _padding, _unsupported)
+_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, _padding, _beginning, _unsupported)
 
 LING2_ONLY = (
   "moe_z_loss_weight",
@@ -286,4 +301,5 @@ LING2_ONLY = (
   "gla_backend",
   "calculate_per_token_loss",
   "pad_id",
+  "bos_id",
 )

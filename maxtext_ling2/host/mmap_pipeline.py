@@ -69,7 +69,9 @@ def _pipeline(
   masks = {
     "eod_id": config.mmap_eod_id,
     "reset_attention_mask": config.reset_attention_mask,
-    "eod_mask_loss": config.eod_mask_loss,
+    # In `mmap`, MaxText takes a masked EOD out of its segment, too, so that attention and states would miss it: the loss
+    # is masked at the end instead.
+    "eod_mask_loss": config.eod_mask_loss and ready_made,
     "min_segment_length": transforms.megatron_min_segment_length(config),
   }
   if ready_made:

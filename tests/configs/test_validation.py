@@ -40,6 +40,7 @@ IN_VAIN = {
   "gla_backend": "chunked",
   "calculate_per_token_loss": False,
   "pad_id": 3,
+  "bos_id": 3,
 }
 
 

@@ -6,6 +6,8 @@ each EOD (reset_attention_mask), and tokens that are an EOD predict nothing (eod
 megatron/core/datasets/gpt_dataset.py.
 """
 
+import pickle
+
 import jax
 import numpy as np
 import pytest
@@ -25,15 +27,14 @@ def documents():
   return [np.array([*rng.integers(3, 64, rng.integers(1, 29)), EOD], np.uint16) for _ in range(40)]
 
 
-def read(folder, documents, kind, batches, **settings):
+def read(folder, documents, kind, batches, make=tiny.config, **settings):
   """(config, the first batches as the trainer gets them)"""
   from maxtext.input_pipeline import input_pipeline_interface
 
-  data.write(documents, folder / "documents")
+  data.write([np.array(document, np.uint16) for document in documents], folder / "documents")
   files = folder / "documents" if kind == "mmap" else f"{folder / 'index'}|{folder / 'documents'}"
-  cfg = tiny.config(
+  cfg = make(
     max_target_length=LENGTH,
-    per_device_batch_size=ROWS,
     dataset_type="grain",
     grain_file_type=kind,
     grain_train_files=str(files),
@@ -41,9 +42,7 @@ def read(folder, documents, kind, batches, **settings):
     mmap_eod_id=EOD,
     data_shuffle_seed=SEED,
     steps=1,  # MaxText makes as many epochs of samples as the steps need: one
-    packing=True,
-    packing_max_segments_per_sample=0,
-    **settings,
+    **{"per_device_batch_size": ROWS, "packing": True, "packing_max_segments_per_sample": 0, **settings},
   )
   with session.model_context(cfg, mesh := session.make_mesh(cfg)):
     iterator, _ = input_pipeline_interface.create_data_iterator(cfg, mesh)
@@ -72,13 +71,20 @@ def megatron_masks(inputs, reset, mask):
   return 1 + np.cumsum(before, axis=1), index - start, (inputs != EOD) | (not mask)
 
 
+def stock(**settings):
+  """Of a model that is not LING2: MaxText's own pipeline, for which ours stands in."""
+  return session.make_config(**{"model_name": "default", "vocab_size": 64, **settings})
+
+
+@pytest.mark.parametrize("make", [tiny.config, stock], ids=["ling2", "stock"])
 @pytest.mark.parametrize("mask", [False, True], ids=["eod_counts", "eod_masked"])
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "across"])
-def test_mmap_npy_is_megatrons(tmp_path, documents, reset, mask):
+def test_mmap_npy_is_megatrons(tmp_path, documents, reset, mask, make):
   samples = megatron_samples(documents)
   number = len(samples) // ROWS
   assert number >= 4
-  _, batches = read(tmp_path, documents, "mmap_npy", number, reset_attention_mask=reset, eod_mask_loss=mask)
+  masks = {"reset_attention_mask": reset, "eod_mask_loss": mask}
+  _, batches = read(tmp_path, documents, "mmap_npy", number, make=make, **masks)
   for index, batch in enumerate(batches):
     rows = samples[index * ROWS : (index + 1) * ROWS]
     np.testing.assert_array_equal(batch["inputs"], rows[:, :-1])
@@ -90,19 +96,79 @@ def test_mmap_npy_is_megatrons(tmp_path, documents, reset, mask):
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["eod_counts", "eod_masked"])
-def test_mmap_ends_segments_behind_eod(tmp_path, documents, mask):
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "across"])
+def test_mmap_cuts_rows_from_the_stream(tmp_path, documents, reset, mask):
   """The older pipeline: the last token of a row predicts nothing, and a target that is padding counts for nothing."""
-  _, batches = read(tmp_path, documents, "mmap", 4, reset_attention_mask=True, eod_mask_loss=mask, pad_id=PAD)
+  stream = np.concatenate(documents)
+  rows = stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
+  settings = {"reset_attention_mask": reset, "eod_mask_loss": mask, "pad_id": PAD, "enable_data_shuffling": False}
+  _, batches = read(tmp_path, documents, "mmap", 4, **settings)
   ignored = [PAD, EOD] if mask else [PAD]
   assert any((batch["inputs"] == PAD).any() for batch in batches)
-  for batch in batches:
-    segments, positions, _ = megatron_masks(batch["inputs"], True, False)
-    np.testing.assert_array_equal(batch["inputs_segmentation"], segments)
+  for index, batch in enumerate(batches):
+    inputs = rows[index * ROWS : (index + 1) * ROWS].astype(np.int32)
+    np.testing.assert_array_equal(batch["inputs"], inputs)
+    segments, positions, _ = megatron_masks(inputs, reset, False)
+    np.testing.assert_array_equal(batch["inputs_segmentation"], segments)  # an EOD is of its document, masked or not
     np.testing.assert_array_equal(batch["inputs_position"], positions)
-    np.testing.assert_array_equal(batch["targets"][:, :-1], batch["inputs"][:, 1:])
-    np.testing.assert_array_equal(batch["targets_segmentation"][:, :-1] != 0, ~np.isin(batch["inputs"][:, 1:], ignored))
+    np.testing.assert_array_equal(batch["targets"][:, :-1], inputs[:, 1:])
+    np.testing.assert_array_equal(batch["targets_segmentation"][:, :-1] != 0, ~np.isin(inputs[:, 1:], ignored))
     assert (batch["targets"][:, -1] == PAD).all()
     assert not batch["targets_segmentation"][:, -1].any()
+
+
+BOS = {"grain_packing_type": "concat_then_split", "add_bos": True, "enable_data_shuffling": False}
+
+
+def test_bos_between_documents_by_hand(tmp_path):
+  """Two rows of 24, written down: 63 before each document, an empty document has none."""
+  documents = [[7, 8, EOD], [], [9] * 20 + [EOD], list(range(10, 30)) + [EOD]]
+  cfg, (batch,) = read(tmp_path, documents, "mmap", 1, bos_id=63, pad_id=PAD, per_device_batch_size=2, **BOS)
+  rows = [
+    [63, 7, 8, EOD, 63, *[9] * 19],
+    [9, EOD, 63, *range(10, 30), EOD],
+  ]
+  np.testing.assert_array_equal(batch["inputs"], rows)
+  np.testing.assert_array_equal(batch["inputs_segmentation"], [[1] * 4 + [2] * 20, [1] * 2 + [2] * 22])
+  np.testing.assert_array_equal(batch["inputs_position"], [[*range(4), *range(20)], [*range(2), *range(22)]])
+  np.testing.assert_array_equal(batch["targets"][:, :-1], [row[1:] for row in rows])
+  np.testing.assert_array_equal(batch["targets_segmentation"] != 0, [[True] * 23 + [False]] * 2)
+  assert cfg.bos_id == 63
+
+
+def test_bos_between_documents_changes_nothing_else(tmp_path, documents):
+  """The rows are those of files in which the token stands already, shuffled and in a process of grain's."""
+  written = [np.array([63, *document]) for document in documents]
+  (tmp_path / "a").mkdir()
+  (tmp_path / "b").mkdir()
+  shuffled = {**BOS, "enable_data_shuffling": True, "bos_id": 63}
+  _, found = read(tmp_path / "a", documents, "mmap", 4, **shuffled)
+  _, expected = read(tmp_path / "b", written, "mmap", 4)
+  for one, other in zip(found, expected, strict=True):
+    assert set(one) == set(other)
+    for name, value in other.items():
+      np.testing.assert_array_equal(one[name], value, err_msg=name)
+
+
+def test_documents_after_bos_travel_to_other_processes(tmp_path, documents):
+  from maxtext.input_pipeline import _mmap_datasource
+
+  from maxtext_ling2.host.mmap_documents import DocumentsAfterBos
+
+  data.write(documents, tmp_path / "documents")
+  source = _mmap_datasource.MMapIndexedDataSource(str(tmp_path / "documents"))
+  rows = _mmap_datasource.MMapSampleIndexDataSource(DocumentsAfterBos(source, 63), LENGTH, EOD)
+  again = pickle.loads(pickle.dumps(rows))
+  assert len(again) == len(rows) == sum(len(document) + 1 for document in documents) // LENGTH
+  for index in (0, len(rows) - 1):
+    np.testing.assert_array_equal(again[index]["text"], rows[index]["text"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos": False}, {"grain_packing_type": "first_fit"}, {"packing": False}])
+def test_bos_only_where_it_is_asked_for(tmp_path, documents, settings):
+  given = {**BOS, "bos_id": 1, **settings}
+  _, (batch,) = read(tmp_path, documents, "mmap", 1, **given)
+  assert (batch["inputs"] == 1).any() == (not settings)
 
 
 def test_rows_that_fill_up_the_last_batch_are_padding(tmp_path, documents):
