@@ -1,6 +1,9 @@
-"""Environment of all tests: the CPU, no cloud clients, compiled programs kept between runs. `make test` may differ."""
+"""Environment of all tests: the CPU, no cloud clients, compiled programs kept between runs. `make test` may differ.
+After a run, counts of the cases of drift and hostile by kind.
+"""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 _CACHE = Path(__file__).parent.parent / ".cache" / "jax"
@@ -16,3 +19,32 @@ _FLAGS = ("dump_max_hlo_modules=0", "backend_optimization_level=0", "llvm_disabl
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _FLAGS))
 
 import maxtext_ling2  # noqa: E402, F401  before MaxText, as the .pth file would
+
+KINDS = {
+  "test_drift_in_the_source": "in the source",
+  "test_environment": "environment",
+  "test_startup": "environment",
+  "test_real_maxtext": "environment",
+}
+"""File -> what its cases are, where their names do not say it."""
+
+
+def _kind(nodeid):
+  file, _, test = nodeid.partition("::")
+  name, case = Path(file).stem, test.partition("[")[2]
+  if name == "test_bad_inputs" and case:
+    return f"bad input: {case.partition(': ')[0]}"
+  if test.startswith("test_changed_at_run_time["):
+    return case.partition("-")[0].replace("resigned", "re-signed")
+  return KINDS.get(name, "others")
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Looks at reports alone: all that there is of a test in the process that prints when xdist's workers run it."""
+  outcomes = ("passed", "failed", "error")
+  reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, ())]
+  for mark in ("drift", "hostile"):
+    kinds = Counter(map(_kind, {report.nodeid for report in reports if mark in getattr(report, "keywords", ())}))
+    if kinds:
+      counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+      terminalreporter.write_line(f"{mark}: {kinds.total()} cases ({counts})")
