@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,30 @@ def test_bars(step, off_by, passed):
 def test_no_number_passes_no_bar():
   nan = {kind: [float("nan")] * 3 for kind in loss_parity.KINDS}
   assert not any(d.passed for d in loss_parity.compare(nan, nan).values())
+
+
+@pytest.mark.parametrize("off_by, code, verdicts", [(0, 0, "ok ok ok ok"), (1e-2, 1, "MISSED ok MISSED ok")])
+def test_report(tmp_path, monkeypatch, capsys, off_by, code, verdicts):
+  """The table, the plot and the exit code, of recorded losses in the place of both trainings."""
+  found = json.loads(loss_parity.RECORDED.read_text())
+
+  class Run:
+    def __init__(self, offset):
+      self.losses = found["losses"][str(offset)]
+
+    def case(self):
+      return SimpleNamespace(tokens=loss_parity.make_tokens())
+
+    def train(self, tokens):
+      losses = {kind: np.array(values[: len(tokens)]) for kind, values in self.losses.items()}
+      return losses | {"loss": losses["loss"] * (1 + off_by)}
+
+  monkeypatch.setattr(loss_parity, "MaxTextRun", Run)
+  monkeypatch.setattr(loss_parity, "recorded", lambda case: found)
+  assert loss_parity.main(["--recorded", "--steps", "5", "--plot", str(tmp_path / "plot.png")]) == code
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[-1] for line in lines if line.endswith(("ok", "MISSED"))] == verdicts.split()
+  assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 @pytest.fixture
