@@ -2,11 +2,14 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -14,7 +17,7 @@ import yaml
 from maxtext_ling2 import cli, plugin
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 MADE = {"scale.md"}  # by benchmarks/scale.py; a checkout may lack it
 
 
@@ -30,6 +33,23 @@ def script(name):
 def test_marks_and_links():
   done = subprocess.run([sys.executable, ROOT / "scripts" / "docs_test", "--check"], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+def test_every_need_is_some_blocks():
+  docs_test = script("docs_test")
+  assert docs_test.pages() == PAGES
+  assert {need for page in PAGES for block in docs_test.blocks(page) for need in block.needs} == docs_test.NEEDS
+
+
+def test_a_block_of_several_pages_runs_once(tmp_path, monkeypatch):
+  docs_test, ran = script("docs_test"), []
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  monkeypatch.setattr(docs_test, "run", lambda block: ran.append(block.place) or True)
+  for name in "ab":
+    (tmp_path / f"{name}.md").write_text(f"<!-- run -->\n```sh\nls\n```\n<!-- run -->\n```sh\nls {name}\n```\n")
+  monkeypatch.setattr(sys, "argv", ["docs_test", str(tmp_path / "a.md"), str(tmp_path / "b.md")])
+  assert docs_test.main() == 0
+  assert ran == ["a.md:2", "a.md:6", "b.md:6"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +139,7 @@ def test_options_of_the_examples_exist():
 
 
 def test_every_example_has_a_cpu_mode_and_stops_at_errors():
-  scripts = [path for path in (ROOT / "examples").glob("*.sh") if path.name not in ("common.sh", "xpk.sh")]
+  scripts = [path for path in (ROOT / "examples").glob("*.sh") if path.name != "common.sh"]
   assert len(scripts) >= 5
   for path in scripts:
     text = path.read_text()
@@ -143,18 +163,68 @@ def test_every_seam_is_in_the_table():
 
 
 def test_errors_in_the_table_are_in_the_code():
-  """Some words of each text, between the values in it, stand in the package's source; MaxText's and XLA's are marked."""
+  """All words of each text, between the values in it, stand in the package's source; MaxText's and XLA's are marked."""
   source = "\n".join(path.read_text() for path in (ROOT / "maxtext_ling2").rglob("*.py"))
   joined = re.sub(r"[\"']\n\s*f?[\"']|\{[^{}]*\}", "", source)
+  words = re.compile(r"(?<![\w.-])[A-Za-z][A-Za-z ,]{3,}(?![\w.-])")  # none cut from a name, which may be a value
   table, checked = (ROOT / "docs" / "troubleshooting.md").read_text(), 0
   for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE):
     if "(MaxText's)" in row or "(XLA's)" in row:
       continue
     for text in re.findall(r"`([^`]+)`", row):
-      pieces = [piece for part in re.split(r"\.\.\.|'", text) for piece in re.findall(r"[A-Za-z][A-Za-z ,]{11,}", part)]
-      assert not pieces or any(piece.strip() in joined for piece in pieces), text
+      pieces = [piece.strip() for part in re.split(r"\.\.\.|'", text) for piece in words.findall(part)]
+      assert not (missing := [piece for piece in pieces if piece not in joined]), (text, missing)
       checked += bool(pieces)
-  assert checked > 60
+  assert checked > 90
+
+
+def blocks(page, language):
+  """The texts of a page's blocks in a language."""
+  return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_python_blocks_have_tests():
+  """Those below; a new block needs one more."""
+  found = {page.name: len(blocks(page, "python")) for page in PAGES if blocks(page, "python")}
+  assert found == {"another_plugin.md": 2, "data.md": 1}
+
+
+def test_python_of_the_data_page(tmp_path):
+  (text,) = blocks(ROOT / "docs" / "data.md", "python")
+  assert text.count("/data/") == 1
+  exec(compile(text.replace("/data/", f"{tmp_path}/"), "data.md", "exec"), {})
+  assert np.fromfile(tmp_path / "web.bin", np.uint16).tolist() == [5, 6, 7, 2, 8, 9, 2]
+  assert (tmp_path / "web.idx").is_file()
+
+
+@pytest.mark.parametrize(
+  ("index", "statement", "printed"),
+  [
+    (0, "None", "None"),
+    (1, "width(SimpleNamespace(model_name='mymodel')), REGISTRY.seams[0].state.name", "100 APPLIED"),
+  ],
+  ids=["least", "with our seams"],
+)
+def test_python_of_another_plugin(tmp_path, index, statement, printed):
+  """As a distribution of its own, found by the entry point that the page declares."""
+  page = ROOT / "docs" / "another_plugin.md"
+  (declared,) = blocks(page, "toml")
+  ((group, entries),) = tomllib.loads(declared)["project"]["entry-points"].items()
+  folder = tmp_path / "mymodel-1.0.dist-info"
+  for path in (folder, tmp_path / "mymodel"):
+    path.mkdir()
+  (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: mymodel\nVersion: 1.0\n")
+  (folder / "entry_points.txt").write_text("\n".join([f"[{group}]", *(f"{k} = {v}" for k, v in entries.items())]))
+  (tmp_path / "mymodel" / "plugin.py").write_text(blocks(page, "python")[index])
+  code = ["import maxtext", "from maxtext_ling2 import discovery"]
+  if index:
+    code += ["from types import SimpleNamespace", "from mymodel.plugin import REGISTRY"]
+    code += ["from maxtext.utils.maxtext_utils import get_shared_expert_mlp_dim as width"]
+  code += [f"print({statement})", "print(*((one.name, one.state, one.reason) for one in discovery.plugins), sep='\\n')"]
+  variables = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", "\n".join(code)], env=variables, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-3:] == [printed, "('ling2', 'loaded', None)", "('mymodel', 'loaded', None)"]
 
 
 def test_the_patch_applies():
