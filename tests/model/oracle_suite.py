@@ -3,9 +3,11 @@
 import functools
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from maxtext_ling2.checkpoint import verify
 from maxtext_ling2.checkpoint.verify import Reference
@@ -96,6 +98,21 @@ class OracleSuite:
     assert report.max_kl <= 1e-8
     assert cross_entropy(ours, io["labels"]) == pytest.approx(float(io[f"{key}.loss"]), abs=1e-5)
 
+  @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+  def test_fused_kernels(self, scan):
+    """TPU kernels, interpreted: logits with either offset, packed documents, and all gradients, rematerialised.
+
+    Pallas's own interpreter, because that of the TPU has effects, which rematerialisation does not take.
+    """
+    io = recorded(self.case, "io_short")
+    options = {"gla_backend": "pallas", "scan_layers": scan}
+    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+      for offset, key in ((1, "eval"), (0, "slope_noshift")):
+        ours = model(self.case, "short", offset, **options).logits(tokens(self.case, "short"))
+        assert verify.compare_logits(ours, io[f"{key}.logits"]).max_abs_error <= 1e-4
+      self.check_packed("short", model(self.case, "short", 1, **options))
+      self.check_gradients("b1", 1, 1, False, io["b1.train.loss"], **options)
+
   def test_decay_offset_matters(self):
     assert np.abs(logits(self.case, "short", 0) - logits(self.case, "short", 1)).max() > 0.1
 
@@ -113,12 +130,14 @@ class OracleSuite:
 
   @pytest.mark.parametrize("length", LENGTHS)
   def test_packed_documents_equal_each_alone(self, length):
+    self.check_packed(length, model(self.case, length, 1))
+
+  def check_packed(self, length, reference):
     io = recorded(self.case, f"io_{length}")
     cuts = io["pack.cuts"]
     documents = [io[f"pack.doc{d}.ids"][0].astype(np.int32) for d in range(len(cuts) - 1)]
     packed = np.stack([np.concatenate(documents)] * 2)
     segments = np.stack([np.repeat(np.arange(1, len(documents) + 1), np.diff(cuts))] * 2).astype(np.int32)
-    reference = model(self.case, length, 1)
     together = reference.logits(packed, segments)[0]
     for d, document in enumerate(documents):
       row = np.zeros_like(packed[0])
@@ -139,8 +158,8 @@ class OracleSuite:
     np.testing.assert_allclose(ours[real == 1], io["pad.logits"][real == 1], atol=1e-4, rtol=0)
     assert cross_entropy(ours, io["pad.labels"]) == pytest.approx(float(io["pad.loss"]), abs=1e-5)
 
-  def check_gradients(self, kind, offset, rows, with_mtp, expected_loss):
-    reference = model(self.case, "short", offset)
+  def check_gradients(self, kind, offset, rows, with_mtp, expected_loss, **options):
+    reference = model(self.case, "short", offset, **options)
     ids, labels = tokens(self.case, "short")[:rows], tokens(self.case, "short", "labels")[:rows]
     loss, ours = reference.gradients(ids, labels, with_mtp)
     assert loss == pytest.approx(float(expected_loss), abs=1e-5)

@@ -13,6 +13,7 @@ OPTIONS = {
   "no norm of q and k": {"use_qk_norm": False},
   "silu": {"use_linear_silu": True},
   "one group, offset 1": {"group_norm_size": 1, "gla_decay_layer_offset": 1},
+  "heads of 32, groups of 64": {"head_dim": 32},  # four heads and two groups fill a register
   "heads of 24": {"head_dim": 24},  # nothing fills a register: plain JAX around the kernel
 }
 
@@ -41,6 +42,7 @@ def test_fused_layer_is_made_of_kernels():
   gla = {"gla_forward", "gla_backward"}
   stages = {"rotated_norm", "rotated_norm_gradient", "gated_norm", "gated_norm_gradient"}
   assert kernels("pallas") == gla | stages
+  assert kernels("pallas", head_dim=32) == gla | stages
   assert kernels("pallas", head_dim=24) == gla
   assert kernels("chunked") == set()
 

@@ -31,6 +31,8 @@ STAGES = {  # dtype, T, H, D, groups
   "stages as in LING2": (jnp.bfloat16, 4096, 16, 128, 4),
   "stages, an odd length": (jnp.float32, 77, 3, 128, 3),
   "stages, wide heads, one group": (jnp.float32, 600, 5, 512, 1),
+  "stages, two heads a block": (jnp.bfloat16, 300, 6, 64, 6),
+  "stages, four heads a block": (jnp.float32, 77, 4, 32, 2),
 }
 
 

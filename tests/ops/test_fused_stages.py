@@ -69,6 +69,9 @@ ROTATIONS = [  # length, heads, dim, rotated, norm
   (17, 2, 256, 128, True),
   (1, 1, 128, 32, True),
   (40, 2, 128, 64, False),
+  (40, 8, 32, 16, True),  # four heads fill a block
+  (300, 2, 64, 64, True),
+  (40, 16, 8, 4, False),
 ]
 GATES = [  # length, columns, groups
   (40, 512, 4),
@@ -76,6 +79,8 @@ GATES = [  # length, columns, groups
   (300, 4096, 8),  # two blocks of columns
   (100, 2 * 6144, 2),  # a group is wider than a block of columns, and a block of fewer tokens
   (1, 128, 1),
+  (40, 128, 2),  # two groups fill a block
+  (300, 512, 16),
 ]
 
 

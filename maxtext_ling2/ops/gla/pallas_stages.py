@@ -4,6 +4,7 @@ Each reads its operands once and writes its results once, in the layout [B, T, H
 it. Left to the compiler, the same few operations on [B, T, H, D] cost several copies from one tiling to another, and
 float32 arrays in the HBM. float32 is only in the chip's memory here; the gradients compute the forward values again.
 Any T will do: the last block may reach beyond the end, what it finds there counts for no sum, and is not written.
+Columns are worked on in parts: whole blocks of 128, or several small heads (or groups) that fill one.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from maxtext_ling2.ops.gla.pallas_chunk import NN, Ref, dot
 from maxtext_ling2.ops.gla.pallas_grid import like_input, vary_alike
 
+_LANES = 128
 _ROWS = 256
 """Tokens of a block, if its arrays are not too large."""
 _COLUMNS = 2048
@@ -30,11 +32,18 @@ _BLOCKS = 10 * 2**20
 """Bytes of all blocks of a step, each of them twice, while the next ones are fetched: a v4 has 16 MiB."""
 
 
+def fits(width: int, total: int) -> bool:
+  """Whether there are kernels for norms of `width` columns in arrays of `total`: whole blocks of 128, or whole parts."""
+  return width % _LANES == 0 or (_LANES % width == 0 and total % _LANES == 0)
+
+
 def rotated_norm(
   x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array, *, rotated: int, epsilon: float
 ) -> jax.Array:
-  """`stages.rotated_norm` of whole blocks of 128 columns."""
-  kernel = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
+  """`stages.rotated_norm` of heads that fit."""
+  dim = cos.shape[-1]
+  kernel = functools.partial(_rotated_norm, dim=dim, rotated=rotated, epsilon=epsilon)
+  (cos, sin), scale = _repeated(dim, (cos, sin)), _repeated(dim, (scale,))[0]
   return _run(kernel, "rotated_norm", cos.shape[-1], (x,), (cos, sin), scale, _shared, [x.dtype])[0]
 
 
@@ -42,29 +51,39 @@ def rotated_norm_gradient(
   x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array, dy: jax.Array, *, rotated: int, epsilon: float
 ) -> tuple[jax.Array, jax.Array | None]:
   """dx [B, T, H * D], and dscale [D] float32."""
-  kernel = functools.partial(_rotated_norm_gradient, rotated=rotated, epsilon=epsilon, length=x.shape[1])
+  dim = cos.shape[-1]
+  kernel = functools.partial(_rotated_norm_gradient, dim=dim, rotated=rotated, epsilon=epsilon, length=x.shape[1])
+  (cos, sin), scale = _repeated(dim, (cos, sin)), _repeated(dim, (scale,))[0]
   dx, *sums = _run(
     kernel, "rotated_norm_gradient", cos.shape[-1], (x, dy), (cos, sin), scale, _shared, [x.dtype], scale is not None
   )
-  return dx, sums[0].reshape(-1, cos.shape[-1]).sum(0) if sums else None
+  return dx, sums[0].reshape(-1, dim).sum(0) if sums else None
 
 
 def gated_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, epsilon: float) -> jax.Array:
-  """`stages.gated_norm` of groups of whole blocks of 128 columns."""
-  kernel = functools.partial(_gated_norm, epsilon=epsilon)
-  return _run(kernel, "gated_norm", x.shape[-1] // groups, (x, gate), (), scale, _own, [gate.dtype])[0]
+  """`stages.gated_norm` of groups that fit."""
+  width = x.shape[-1] // groups
+  kernel = functools.partial(_gated_norm, width=width, epsilon=epsilon)
+  return _run(kernel, "gated_norm", max(width, _LANES), (x, gate), (), scale, _own, [gate.dtype])[0]
 
 
 def gated_norm_gradient(
   x: jax.Array, gate: jax.Array, scale: jax.Array, dy: jax.Array, *, groups: int, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """dx and dgate [B, T, N], and dscale [N] float32."""
-  kernel = functools.partial(_gated_norm_gradient, epsilon=epsilon, length=x.shape[1])
   width = x.shape[-1] // groups
+  kernel = functools.partial(_gated_norm_gradient, width=width, epsilon=epsilon, length=x.shape[1])
+  results = [x.dtype, gate.dtype]
   dx, dgate, sums = _run(
-    kernel, "gated_norm_gradient", width, (x, gate, dy), (), scale, _own, [x.dtype, gate.dtype], sums=True
+    kernel, "gated_norm_gradient", max(width, _LANES), (x, gate, dy), (), scale, _own, results, sums=True
   )
   return dx, dgate, sums.reshape(-1, x.shape[-1]).sum(0)
+
+
+def _repeated(dim: int, arrays: Sequence[Any]) -> list[Any]:
+  """What one head has in its last axis, for all heads of a part; None stays."""
+  repeats = max(_LANES // dim, 1)
+  return [None if array is None else jnp.concatenate([array] * repeats, axis=-1) for array in arrays]
 
 
 def _shared(b: Any, t: Any, n: Any) -> tuple[Any, ...]:
@@ -93,7 +112,7 @@ def _run(
   Args:
     kernel: the kernel.
     name: its name in the program.
-    part: columns that one norm sees.
+    part: columns that are worked on at a time.
     wide: arrays [B, T, N], cut into blocks of whole parts.
     narrow: arrays [B, T, part], the same for all parts.
     scale: [part] or [N], or None.
@@ -142,78 +161,98 @@ def _parts(block: Ref, part: int) -> list[Any]:
   return [(0, slice(None), pl.ds(start, part)) for start in range(0, block.shape[2], part)]
 
 
-def _rotated_norm(x: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: int, epsilon: float) -> None:
+def _rotated_norm(x: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, dim: int, rotated: int, epsilon: float) -> None:
   *scale, y = refs
-  scaled_cos, scaled_sin, swap = cos[0], sin[0], _swap(part, rotated, x.dtype)
+  scaled_cos, scaled_sin, swap = cos[0], sin[0], _swap(part, dim, rotated, x.dtype)
   if scale:
     scaled_cos *= scale[0][...]
-    scaled_sin *= dot(scale[0][...], _swap(part, rotated, jnp.float32), NN)
+    scaled_sin *= dot(scale[0][...], _swap(part, dim, rotated, jnp.float32), NN)
   for at in _parts(x, part):
     value = x[at].astype(jnp.float32)
     turned = value * scaled_cos + dot(x[at], swap, NN) * scaled_sin
-    y[at] = (turned * _root(value, epsilon) if scale else turned).astype(y.dtype)
+    y[at] = (turned * _root(value, dim, epsilon) if scale else turned).astype(y.dtype)
 
 
 def _rotated_norm_gradient(
-  x: Ref, dy: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, rotated: int, epsilon: float, length: int
+  x: Ref, dy: Ref, cos: Ref, sin: Ref, *refs: Ref, part: int, dim: int, rotated: int, epsilon: float, length: int
 ) -> None:
   *rest, dx = refs if len(refs) == 1 else refs[:2]
-  swap = _swap(part, rotated, dy.dtype)
-  swapped_sin = dot(sin[0], _swap(part, rotated, jnp.float32), NN)
+  swap = _swap(part, dim, rotated, dy.dtype)
+  swapped_sin = dot(sin[0], _swap(part, dim, rotated, jnp.float32), NN)
   total = jnp.zeros((_SUBLANES, part), jnp.float32)
   for at in _parts(x, part):
     dturned = dy[at].astype(jnp.float32) * cos[0] + dot(dy[at], swap, NN) * swapped_sin
     if rest:
       value = x[at].astype(jnp.float32)
-      root = _root(value, epsilon)
+      root = _root(value, dim, epsilon)
       normed = value * root
       total += _over_tokens(normed * dturned, length)
-      dturned = _through_norm(normed, root, dturned * rest[0][...])
+      dturned = _through_norm(normed, root, dturned * rest[0][...], dim)
     dx[at] = dturned.astype(dx.dtype)
   if rest:
     refs[2][0, 0] = total
 
 
-def _gated_norm(x: Ref, gate: Ref, scale: Ref, y: Ref, *, part: int, epsilon: float) -> None:
+def _gated_norm(x: Ref, gate: Ref, scale: Ref, y: Ref, *, part: int, width: int, epsilon: float) -> None:
   for at in _parts(x, part):
     value = x[at].astype(jnp.float32)
     open_by = jax.nn.sigmoid(gate[at].astype(jnp.float32))
-    y[at] = (value * _root(value, epsilon) * scale[at[1:]] * open_by).astype(y.dtype)
+    y[at] = (value * _root(value, width, epsilon) * scale[at[1:]] * open_by).astype(y.dtype)
 
 
 def _gated_norm_gradient(
-  x: Ref, gate: Ref, dy: Ref, scale: Ref, dx: Ref, dgate: Ref, dscale: Ref, *, part: int, epsilon: float, length: int
+  x: Ref,
+  gate: Ref,
+  dy: Ref,
+  scale: Ref,
+  dx: Ref,
+  dgate: Ref,
+  dscale: Ref,
+  *,
+  part: int,
+  width: int,
+  epsilon: float,
+  length: int,
 ) -> None:
   for at in _parts(x, part):
     value, dvalue = x[at].astype(jnp.float32), dy[at].astype(jnp.float32)
     open_by = jax.nn.sigmoid(gate[at].astype(jnp.float32))
-    root = _root(value, epsilon)
+    root = _root(value, width, epsilon)
     normed = value * root
     dscaled = dvalue * open_by
     dgate[at] = (dscaled * (1 - open_by) * normed * scale[at[1:]]).astype(dgate.dtype)
-    dx[at] = _through_norm(normed, root, dscaled * scale[at[1:]]).astype(dx.dtype)
+    dx[at] = _through_norm(normed, root, dscaled * scale[at[1:]], width).astype(dx.dtype)
     dscale[0, 0, :, at[2]] = _over_tokens(normed * dscaled, length)
 
 
-def _root(x: jax.Array, epsilon: float) -> jax.Array:
-  """1 / root mean square of the rows, [rows, 1]."""
-  return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+def _root(x: jax.Array, width: int, epsilon: float) -> jax.Array:
+  """1 / root mean square of each `width` columns, as `_mean`."""
+  return jax.lax.rsqrt(_mean(x * x, width) + epsilon)
 
 
-def _through_norm(normed: jax.Array, root: jax.Array, dnormed: jax.Array) -> jax.Array:
+def _through_norm(normed: jax.Array, root: jax.Array, dnormed: jax.Array, width: int) -> jax.Array:
   """The gradient of x where normed = x * root(x)."""
-  return root * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
+  return root * (dnormed - normed * _mean(dnormed * normed, width))
 
 
-def _swap(width: int, rotated: int, dtype: Any) -> jax.Array:
-  """The matrix [width, width] by which rows get the halves of their first `rotated` columns swapped, and then zeros.
+def _mean(x: jax.Array, width: int) -> jax.Array:
+  """The mean of each `width` columns of x [rows, part]: [rows, 1] if they are all; else in all columns, by a product."""
+  part = x.shape[1]
+  if width == part:
+    return jnp.mean(x, axis=-1, keepdims=True)
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, (part, part), axis) for axis in range(2))
+  return dot(x, jnp.where((row & -width) == (column & -width), 1 / width, 0.0), NN)
+
+
+def _swap(part: int, dim: int, rotated: int, dtype: Any) -> jax.Array:
+  """The matrix [part, part] by which heads get the halves of their first `rotated` columns swapped, and then zeros.
 
   The matrix unit has nothing else to do here, and does it exactly; these kernels wait for the unit that moves lanes.
   """
-  row, column = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in range(2))
-  half = rotated // 2
-  from_row = jnp.where(column < half, column + half, column - half)
-  return ((row == from_row) & (column < rotated)).astype(jnp.float32).astype(dtype)
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, (part, part), axis) for axis in range(2))
+  half, of_head = rotated // 2, column if dim == part else column & (dim - 1)
+  from_row = jnp.where(of_head < half, column + half, column - half)
+  return ((row == from_row) & (of_head < rotated)).astype(jnp.float32).astype(dtype)
 
 
 def _over_tokens(x: jax.Array, length: int) -> jax.Array:

@@ -16,7 +16,6 @@ from maxtext_ling2.ops.gla import pallas_stages
 from maxtext_ling2.ops.gla.pallas_grid import vary_alike
 from maxtext_ling2.ops.gla.pallas_tpu import differentiable
 
-_LANES = 128
 _PLAIN = ("reference", "chunked")
 
 
@@ -39,7 +38,8 @@ def rotated_norm(
     sin: [B, T, D] float32: minus the sine for the first half, the sine for the second, 0 behind them.
     rotated: number of rotated dimensions, even.
     epsilon: of the norm.
-    backend: that of `gla`. Kernels need D to be a multiple of 128; else it is plain JAX in any case.
+    backend: that of `gla`. Kernels need D and H * D to fill blocks of 128 columns (`pallas_stages.fits`); else it is
+      plain JAX in any case.
 
   Returns:
     [B, T, H * D] in x's dtype; differentiable in x and scale.
@@ -47,7 +47,7 @@ def rotated_norm(
   options: dict[str, Any] = {"rotated": rotated, "epsilon": epsilon}
   plain = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
   scale = None if scale is None else scale.astype(jnp.float32)
-  if backend in _PLAIN or cos.shape[-1] % _LANES:
+  if backend in _PLAIN or not pallas_stages.fits(cos.shape[-1], x.shape[-1]):
     return plain(x, scale, cos, sin)
   kernel = functools.partial(pallas_stages.rotated_norm, **options)
   gradient = functools.partial(pallas_stages.rotated_norm_gradient, **options)
@@ -65,7 +65,7 @@ def gated_norm(
     scale: [N].
     groups: their number, a divisor of N; 1 is a plain RMSNorm. (Source: BailingMoeV2_5's `group_norm_size`.)
     epsilon: of the norm.
-    backend: that of `gla`. Kernels need N / groups to be a multiple of 128; else it is plain JAX in any case.
+    backend: that of `gla`. Kernels need N / groups and N to fill blocks of 128 columns; else it is plain JAX in any case.
 
   Returns:
     [B, T, N] in the dtype of the gate; differentiable in x, gate and scale.
@@ -73,7 +73,7 @@ def gated_norm(
   options: dict[str, Any] = {"groups": groups, "epsilon": epsilon}
   plain = functools.partial(_gated_norm, groups=groups, epsilon=epsilon)
   scale = scale.astype(jnp.float32)
-  if backend in _PLAIN or x.shape[-1] // groups % _LANES:
+  if backend in _PLAIN or not pallas_stages.fits(x.shape[-1] // groups, x.shape[-1]):
     return plain(x, gate, scale)
   kernel = functools.partial(pallas_stages.gated_norm, **options)
   gradient = functools.partial(pallas_stages.gated_norm_gradient, **options)
