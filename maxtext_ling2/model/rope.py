@@ -48,11 +48,15 @@ class HalfRotaryEmbedding(RotaryEmbedding):
     Returns:
       cos and sin [B, T, dims] float32.
     """
-    angle = position[..., None] / self.timescale
-    factor = yarn.attention_factor(self.config) if yarn.is_yarn(self.config) else 1.0
-    cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
+    cos, sin = self._cos_sin(position)
     rest = jnp.zeros((*position.shape, dims - self.embedding_dims), cos.dtype)
     return jnp.concatenate([cos, cos, rest + 1], axis=-1), jnp.concatenate([-sin, sin, rest], axis=-1)
+
+  def _cos_sin(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the angle of each pair, stretched by YaRN, [B, T, rotated dimensions / 2] float32."""
+    angle = position[..., None] / self.timescale
+    factor = yarn.attention_factor(self.config) if yarn.is_yarn(self.config) else 1.0
+    return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
   def apply_rotary(self, inputs: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates `inputs` [B, T, H, D] by cos and sin [B, T, 1, D], which YaRN scales."""
@@ -67,20 +71,23 @@ class HalfRotaryEmbedding(RotaryEmbedding):
 
 
 class InterleavedRotaryEmbedding(HalfRotaryEmbedding):
-  """Half-rotation of vectors that are stored as interleaved pairs.
+  """Rotation of vectors that are stored as pairs (x0, y0, x1, y1, ..), which stay where they are.
 
-  Pairs (x0, y0, x1, y1, ..) are first reordered to (x0, x1, .., y0, y1, ..). The result stays in that order: q and k are
-  treated alike, so their products do not notice.
+  The Hugging Face code reorders them for a half-rotation; q and k are treated alike, so their products do not notice.
+  Neighbours are exchanged by a product with a permutation, which is exact: on a TPU, taking every other column is slow.
   """
 
   def __call__(self, inputs: jax.Array, position: jax.Array | None = None) -> jax.Array:
     """Rotates `inputs` [B, T, H, D] by `position` [B, T]."""
-    return super().__call__(deinterleave(inputs), position)
-
-
-def deinterleave(x: jax.Array) -> jax.Array:
-  """Reorders the last axis: even positions first, then the odd ones."""
-  return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+    if position is None:
+      position = jnp.arange(inputs.shape[1])[None]
+    cos, sin = self._cos_sin(position)
+    cos, sin = (jnp.stack(pair, axis=-1).reshape(*position.shape, 1, -1) for pair in ((cos, cos), (-sin, sin)))
+    column = jnp.arange(inputs.shape[-1])
+    exchange = (column[:, None] == column ^ 1).astype(inputs.dtype)
+    precision = jax.lax.Precision.HIGHEST if inputs.dtype == jnp.float32 else None
+    exchanged = jnp.dot(inputs, exchange, precision=precision, preferred_element_type=jnp.float32)
+    return (inputs.astype(jnp.float32) * cos + exchanged * sin).astype(self.fprop_dtype)
 
 
 def rotary_embedding(config: Any, mesh: Any, dims: int, interleaved: bool, rngs: nnx.Rngs) -> nnx.Module:

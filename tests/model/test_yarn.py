@@ -62,11 +62,12 @@ def frequencies(scaling, dims=64, theta=6e6):
 
 
 def rotate(x, positions, inverse, factor, interleaved):
-  """Rotation of pairs as complex numbers, [T, H, D] float64; first the real parts, then the imaginary ones."""
+  """Rotation of pairs as complex numbers, [T, H, D] float64, where they stood."""
   half = x.shape[-1] // 2
   pairs = (x[..., 0::2] + 1j * x[..., 1::2]) if interleaved else (x[..., :half] + 1j * x[..., half:])
   turned = pairs * factor * np.exp(1j * positions[:, None, None] * inverse)
-  return np.concatenate([turned.real, turned.imag], axis=-1)
+  parts = [turned.real, turned.imag]
+  return np.stack(parts, axis=-1).reshape(x.shape) if interleaved else np.concatenate(parts, axis=-1)
 
 
 @pytest.mark.parametrize(("scaling", "factor", "_"), RULES.values(), ids=RULES)
