@@ -26,6 +26,23 @@ def output_and_gradients(backend, dtype="float32", **settings):
   return {name: np.asarray(value, np.float64) for name, value in arrays.items()}
 
 
+def prompt_and_step(backend):
+  """{name: array} of a prompt of 41 tokens, padded, and of the token after it."""
+  cfg = tiny.config(**WIDE, gla_backend=backend, max_prefill_predict_length=LENGTH)
+  mesh = session.make_mesh(cfg)
+  rng = np.random.default_rng(0)
+  prompt, token = (jnp.asarray(rng.standard_normal((1, n, cfg.emb_dim)), jnp.float32) for n in (LENGTH, 1))
+  index = jnp.arange(LENGTH)[None]
+  segments = (index < 41).astype(jnp.int32)
+  with session.model_context(cfg, mesh):
+    layer = GatedLinearAttention(cfg, mesh, "prefill", None, nnx.Rngs(0))
+    y = layer(prompt, segments, index * segments, 3, "prefill")
+    state = layer.recurrent_state[...]
+    step = layer(token, None, jnp.full((1, 1), 41), 3, "autoregressive")
+  arrays = {"y": y[:, :41], "state": state, "step": step, "next state": layer.recurrent_state[...]}
+  return {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+
+
 def kernels(backend, **settings):
   """Names of the kernels in the layer with its gradients."""
   run, arguments, context = _layer(backend, "float32", settings)

@@ -89,11 +89,12 @@ def test_one_name_twice_mixes_nothing(alone, same):
   folder, straight = alone / "same", metrics(alone / "alone_a", "a")
   for code, output in same:
     assert code == 0 or "checkpoint" in output[-5000:].lower(), output[-3000:]
-  for number in (1, 2):
-    if (folder / f"{number}.jsonl").exists():
-      found = metrics(folder, number)
-      assert {step: straight[step] for step in found} == found
+  found = [metrics(folder, number) for number in (1, 2)]
+  for one in found:
+    assert {step: straight[step] for step in one} == one
   steps = saved(folder, "a")
+  print([code for code, _ in same], [max(one) for one in found], steps)
+  assert all(found) and steps, [output[-3000:] for _, output in same]
   assert set(steps) <= set(saved(alone / "alone_a", "a"))
   assert STEPS - 1 in steps or all(code != 0 for code, _ in same)  # no success without its checkpoint
   for step in steps:

@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import mesh_runs
-from gla_layer import kernels, output_and_gradients
+from gla_layer import kernels, output_and_gradients, prompt_and_step
 
 OPTIONS = {
   "as in LING2": {},
@@ -57,4 +57,14 @@ def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path):
   (expected,) = mesh_runs.run(tmp_path, 1, [("gla_layer", {"backend": "chunked"})])
   assert set(found) == set(expected)
   for name, value in expected.items():
+    assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
+
+
+def test_fused_prefill_is_the_plain_composition():
+  """Of padded prompts: outputs where there are tokens, the state that decoding goes on from, and its first step."""
+  with pltpu.force_tpu_interpret_mode():
+    found = prompt_and_step("pallas")
+  expected = prompt_and_step("chunked")
+  for name, value in expected.items():
+    assert np.abs(value).max() > 0.01, name
     assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
