@@ -6,9 +6,8 @@ import time
 import pytest
 from stock_runs import arguments, metrics, run, start, write_documents
 
-pytestmark = [pytest.mark.hostile, pytest.mark.slow]
+pytestmark = pytest.mark.hostile
 
-KILLS = 20
 SETTINGS = {"scan_layers": True, "checkpoint_period": 2, "async_checkpointing": True}
 
 
@@ -29,11 +28,12 @@ def kill_at(process, file, moment, after_first_step):
   return has_trained(file)
 
 
-def test_twenty_kills_leave_the_loss_curve_as_it_is(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])  # half a minute or a minute each
+def test_kills_leave_the_loss_curve_as_it_is(tmp_path, kills):
   choose = random.Random(20)
   settings = write_documents(tmp_path) | SETTINGS
   curve, repeated, trained = {}, 0, 0
-  for life in range(KILLS):
+  for life in range(kills):
     process = start(tmp_path, arguments(tmp_path, "killed", f"life_{life}", 100_000, **settings))
     file = tmp_path / f"life_{life}.jsonl"
     # Every third dies while it imports, restores or compiles, maybe; the others in the midst of steps and saves.
@@ -52,4 +52,5 @@ def test_twenty_kills_leave_the_loss_curve_as_it_is(tmp_path):
   straight = metrics(tmp_path, "straight")
   assert sorted(curve | final) == sorted(straight) == list(range(last))
   assert {step: straight[step] for step in curve} == curve and {step: straight[step] for step in final} == final
-  assert trained >= 13 and repeated > 0  # kills fell between a checkpoint and the next, too
+  assert trained >= kills - kills // 3
+  assert repeated > 0 or kills < 20  # kills fell between a checkpoint and the next, too
