@@ -16,9 +16,9 @@ WIDE = {"head_dim": 128, "group_norm_size": 2, "max_target_length": LENGTH, "per
 SEGMENTS = np.repeat([[1, 2, 0], [3, 3, 4]], LENGTH // 3, axis=1).astype(np.int32)
 
 
-def output_and_gradients(backend, dtype="float32", **settings):
+def output_and_gradients(backend, dtype="float32", kind=GatedLinearAttention, **settings):
   """{name: array} of one layer for packed documents."""
-  run, arguments, context = _layer(backend, dtype, settings)
+  run, arguments, context = _layer(backend, dtype, settings, kind)
   with context:
     y, dweights, dx = run(*arguments)
   flat = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(dweights)}
@@ -51,7 +51,7 @@ def kernels(backend, **settings):
   return set(re.findall(r"name=((?:gla|rotated|gated)_\w+)$", text, re.MULTILINE))
 
 
-def _layer(backend, dtype, settings):
+def _layer(backend, dtype, settings, kind=GatedLinearAttention):
   """(weights, x, dy) -> output and gradients; these arguments; the mesh and its rules."""
   cfg = tiny.config(**{**WIDE, **settings, "gla_backend": backend, "dtype": dtype})
   mesh = session.make_mesh(cfg)
@@ -59,7 +59,7 @@ def _layer(backend, dtype, settings):
   x, dy = (jnp.asarray(rng.standard_normal((2, LENGTH, cfg.emb_dim)), dtype) for _ in range(2))
   positions = jnp.asarray(np.tile(np.arange(LENGTH), (2, 1)))
   with session.model_context(cfg, mesh):
-    layer = GatedLinearAttention(cfg, mesh, "train", None, nnx.Rngs(0))
+    layer = kind(cfg, mesh, "train", None, nnx.Rngs(0))
   graph, weights, rest = nnx.split(layer, nnx.Param, ...)
   weights = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), weights)
 

@@ -151,16 +151,17 @@ class GatedLinearAttention(nnx.Module):
     options = {"rotated": self.rotary_dims, "epsilon": self.config.normalization_layer_epsilon, "backend": backend}
     options |= {"mesh": self.mesh, "heads": self.config.num_query_heads}
     scales = (self.query_norm.scale[...], self.key_norm.scale[...]) if self.config.use_qk_norm else (None, None)
-    tables = self.rotary_embedding.tables(positions, self.config.head_dim)
+    tables = self.rotary_embedding.tables(jnp.broadcast_to(positions, x.shape[:2]), self.config.head_dim)
     q, k = (sharded_rotated_norm(part, scale, *tables, **options) for part, scale in zip((q, k), scales, strict=True))
     return q, k, v
 
   def _products(self, dense: DenseGeneral, x: jax.Array) -> list[jax.Array]:
     """x [B, T, C] times the kernel [C, H, D], or those stacked in it [C, n, H, D]: n arrays [B, T, H * D].
 
-    Products of their own: the parts of one product would be cut out of it by copies.
+    Products of their own: the parts of one product would be cut out of it by copies. For one token it is the kernel
+    whose parts are large.
     """
-    if dense.quant is not None:
+    if dense.quant is not None or dense.kernel_scale is not None or x.shape[1] == 1:
       whole = dense(x)
       return [_flat(whole[:, :, i]) for i in range(whole.shape[2])] if whole.ndim == 5 else [_flat(whole)]
     kernel = jnp.asarray(dense.kernel[...], dense.dtype)

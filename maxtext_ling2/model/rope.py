@@ -11,7 +11,7 @@ from maxtext_ling2.model import yarn
 
 
 class HalfRotaryEmbedding(RotaryEmbedding):
-  """MaxText's half-rotation, in float32 and rounded once, to the dtype of the config; stretched by YaRN if asked.
+  """Half-rotation in float32, rounded once, to the dtype of the config; MaxText's angles, stretched by YaRN if asked.
 
   Args:
     config: MaxText config; `rope_max_timescale` is theta.
@@ -58,36 +58,47 @@ class HalfRotaryEmbedding(RotaryEmbedding):
     factor = yarn.attention_factor(self.config) if yarn.is_yarn(self.config) else 1.0
     return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
-  def apply_rotary(self, inputs: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `inputs` [B, T, H, D] by cos and sin [B, T, 1, D], which YaRN scales."""
-    if yarn.is_yarn(self.config):
-      factor = yarn.attention_factor(self.config)
-      cos, sin = cos * factor, sin * factor
-    return super().apply_rotary(inputs, cos, sin)
-
   def __call__(self, inputs: jax.Array, position: jax.Array | None = None) -> jax.Array:
-    """Rotates `inputs` [B, T, H, D] by `position` [B, T]."""
-    return super().__call__(inputs.astype(jnp.float32), position)
+    """Rotates `inputs` [B, T, H, D] by `position` [B, T]; by the place in the row, if there is none."""
+    position = jnp.arange(inputs.shape[1])[None] if position is None else position
+    return self._rotate(inputs, *self._cos_sin(position)).astype(self.fprop_dtype)
+
+  def _rotate(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, T, H, D] by cos and sin [B, T, D / 2]."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class InterleavedRotaryEmbedding(HalfRotaryEmbedding):
   """Rotation of vectors that are stored as pairs (x0, y0, x1, y1, ..), which stay where they are.
 
   The Hugging Face code reorders them for a half-rotation; q and k are treated alike, so their products do not notice.
-  Neighbours are exchanged by a product with a permutation, which is exact: on a TPU, taking every other column is slow.
   """
 
-  def __call__(self, inputs: jax.Array, position: jax.Array | None = None) -> jax.Array:
-    """Rotates `inputs` [B, T, H, D] by `position` [B, T]."""
-    if position is None:
-      position = jnp.arange(inputs.shape[1])[None]
-    cos, sin = self._cos_sin(position)
-    cos, sin = (jnp.stack(pair, axis=-1).reshape(*position.shape, 1, -1) for pair in ((cos, cos), (-sin, sin)))
-    column = jnp.arange(inputs.shape[-1])
-    exchange = (column[:, None] == column ^ 1).astype(inputs.dtype)
-    precision = jax.lax.Precision.HIGHEST if inputs.dtype == jnp.float32 else None
-    exchanged = jnp.dot(inputs, exchange, precision=precision, preferred_element_type=jnp.float32)
-    return (inputs.astype(jnp.float32) * cos + exchanged * sin).astype(self.fprop_dtype)
+  def _rotate(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    tables = (jnp.stack(pair, axis=-1).reshape(*cos.shape[:2], 1, -1) for pair in ((cos, cos), (-sin, sin)))
+    return _rotate_pairs(x, *tables)
+
+
+@jax.custom_vjp
+def _rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """x * cos + (x with neighbours exchanged) * sin, in x's dtype.
+
+  Neighbours are exchanged by a product with a permutation, which is exact: on a TPU, taking every other column is slow.
+  The gradient is the rotation back, for that reason, too: the product's own would round a float32 operand.
+  """
+  column = jnp.arange(x.shape[-1])
+  exchange = (column[:, None] == column ^ 1).astype(x.dtype)
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  exchanged = jnp.dot(x, exchange, precision=precision, preferred_element_type=jnp.float32)
+  return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
+
+
+_rotate_pairs.defvjp(
+  lambda x, cos, sin: (_rotate_pairs(x, cos, sin), (cos, sin)),
+  lambda tables, dy: (_rotate_pairs(dy, tables[0], -tables[1]), None, None),
+)
 
 
 def rotary_embedding(config: Any, mesh: Any, dims: int, interleaved: bool, rngs: nnx.Rngs) -> nnx.Module:

@@ -83,9 +83,10 @@ def layer_outputs(reference, hidden_states, embed):
 
 
 class OracleSuite:
-  """Subclasses name the folder."""
+  """Subclasses name the folder, and whether its recorded gradients of one row are of a loss that includes MTP's."""
 
   case: ClassVar[str]
+  with_mtp: ClassVar[bool]
 
   @pytest.mark.parametrize("length", LENGTHS)
   @pytest.mark.parametrize("offset", [1, 0])
@@ -98,20 +99,28 @@ class OracleSuite:
     assert report.max_kl <= 1e-8
     assert cross_entropy(ours, io["labels"]) == pytest.approx(float(io[f"{key}.loss"]), abs=1e-5)
 
-  @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-  def test_fused_kernels(self, scan):
+  @pytest.mark.parametrize(("scan", "policy"), [(False, "full"), (True, "minimal_with_context")])
+  def test_fused_kernels(self, scan, policy):
     """TPU kernels, interpreted: logits with either offset, packed documents, and all gradients, rematerialised.
 
     Pallas's own interpreter, because that of the TPU has effects, which rematerialisation does not take.
     """
-    io = recorded(self.case, "io_short")
-    options = {"gla_backend": "pallas", "scan_layers": scan}
-    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+    io, ran = recorded(self.case, "io_short"), set()
+    options = {"gla_backend": "pallas", "scan_layers": scan, "remat_policy": policy}
+    original = pl.pallas_call
+
+    def interpreted(*args, name, **kwargs):
+      ran.add(name)
+      return original(*args, name=name, interpret=True, **kwargs)
+
+    with mock.patch.object(pl, "pallas_call", interpreted):
       for offset, key in ((1, "eval"), (0, "slope_noshift")):
         ours = model(self.case, "short", offset, **options).logits(tokens(self.case, "short"))
         assert verify.compare_logits(ours, io[f"{key}.logits"]).max_abs_error <= 1e-4
       self.check_packed("short", model(self.case, "short", 1, **options))
-      self.check_gradients("b1", 1, 1, False, io["b1.train.loss"], **options)
+      self.check_gradients("b1", 1, 1, self.with_mtp, io["b1.train.loss"], **options)
+    stages = {f"{stage}_norm{passes}" for stage in ("rotated", "gated") for passes in ("", "_gradient")}
+    assert ran == {"gla_forward", "gla_backward", *stages}
 
   def test_decay_offset_matters(self):
     assert np.abs(logits(self.case, "short", 0) - logits(self.case, "short", 1)).max() > 0.1

@@ -47,17 +47,38 @@ def test_fused_layer_is_made_of_kernels():
   assert kernels("chunked") == set()
 
 
-@pytest.mark.mesh
-def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path):
-  """Batch, sequence and heads cut in two, each device with kernels for its part."""
-  mesh = {f"ici_{axis}_parallelism": 2 for axis in ("fsdp", "context", "tensor")}
-  settings = {"backend": "pallas", "context_parallel_load_balance": False, **mesh}
-  (found,) = mesh_runs.run(tmp_path, 8, [("gla_layer", settings)])
-  # In a process of its own, too: other tests here set JAX's random generator, from which the weights come.
-  (expected,) = mesh_runs.run(tmp_path, 1, [("gla_layer", {"backend": "chunked"})])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_layer_is_what_one_writes_at_first(dtype):
+  """Modules in a row on [B, T, H, D], which the benchmark measures against and which shares no stage with the layer."""
+  from benchmarks.layer_cases import PlainComposition
+
+  found = output_and_gradients("chunked", dtype)
+  expected = output_and_gradients("chunked", dtype, kind=PlainComposition)
   assert set(found) == set(expected)
   for name, value in expected.items():
-    assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
+    error = np.linalg.norm(found[name] - value) / np.linalg.norm(value)
+    assert error < {"float32": 1e-5, "bfloat16": 0.02}[dtype], name
+
+
+MESHES = (
+  {"fsdp": 2, "context": 2, "tensor": 2},  # batch, sequence and heads
+  {"expert": 2, "tensor": 4},  # two groups on four devices
+)
+
+
+@pytest.mark.mesh
+def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path):
+  """Each device has kernels for its part."""
+  cases = []
+  for mesh in MESHES:
+    sizes = {f"ici_{axis}_parallelism": size for axis, size in mesh.items()}
+    cases.append(("gla_layer", {"backend": "pallas", "context_parallel_load_balance": False, **sizes}))
+  # In a process of its own, too: other tests here set JAX's random generator, from which the weights come.
+  (expected,) = mesh_runs.run(tmp_path, 1, [("gla_layer", {"backend": "chunked"})])
+  for mesh, found in zip(MESHES, mesh_runs.run(tmp_path, 8, cases), strict=True):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+      assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), (mesh, name)
 
 
 def test_fused_prefill_is_the_plain_composition():

@@ -11,9 +11,10 @@ from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock
 
 class TestTrailingMtp(OracleSuite):
   case = "trailing_mtp"
+  with_mtp = True
 
   def test_gradients_with_mtp(self):
-    self.check_gradients("b1", 1, 1, True, recorded(self.case, "io_short")["b1.train.loss"])
+    self.check_gradients("b1", 1, 1, self.with_mtp, recorded(self.case, "io_short")["b1.train.loss"])
 
   @pytest.mark.parametrize("length", ["short", "long"])
   def test_mtp_logits_and_loss(self, length, monkeypatch):

@@ -1,8 +1,10 @@
 """YaRN: rope_scaling of a config.json, the rotation and the softmax scale, against formulas written out in float64."""
 
 import math
+import re
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from flax import nnx
 from maxtext_ling2.checkpoint import hf_config, hf_rope
 from maxtext_ling2.host import session
 from maxtext_ling2.model.rope import rotary_embedding
+from maxtext_ling2.ops.gla import rotated_norm
 
 BASE = {"rope_theta": 6e6, "max_position_embeddings": 131072, "head_dim": 128, "partial_rotary_factor": 0.5}
 BASE |= {"qk_rope_head_dim": 64, "hidden_size": 64, "num_attention_heads": 2}
@@ -79,8 +82,36 @@ def test_rotation(scaling, factor, _, interleaved):
   positions = np.array([0, 1, 2, 5, 17, 100, 999, 2048, 4095])
   ours = np.asarray(embedding(jnp.asarray(x), jnp.asarray(positions)[None]))[0]
   expected = rotate(x[0].astype(np.float64), positions, frequencies(scaling), factor, interleaved)
+  close(ours, expected)
+  if not interleaved:  # linear attention does it in a stage of its own, with these tables
+    tables = embedding.tables(jnp.asarray(positions)[None], 64)
+    stage = rotated_norm(jnp.asarray(x.reshape(1, 9, 128)), None, *tables, rotated=64, epsilon=0.0, backend="chunked")
+    close(np.asarray(stage).reshape(9, 2, 64), expected)
+
+
+def close(ours, expected):
   np.testing.assert_allclose(ours, expected, atol=2e-3)  # float32 angles up to 4095 radians
   np.testing.assert_allclose(ours[:5], expected[:5], atol=2e-5)
+
+
+def test_rotation_of_pairs_keeps_bfloat16_exact_in_both_directions():
+  """Its gradient is the rotation back, rounded once, and every product multiplies bfloat16 by a permutation."""
+  embedding = rotary_embedding(maxtext({}), None, 64, True, nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  x, dy = (jnp.asarray(rng.standard_normal((1, 9, 2, 64)), jnp.bfloat16) for _ in range(2))
+  positions = jnp.arange(9)[None]
+
+  def run(x, dy):
+    y, pull = jax.vjp(lambda x: embedding(x, positions), x)
+    return y, pull(dy)[0]
+
+  embedding.fprop_dtype = jnp.float32
+  wide = run(x.astype(jnp.float32), dy.astype(jnp.float32))
+  embedding.fprop_dtype = jnp.bfloat16
+  for found, expected in zip(run(x, dy), wide, strict=True):
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+  products = re.findall(r"dot_general .*: (.*)", jax.jit(run).lower(x, dy).as_text())
+  assert products == ["(tensor<1x9x2x64xbf16>, tensor<64x64xbf16>) -> tensor<1x9x2x64xf32>"] * 2
 
 
 @pytest.mark.parametrize(("scaling", "_", "m"), RULES.values(), ids=RULES)

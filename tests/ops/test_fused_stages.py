@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from maxtext_ling2.ops.gla import gated_norm, rotated_norm
@@ -20,6 +21,7 @@ EPSILON = 1e-6
 def interpreted():
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
     yield
+  assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
   pltpu.reset_tpu_interpret_mode_state()
 
 
@@ -150,3 +152,17 @@ def test_gradients_of_gradients(make):
 
   found, expected = (jax.grad(functools.partial(slope, name))(*operands) for name in ("pallas", "chunked"))
   assert error(np.asarray(found), np.asarray(expected)) < 1e-5
+
+
+def test_what_does_not_fit_is_named():
+  run, (x, scale) = rotation_case(12, 2, 128, 64, True)
+  with pytest.raises(ValueError, match=r"rotated_norm: cos has shape \(2, 12, 128\), expected \(1, 12, 128\)"):
+    run("pallas")(x[:1], scale)
+  with pytest.raises(ValueError, match="x has 192 columns, no whole number of heads of 128"):
+    run("pallas")(x[..., :192], scale)
+  with pytest.raises(ValueError, match=r"rotated_norm: scale has shape \(64,\), expected \(128,\)"):
+    run("pallas")(x, scale[:64])
+  with pytest.raises(ValueError, match=r"gated_norm: gate has shape \(2, 12, 128\), expected \(2, 12, 256\)"):
+    gated_norm(x, x[..., :128], jnp.ones(256), groups=2, epsilon=EPSILON)
+  with pytest.raises(ValueError, match="groups=3 does not divide the 256 columns"):
+    gated_norm(x, x, jnp.ones(256), groups=3, epsilon=EPSILON)

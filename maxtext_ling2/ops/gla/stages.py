@@ -43,11 +43,18 @@ def rotated_norm(
 
   Returns:
     [B, T, H * D] in x's dtype; differentiable in x and scale.
+
+  Raises:
+    ValueError: a shape does not fit x's.
   """
+  dim = cos.shape[-1]
+  if x.shape[-1] % dim:
+    raise ValueError(f"rotated_norm: x has {x.shape[-1]} columns, no whole number of heads of {dim}, as cos has them.")
+  _check("rotated_norm", x, cos=(cos, (*x.shape[:2], dim)), sin=(sin, (*x.shape[:2], dim)), scale=(scale, (dim,)))
   options: dict[str, Any] = {"rotated": rotated, "epsilon": epsilon}
   plain = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
   scale = None if scale is None else scale.astype(jnp.float32)
-  if backend in _PLAIN or not pallas_stages.fits(cos.shape[-1], x.shape[-1]):
+  if backend in _PLAIN or not pallas_stages.fits(dim, x.shape[-1]):
     return plain(x, scale, cos, sin)
   kernel = functools.partial(pallas_stages.rotated_norm, **options)
   gradient = functools.partial(pallas_stages.rotated_norm_gradient, **options)
@@ -69,7 +76,13 @@ def gated_norm(
 
   Returns:
     [B, T, N] in the dtype of the gate; differentiable in x, gate and scale.
+
+  Raises:
+    ValueError: a shape does not fit x's.
   """
+  if x.shape[-1] % groups:
+    raise ValueError(f"gated_norm: groups={groups} does not divide the {x.shape[-1]} columns of x.")
+  _check("gated_norm", x, gate=(gate, x.shape), scale=(scale, x.shape[-1:]))
   options: dict[str, Any] = {"groups": groups, "epsilon": epsilon}
   plain = functools.partial(_gated_norm, groups=groups, epsilon=epsilon)
   scale = scale.astype(jnp.float32)
@@ -78,6 +91,13 @@ def gated_norm(
   kernel = functools.partial(pallas_stages.gated_norm, **options)
   gradient = functools.partial(pallas_stages.gated_norm_gradient, **options)
   return _run(backend, plain, kernel, gradient, (x, gate, scale))
+
+
+def _check(stage: str, x: jax.Array, **others: tuple[jax.Array | None, tuple[int, ...]]) -> None:
+  """Raises ValueError for the first array that has not the shape beside it: kernels do not look."""
+  for name, (array, shape) in others.items():
+    if array is not None and array.shape != shape:
+      raise ValueError(f"{stage}: {name} has shape {array.shape}, expected {shape}, because x is {x.shape}.")
 
 
 def _rotated_norm(
