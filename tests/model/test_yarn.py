@@ -107,6 +107,8 @@ def test_rotation_of_pairs_keeps_bfloat16_exact_in_both_directions():
 
   embedding.fprop_dtype = jnp.float32
   wide = run(x.astype(jnp.float32), dy.astype(jnp.float32))
+  back = rotate(np.asarray(dy[0], np.float64), -np.arange(9), frequencies({}), 0.1 * math.log(4) + 1, True)
+  np.testing.assert_allclose(wide[1][0], back, atol=2e-5)
   embedding.fprop_dtype = jnp.bfloat16
   for found, expected in zip(run(x, dy), wide, strict=True):
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
