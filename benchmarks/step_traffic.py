@@ -1,6 +1,7 @@
 """What a train step of ling2 moves from and to the HBM, by part of the model, with the GLA layer plain and fused.
 
     python benchmarks/step_traffic.py --topology v6e-16   compiles the step twice, in processes of their own; half an hour
+    python benchmarks/step_traffic.py ici_expert_parallelism=8   the same with settings of MaxText
 
 "Plain" is `layer_cases.PlainComposition`: modules in a row, with GLA as a kernel. All else is the plugin's, with
 MaxText's defaults: scanned layers, full rematerialisation, FSDP over all devices, one row of 4096 tokens a device. Bytes
@@ -53,7 +54,7 @@ def part(name: str, frames: Sequence[str]) -> str:
   return next((found for found, starts in NAMES.items() if name.startswith(starts)), "other")
 
 
-def compiled_parts(topology: str, form: str) -> dict[str, float]:
+def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, float]:
   """{part: bytes} of a step compiled in this process."""
   from benchmarks.layer_cases import PlainComposition
   from maxtext_ling2.demo.data import maxtext_folder
@@ -64,6 +65,7 @@ def compiled_parts(topology: str, form: str) -> dict[str, float]:
   settings = {"model_name": "ling2", "compile_topology": topology, "compile_topology_num_slices": "1"}
   settings |= {"override_model_config": "true", "scan_layers": "true", "enable_goodput_recording": "false"}
   settings |= {"per_device_batch_size": "1", "gla_backend": "pallas", "log_config": "false"}
+  settings |= dict(word.split("=", 1) for word in extra)
   attention = PlainComposition if form == "plain" else layer.GatedLinearAttention
   with mock.patch.object(layer, "GatedLinearAttention", attention):
     step = compile_step(str(maxtext_folder() / "configs" / "base.yml"), settings)
@@ -84,26 +86,27 @@ def table(found: dict[str, dict[str, float]]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--topology", default="v6e-16", help="as MaxText's compile_topology")
+  parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of MaxText")
   parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.form:
-    print(json.dumps(compiled_parts(options.topology, options.form)))
+    print(json.dumps(compiled_parts(options.topology, options.form, options.settings)))
     return
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "DECOUPLE_GCLOUD": "TRUE"}
   found = {}
   for form in FORMS:
-    command = [sys.executable, __file__, "--topology", options.topology, "--form", form]
+    command = [sys.executable, __file__, "--topology", options.topology, "--form", form, *options.settings]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found[form] = json.loads(done.stdout.splitlines()[-1])
-  keep(options.topology, found)
+  keep(" ".join([options.topology, *options.settings]), found)
   print(table(found))
 
 
-def keep(topology: str, found: dict[str, dict[str, float]]) -> None:
-  """Writes a topology's result beside those of others."""
+def keep(case: str, found: dict[str, dict[str, float]]) -> None:
+  """Writes the result of a topology, and settings, beside those of others."""
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   versions = {name: importlib.metadata.version(name) for name in ("maxtext", "jax", "libtpu")}
-  results[topology] = {"versions": versions, "bytes": found}
+  results[case] = {"versions": versions, "bytes": found}
   RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

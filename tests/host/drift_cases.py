@@ -44,6 +44,21 @@ def first(found):
   return list({case.seam: case for case in reversed(list(found))}.values())[::-1]
 
 
+def each_module():
+  """The modules after whose import seams are applied, with the first of these."""
+  seams = {seam.module: seam for seam in reversed(REGISTRY.seams)}
+  return [Case("moved", seam.name, module, "") for module, seam in reversed(seams.items())]
+
+
+def one_each(kind):
+  """For each seam the first of its expectations to which this can happen in MaxText's own source."""
+  return first(case for case in cases(kind) if case.module.startswith("maxtext."))
+
+
+AT_RUN_TIME = {kind: list(cases(kind)) for kind in ("removed", "renamed", "resigned")}
+IN_THE_SOURCE = {"renamed": one_each("renamed"), "resigned": one_each("resigned"), "moved": each_module()}
+
+
 def parametrize(found, slow=()):
   """The cases by their names; those in `slow` are left out by `make test`."""
   mark = lambda case: [pytest.mark.slow] if case in slow else []  # noqa: E731

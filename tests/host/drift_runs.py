@@ -54,6 +54,7 @@ class Outcome:
     error: the last exception's type and text, "" if there was none.
     output: all that it printed.
     modules: what it had imported, MaxText and the plugin apart.
+    host: what it had imported of MaxText.
   """
 
   def __init__(self, folder):
@@ -139,9 +140,10 @@ def do(folder, path, module, arguments):
     traceback.print_exc()
     code, error = 1, f"{type(end).__name__}: {end}"
   modules = [name for name in list(sys.modules) if name.partition(".")[0] not in OURS]
+  host = [name for name in list(sys.modules) if name.partition(".")[0] == "maxtext"]
   sys.stdout.flush()
   sys.stderr.flush()
-  outcome = {"code": code, "warnings": complaints, "error": error, "modules": modules}
+  outcome = {"code": code, "warnings": complaints, "error": error, "modules": modules, "host": host}
   Path(folder, "outcome.json").write_text(json.dumps(outcome))
 
 

@@ -1,9 +1,10 @@
 """MaxText moves on: whatever a seam needs is removed, renamed, moved or takes other parameters, one thing at a time.
 
-A stock model must then train as if the plugin were not there, with one warning at most, and LING2 must be refused by an
-error that names the seam, what it expected, what it found and the way out.
+A stock model must then be as if the plugin were not there, with one warning, and LING2 must be refused by an error that
+names the seam, what it expected, what it found and the way out.
 
-Here it is done to the imported MaxText, for every expectation; in test_drift_in_the_source.py to copies of its source.
+Here it is done to the imported MaxText, for every expectation, and configs are built; in test_drift_in_the_source.py it
+is done to copies of its source, for some, and models are trained.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import drift_runs
 import pytest
-from drift_cases import REGISTRY, cases, first, parametrize, refused
+from drift_cases import AT_RUN_TIME, REGISTRY, first, parametrize, refused
 from drift_source import NEW
 
 from maxtext_ling2.errors import Ling2Error
@@ -170,9 +171,8 @@ def stock(untouched):
   REGISTRY.undo()
 
 
-KINDS = ("removed", "renamed", "resigned")
-ALL = [case for kind in KINDS for case in cases(kind)]
-FIRST = [case for kind in KINDS for case in first(cases(kind))]
+ALL = [case for found in AT_RUN_TIME.values() for case in found]
+FIRST = [case for found in AT_RUN_TIME.values() for case in first(found)]
 
 
 @parametrize(ALL, slow=set(ALL) - set(FIRST))

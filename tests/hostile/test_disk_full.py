@@ -27,9 +27,10 @@ def mounting_problem(folder):
   """Mounts a file system of `SIZE` bytes; returns "", or why that cannot be."""
   command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
   try:
-    return subprocess.run(command, capture_output=True, text=True).stderr.strip()
+    done = subprocess.run(command, capture_output=True, text=True)
   except FileNotFoundError as error:
     return str(error)
+  return done.stderr.strip() or "mount failed" if done.returncode else ""
 
 
 def fill(folder):
