@@ -3,6 +3,7 @@ After a run, counts of the cases of drift and hostile by kind.
 """
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,18 @@ os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 _FLAGS = ("dump_max_hlo_modules=0", "backend_optimization_level=0", "llvm_disable_expensive_passes=true")
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _FLAGS))
 
+import pytest  # noqa: E402
+
 import maxtext_ling2  # noqa: E402, F401  before MaxText, as the .pth file would
+
+
+@pytest.fixture(autouse=True)
+def _random_generator():
+  """MaxText's commands set another one for their process, and the weights of a later test would come from it."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].config.update("jax_default_prng_impl", "threefry2x32")
+
 
 KINDS = {
   "test_drift_in_the_source": "in the source",
