@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
+from maxtext.layers.embeddings import RotaryEmbedding
 from maxtext.layers.multi_token_prediction import MultiTokenPredictionLayer
 
 from maxtext_ling2.host import session
@@ -45,7 +46,8 @@ class PlainComposition(GatedLinearAttention):
     return self.out((normed.reshape(gate.shape) * gate).astype(cfg.dtype))
 
   def _rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    rotated = self.rotary_embedding(x[..., : self.rotary_dims], positions)
+    part = x[..., : self.rotary_dims].astype(jnp.float32)
+    rotated = RotaryEmbedding.__call__(self.rotary_embedding, part, positions)  # MaxText's own
     return jnp.concatenate([rotated.astype(x.dtype), x[..., self.rotary_dims :]], axis=-1)
 
 
