@@ -59,10 +59,9 @@ AT_RUN_TIME = {kind: list(cases(kind)) for kind in ("removed", "renamed", "resig
 IN_THE_SOURCE = {"renamed": one_each("renamed"), "resigned": one_each("resigned"), "moved": each_module()}
 
 
-def parametrize(found, slow=()):
-  """The cases by their names; those in `slow` are left out by `make test`."""
-  mark = lambda case: [pytest.mark.slow] if case in slow else []  # noqa: E731
-  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=mark(case)) for case in found])
+def parametrize(found):
+  """The cases by their names."""
+  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in found])
 
 
 def refused(text, case):

@@ -10,7 +10,7 @@ import drift_source
 import pytest
 from drift_cases import IN_THE_SOURCE, REGISTRY, WAY_OUT, Case, parametrize, refused
 
-pytestmark = [pytest.mark.drift, pytest.mark.slow]
+pytestmark = pytest.mark.drift
 
 COMMANDS = {
   "result tokens": "maxtext.inference.decode_multi",

@@ -17,7 +17,7 @@ import pytest
 
 from training.stock_runs import arguments, checkpoint, metrics, run, start, write_documents
 
-pytestmark = [pytest.mark.hostile, pytest.mark.slow]
+pytestmark = pytest.mark.hostile
 
 SIZE = 64 * 2**20
 SETTINGS = {"checkpoint_period": 1}

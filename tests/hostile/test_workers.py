@@ -9,7 +9,7 @@ import pytest
 from sandbox import ROOT
 from training.stock_runs import arguments, metrics, run, write_documents
 
-pytestmark = [pytest.mark.hostile, pytest.mark.slow]
+pytestmark = pytest.mark.hostile
 
 STEPS = 6
 
