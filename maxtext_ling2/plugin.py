@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2.configs import validation
+from maxtext_ling2.configs import documents, validation
 from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.config_fields import ConfigFieldsSeam
@@ -106,7 +106,7 @@ REGISTRY = Registry(
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
-    MmapDocumentsSeam(validation.inserts_bos),
+    MmapDocumentsSeam(DECODER_BLOCK, documents.inserts_bos),
     MmapPipelineSeam(DECODER_BLOCK),
     EvalMetricsSeam(("evaluation/moe_z_loss",)),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),

@@ -7,7 +7,7 @@ only, so that any object with MaxText's field names will do.
 from collections.abc import Iterator
 from typing import Any
 
-from maxtext_ling2.configs import numbers
+from maxtext_ling2.configs import documents, numbers
 from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
 
 DECODER_BLOCK = "ling2"
@@ -248,43 +248,7 @@ def _unread(c: Any) -> Iterator[str]:
       )
 
 
-def _padding(c: Any) -> Iterator[str]:
-  """pad_id, which the mmap pipelines read."""
-  pad, off = getattr(c, "pad_id", DEFAULTS["pad_id"]), DEFAULTS["pad_id"]
-  if not 0 <= pad < c.vocab_size:
-    yield f"pad_id={pad}: no token of a vocabulary of vocab_size={c.vocab_size}; choose one from 0 on below it"
-  elif pad != off and not (c.dataset_type == "grain" and c.grain_file_type in ("mmap", "mmap_npy")):
-    yield (
-      f"pad_id={pad}: only dataset_type=grain with grain_file_type=mmap or mmap_npy reads it; other pipelines ask "
-      f"their tokenizer; leave it at {off}"
-    )
-
-
-def inserts_bos(c: Any) -> bool:
-  """Whether documents get `bos_id` before them: MaxText's words for it, of which `mmap` reads none for other models."""
-  reads_mmap = is_ling2(c) and c.dataset_type == "grain" and c.grain_file_type == "mmap"
-  return bool(reads_mmap and c.packing and c.grain_packing_type == "concat_then_split" and c.add_bos)
-
-
-def _beginning(c: Any) -> Iterator[str]:
-  """bos_id, which one of the mmap pipelines reads."""
-  if not inserts_bos(c):
-    if c.bos_id != (off := DEFAULTS["bos_id"]):
-      yield (
-        f"bos_id={c.bos_id}: only dataset_type=grain, grain_file_type=mmap, packing=true with "
-        f"grain_packing_type=concat_then_split and add_bos=true reads it (samples of mmap_npy are Megatron's, without a "
-        f"BOS; other pipelines ask their tokenizer); set these, or leave it at {off}"
-      )
-  elif not 0 <= c.bos_id < c.vocab_size:
-    yield f"bos_id={c.bos_id}: no token of a vocabulary of vocab_size={c.vocab_size}; choose one from 0 on below it"
-  elif c.bos_id == getattr(c, "mmap_eod_id", None):
-    yield (
-      f"bos_id={c.bos_id}: that is mmap_eod_id, behind which a document ends, so that each would end at its first token; "
-      f"choose another token, or add_bos=false"
-    )
-
-
-_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, _padding, _beginning, _unsupported)
+_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, documents.problems, _unsupported)
 
 LING2_ONLY = (
   "moe_z_loss_weight",

@@ -20,7 +20,8 @@ class MmapDocumentsSeam(Seam):
   """Puts `config.bos_id` before documents.
 
   Args:
-    inserts_bos: whether a MaxText config asks for it.
+    decoder_block: the plugin's value of `decoder_block`; other models' documents stay as they are.
+    inserts_bos: whether a MaxText config of that block asks for it.
   """
 
   name = "mmap documents"
@@ -40,8 +41,9 @@ class MmapDocumentsSeam(Seam):
     Expectation(f"{_SOURCES}:MMapSampleIndexDataSource", parameters=("inner_source", "seq_length", "eod_id")),
   )
 
-  def __init__(self, inserts_bos: Callable[[Any], bool]):
+  def __init__(self, decoder_block: str, inserts_bos: Callable[[Any], bool]):
     super().__init__()
+    self.decoder_block = decoder_block
     self.inserts_bos = inserts_bos
 
   def apply(self) -> None:
@@ -53,7 +55,8 @@ class MmapDocumentsSeam(Seam):
   def _describe(self, original: Any, *args: Any, **kwargs: Any) -> Any:
     config = bound(original, args, kwargs).arguments["config"]
     description = original(*args, **kwargs)
-    if description is None or not self.inserts_bos(config):
+    block = getattr(config.decoder_block, "value", config.decoder_block)
+    if description is None or block != self.decoder_block or not self.inserts_bos(config):
       return description
     return dataclasses.replace(description, eod_id=_EodThenBos(description.eod_id, config.bos_id))
 

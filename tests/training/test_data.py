@@ -171,6 +171,12 @@ def test_bos_only_where_it_is_asked_for(tmp_path, documents, settings):
   assert (batch["inputs"] == 1).any() == (not settings)
 
 
+def test_no_bos_in_the_documents_of_another_model(tmp_path, documents):
+  _, (batch,) = read(tmp_path, documents, "mmap", 1, make=stock, **BOS)
+  stream = np.concatenate(documents)[: ROWS * LENGTH]
+  np.testing.assert_array_equal(batch["inputs"], stream.reshape(ROWS, LENGTH))
+
+
 def test_rows_that_fill_up_the_last_batch_are_padding(tmp_path, documents):
   """Stock fills them with the EOD, in the segments too, and so trains on them."""
   few = documents[:8]
