@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore
 from etils import epath
@@ -30,6 +31,8 @@ Array = NDArray[Any]
 
 ITEM = "items"
 """The name under which MaxText keeps a training state in the folder of a step."""
+
+_NO_WEIGHTS = ("opt_state", "optimizer", "step")  # of a training state: what holds no weights of the model
 
 _IN_FLIGHT = 4 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
 
@@ -131,6 +134,16 @@ class _Handler(type_handlers.NumpyHandler):
     return await tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=info.ts_context)
 
 
+class _JaxArrays(_Handler):
+  """The same for arrays that were saved from JAX: every leaf of a trainer's checkpoint."""
+
+  _array_metadata_store = None  # Orbax looks for this attribute, and warns where there is none
+
+  def typestr(self) -> str:
+    """Under this name Orbax's metadata lists them."""
+    return "jax.Array"
+
+
 def _is_local(path: epath.Path) -> bool:
   return "://" not in str(path)
 
@@ -222,7 +235,7 @@ def _durable_handler(storage: Storage) -> Any:
     use_ocdbt=storage.ocdbt,
     use_zarr3=storage.zarr3,
     use_compression=storage.compress,
-    type_handler_registry=_streaming_handlers(),
+    type_handler_registry=_handlers(),
   )
   finalize = handler.finalize
 
@@ -235,12 +248,15 @@ def _durable_handler(storage: Storage) -> Any:
   return handler
 
 
-def _streaming_handlers() -> Any:
+def _handlers() -> Any:
+  """Handlers of all types that Orbax itself saves, so that any trainer's checkpoint can be read; arrays are streamed."""
+  scalar = type_handlers.ScalarHandler()
   return type_handlers.create_type_handler_registry(
     (StreamedLeaf, _Handler()),
     (np.ndarray, _Handler()),
-    (int, type_handlers.ScalarHandler()),
-    (float, type_handlers.ScalarHandler()),
+    (jax.Array, _JaxArrays()),
+    *((kind, scalar) for kind in (int, float, bytes, np.number)),
+    (str, type_handlers.StringHandler()),
   )
 
 
@@ -256,22 +272,22 @@ def open_arrays(folder: epath.Path) -> dict[tuple[str, ...], Any]:
   Raises:
     CheckpointError: there is no readable checkpoint.
   """
-  import jax
-
   folder = folder / ITEM if (folder / ITEM).is_dir() else folder
   folder = epath.Path(os.path.abspath(folder)) if _is_local(folder) else folder  # Orbax takes no relative paths
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; pass the folder of a checkpoint's step, such as DIR/0/items")
-  checkpointer = checkpointers.Checkpointer(handlers.PyTreeCheckpointHandler(type_handler_registry=_streaming_handlers()))
+  handler = handlers.PyTreeCheckpointHandler(type_handler_registry=_handlers())
   try:
-    tree = checkpointer.metadata(folder).item_metadata.tree
-    tree = {key: value for key, value in tree.items() if key not in ("opt_state", "optimizer", "step")}
+    # The handler's own method: that of a Checkpointer hides the reason where it fails, and returns None.
+    tree = handler.metadata(folder).tree
+    tree = {key: value for key, value in tree.items() if key not in _NO_WEIGHTS}
     request = jax.tree.map(lambda _: type_handlers.RestoreArgs(restore_type=np.ndarray), tree)
     arguments = ocp_args.PyTreeRestore(item=tree, restore_args=request, partial_restore=True)
-    opened = checkpointer.restore(folder, args=arguments)
+    opened = checkpointers.Checkpointer(handler).restore(folder, args=arguments)
   except Exception as error:
     raise CheckpointError(
-      f"{folder}: not a readable Orbax checkpoint ({error}); pass the folder of a step that was saved whole"
+      f"{folder}: Orbax cannot read it as a checkpoint ({type(error).__name__}: {error}); pass the folder of a step that "
+      "was saved whole"
     ) from error
   flat, _ = jax.tree_util.tree_flatten_with_path(opened)
   return {tuple(_word(key) for key in path): array for path, array in flat}

@@ -1,8 +1,10 @@
 """Runs of MaxText's own trainer, `train.main`, several of them one after the other in each of few processes.
 
-As a script: `python stock_runs.py FILE` with a JSON list of argument lists.
+As a script: `python stock_runs.py FILE` with a JSON list of argument lists, each of which may begin with another trainer's
+module.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -46,11 +48,12 @@ def write_documents(folder):
 
 def arguments(folder, name, metrics, steps, **settings):
   """The command line of a run called `name` whose metrics go to `metrics`.jsonl."""
-  from maxtext_ling2.demo import data, train
+  from maxtext_ling2 import overrides
+  from maxtext_ling2.demo import data
   from tiny import TINY
 
   given = {"run_name": name, "base_output_directory": folder, "metrics_file": folder / f"{metrics}.jsonl", "steps": steps}
-  words = [f"{key}={train.as_text(value)}" for key, value in {**TINY, **SMALL, **given, **settings}.items()]
+  words = overrides.words({**TINY, **SMALL, **given, **settings})
   return [str(data.maxtext_folder() / "configs" / "base.yml"), *words]
 
 
@@ -108,7 +111,9 @@ def checkpoint(folder, name, step):
 
 
 if __name__ == "__main__":
-  from maxtext.trainers.pre_train import train as trainer
+  from absl import flags
 
+  flags.FLAGS([sys.argv[0]])  # as app.run does: grain reads flags
   for argv in json.loads(Path(sys.argv[1]).read_text()):
-    trainer.main(["train", *argv])
+    module, *words = argv if argv[0].startswith("maxtext.") else ["maxtext.trainers.pre_train.train", *argv]
+    importlib.import_module(module).main(["train", *words])
