@@ -151,6 +151,10 @@ def test_the_table_of_names_is_what_the_code_says():
   assert (ROOT / "docs" / "names.md").read_text() == script("names_table").page()
 
 
+def test_the_table_of_config_keys_is_what_the_code_says():
+  assert (ROOT / "docs" / "config_json.md").read_text() == script("config_table").page()
+
+
 def test_every_seam_is_in_the_table():
   text = (ROOT / "docs" / "hooks.md").read_text()
   rows = re.findall(r"^\| ([^|]+) \| `(\w+\.py)` \|", text, re.MULTILINE)

@@ -1,4 +1,7 @@
-"""config.json of a BailingMoeV2_5 checkpoint, read as plain JSON, as MaxText settings; other models refused by name."""
+"""config.json of a BailingMoeV2_5 checkpoint as MaxText settings, and back. Other models are refused by name.
+
+`hf_keys` is the table of all keys, `hf_rope` has the rotary embedding.
+"""
 
 import json
 import math
@@ -6,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2.checkpoint import hf_rope
+from maxtext_ling2.checkpoint import hf_keys, hf_rope
+from maxtext_ling2.checkpoint.decay_offset import FIELD as OFFSET
+from maxtext_ling2.checkpoint.hf_keys import SAME
 from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.errors import CheckpointError
 
@@ -20,44 +25,22 @@ _OTHER_MODELS = {
   "BailingHybridForCausalLM": "Ling 3.0, which would need KDA (Kimi delta attention) instead of GLA",
   "BailingMoeV3ForCausalLM": "Ling 3.0, which would need KDA (Kimi delta attention) instead of GLA",
 }
-# Settings that change the computation to something LING2 is not: key -> the only value that is LING2.
-_FIXED = {
-  "use_qkv_bias": False,
-  "use_bias": False,
-  "tie_word_embeddings": False,
-  "hidden_act": "silu",
-  "score_function": "sigmoid",
-  "rope_interleave": True,
-  "moe_router_enable_expert_bias": True,
-}
-# config.json -> MaxText, where the value passes unchanged.
-SAME = {
-  "hidden_size": "base_emb_dim",
-  "intermediate_size": "base_mlp_dim",
-  "num_hidden_layers": "base_num_decoder_layers",
-  "vocab_size": "vocab_size",
-  "first_k_dense_replace": "first_num_dense_layers",
-  "layer_group_size": "inhomogeneous_layer_cycle_interval",
-  "rms_norm_eps": "normalization_layer_epsilon",
-  "num_attention_heads": "base_num_query_heads",
-  "group_norm_size": "group_norm_size",
-  "use_qk_norm": "use_qk_norm",
-  "kv_lora_rank": "kv_lora_rank",
-  "qk_nope_head_dim": "qk_nope_head_dim",
-  "qk_rope_head_dim": "qk_rope_head_dim",
-  "v_head_dim": "v_head_dim",
-  "num_experts": "num_experts",
-  "num_experts_per_tok": "num_experts_per_tok",
-  "moe_intermediate_size": "base_moe_mlp_dim",
-  "n_group": "n_routing_groups",
-  "topk_group": "topk_routing_group",
-  "routed_scaling_factor": "routed_scaling_factor",
-  "partial_rotary_factor": "partial_rotary_factor",
-  "max_position_embeddings": "max_position_embeddings",
-}
+_OFFICIAL_SHARED_EXPERTS = 1  # where num_shared_experts is absent; null means none
+_WRITTEN = (
+  *("hidden_act", "use_bias", "use_qkv_bias", "tie_word_embeddings", "rope_interleave", "score_function"),
+  "moe_router_enable_expert_bias",
+)
 _FLOATS = ("rms_norm_eps", "routed_scaling_factor", "partial_rotary_factor", "rope_theta")
-_OPTIONAL_COUNTS = ("head_dim", "num_shared_experts", "q_lora_rank", "num_nextn_predict_layers", "num_key_value_heads")
-_MAY_BE_ZERO = ("first_k_dense_replace", "num_shared_experts", "q_lora_rank", "num_nextn_predict_layers")
+_MAY_BE_ZERO = (
+  "first_k_dense_replace",
+  "num_shared_experts",
+  "q_lora_rank",
+  "num_nextn_predict_layers",
+  "head_dim",
+  OFFSET,
+)
+_OPTIONAL_COUNTS = (*_MAY_BE_ZERO[1:], "num_key_value_heads")
+_SWITCHES = ("linear_silu", "use_linear_silu")  # two names of one
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -79,22 +62,26 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
-  """The MaxText settings of a config.json: those of LING2's model ymls, without training choices.
+  """The MaxText settings of a config.json: those of LING2's model YAML files, without training choices.
+
+  `gla_decay_layer_offset` is among them only if config.json has it, as our exports do.
 
   Raises:
     CheckpointError: it is another model, or lacks or contradicts something; all reasons are named.
   """
+  _check_architecture(config)
+  config = hf_rope.one_layout(config)
   problems = list(_refusals(config))
   if problems:
     raise CheckpointError("\n".join(problems))
   settings = {ours: config[theirs] for theirs, ours in SAME.items()}
-  heads, shared = config["num_attention_heads"], config.get("num_shared_experts") or 0
+  shared = config.get("num_shared_experts", _OFFICIAL_SHARED_EXPERTS) or 0
   settings |= {
     "decoder_block": "ling2",
-    "base_num_kv_heads": heads,
-    "head_dim": _head_dim(config),
+    "base_num_kv_heads": config["num_attention_heads"],
+    "head_dim": hf_rope.head_dim(config),
     "mtp_num_layers": config.get("num_nextn_predict_layers") or 0,
-    "use_linear_silu": bool(config.get("linear_silu", config.get("use_linear_silu", False))),
+    "use_linear_silu": any(config.get(key) for key in _SWITCHES),
     "q_lora_rank": config.get("q_lora_rank") or 0,
     "shared_experts": min(1, shared),
     "moe_shared_expert_dim": shared * config["moe_intermediate_size"],
@@ -111,27 +98,31 @@ def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
     "routed_bias_dtype": "float32",
     "enable_routed_bias_grad": False,
   }
+  if config.get(OFFSET) is not None:
+    settings[OFFSET] = config[OFFSET]
   return settings
 
 
-def _head_dim(config: dict[str, Any]) -> int:
-  return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+def _check_architecture(config: dict[str, Any]) -> None:
+  architectures = config.get("architectures") or []
+  if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+    raise CheckpointError(
+      f"architectures={architectures!r}: not a list of names, so config.json is damaged; fetch it again"
+    )
+  if architectures == [ARCHITECTURE]:
+    return
+  known = [_OTHER_MODELS[name] for name in architectures if name in _OTHER_MODELS]
+  if not architectures and config.get("model_type") == "bailing_hybrid":
+    known = ["which could be Ling 2.5 or Ling 3.0 (that would need KDA instead of GLA): write it into config.json"]
+  which = f"more than {ARCHITECTURE}" if ARCHITECTURE in architectures else f"not {ARCHITECTURE}"
+  raise CheckpointError(
+    f"architectures={architectures}, model_type={config.get('model_type')!r}: {which}"
+    f"{f', but {known[0]}' if known else ''}; LING2 loads Ling 2.5 and 2.6 checkpoints only"
+  )
 
 
 def _refusals(config: dict[str, Any]) -> Iterator[str]:
-  architectures = config.get("architectures") or []
-  if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-    yield f"architectures={architectures!r}: not a list of names, so config.json is damaged; fetch it again"
-    return
-  if ARCHITECTURE not in architectures:
-    known = [_OTHER_MODELS[name] for name in architectures if name in _OTHER_MODELS]
-    if not architectures and config.get("model_type") == "bailing_hybrid":
-      known = ["which could be Ling 2.5 or Ling 3.0 (that would need KDA instead of GLA): write it into config.json"]
-    yield (
-      f"architectures={architectures}, model_type={config.get('model_type')!r}: not {ARCHITECTURE}"
-      f"{f', but {known[0]}' if known else ''}; LING2 loads Ling 2.5 and 2.6 checkpoints only"
-    )
-    return
+  """All reasons why a config.json (in `hf_rope.one_layout`) is no LING2, or not a whole one."""
   missing = [key for key in (*SAME, "rope_theta") if config.get(key) is None]
   if missing:
     yield f"config.json lacks {', '.join(missing)}; take the config.json that belongs to these weights"
@@ -140,24 +131,22 @@ def _refusals(config: dict[str, Any]) -> Iterator[str]:
   yield from mistyped
   if mistyped:
     return
-  for key, only in _FIXED.items():
-    if config.get(key, only) != only:
-      yield f"{key}={config[key]!r}: not {only!r}, the only value LING2 computes; use another model's trainer for it"
-  if config.get("quantization_config"):
-    yield "quantization_config is set: the weights are quantized, which LING2 does not load; take the bfloat16 weights"
+  yield from hf_keys.problems(config)
   yield from _contradictions(config)
   yield from hf_rope.refusals(config)
 
 
 def _mistyped(config: dict[str, Any]) -> Iterator[str]:
   """Values of another type than the model's own configuration class gives them."""
-  for key in (*SAME, "rope_theta", *_OPTIONAL_COUNTS):
+  for key in (*SAME, "rope_theta", "mtp_loss_scaling_factor", *_OPTIONAL_COUNTS, *_SWITCHES):
     value = config.get(key)
     if value is None:
       continue
     if key in _FLOATS:
       right, what = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
-    elif key == "use_qk_norm":
+    elif key == "mtp_loss_scaling_factor":
+      right, what = type(value) in (int, float) and 0 <= value < math.inf, "a non-negative number"
+    elif key in ("use_qk_norm", *_SWITCHES):
       right, what = type(value) is bool, "true or false"
     elif key in _MAY_BE_ZERO:
       right, what = type(value) is int and value >= 0, "a non-negative integer"
@@ -169,16 +158,10 @@ def _mistyped(config: dict[str, Any]) -> Iterator[str]:
 
 def _contradictions(config: dict[str, Any]) -> Iterator[str]:
   heads = config["num_attention_heads"]
-  written = config.get("num_key_value_heads")
-  if written is not None and written != heads:
+  if not config.get("head_dim", 128) and config["hidden_size"] % heads:
     yield (
-      f"num_key_value_heads={written}: not num_attention_heads={heads}, but both attentions have as many of either; "
-      "correct config.json, or remove the key"
-    )
-  if config.get("head_dim") is None and config["hidden_size"] % heads:
-    yield (
-      f"head_dim is absent and hidden_size={config['hidden_size']} is no multiple of num_attention_heads={heads}; write "
-      "head_dim into config.json"
+      f"head_dim={config['head_dim']}: it means hidden_size / num_attention_heads, but {config['hidden_size']} is no "
+      f"multiple of {heads}; write head_dim into config.json"
     )
   if config["num_hidden_layers"] < config["first_k_dense_replace"]:
     yield (
@@ -190,27 +173,36 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
       f"n_group={config['n_group']}: does not divide num_experts={config['num_experts']}; take the config.json that "
       "belongs to these weights"
     )
+  switches = {key: config[key] for key in _SWITCHES if config.get(key) is not None}
+  if len(set(switches.values())) > 1:
+    yield f"{', '.join(f'{k}={v}' for k, v in switches.items())}: not equal, but names of one switch; correct config.json"
+  if (config.get(OFFSET) or 0) > 1:
+    yield f"{OFFSET}={config[OFFSET]}: neither 0 nor 1, the two that there are; correct config.json"
 
 
 def from_maxtext(config: Any) -> dict[str, Any]:
-  """The config.json of a MaxText config: `architectures` and plain values, no `auto_map`, so no code to run.
+  """The config.json of a MaxText config: `architectures` and plain values.
 
   Args:
     config: MaxText config (HyperParameters or pydantic object) of a LING2 model.
 
   Raises:
-    CheckpointError: the model has something that the Hugging Face code has not; all reasons are named.
+    CheckpointError: the model has something that config.json cannot say; all reasons are named.
   """
-  problems = list(_not_in_hugging_face(config))
+  problems = list(_not_in_config_json(config))
   if problems:
     raise CheckpointError("\n".join(problems))
-  written = {theirs: getattr(config, ours) for theirs, ours in SAME.items()}
+  groups, kept = routing_groups(config)
+  written = {theirs: effective(config, ours) for theirs, ours in SAME.items()}
   written |= {
     "architectures": [ARCHITECTURE],
     "model_type": "bailing_hybrid",
+    "n_group": groups,
+    "topk_group": kept,
     "head_dim": config.head_dim,
-    "num_key_value_heads": config.base_num_query_heads,
-    "num_shared_experts": shared_width(config) // config.base_moe_mlp_dim,
+    "num_key_value_heads": effective(config, "base_num_query_heads"),
+    "num_shared_experts": shared_width(config) // effective(config, "base_moe_mlp_dim")
+    or None,  # 0: the official code builds an MLP
     "q_lora_rank": config.q_lora_rank or None,
     "num_nextn_predict_layers": config.mtp_num_layers,
     "mtp_loss_scaling_factor": config.mtp_loss_scaling_factor,
@@ -218,27 +210,69 @@ def from_maxtext(config: Any) -> dict[str, Any]:
     "use_linear_silu": config.use_linear_silu,
     "rope_theta": float(config.rope_max_timescale),
     "rope_scaling": hf_rope.from_maxtext(config),
-    **_FIXED,
+    OFFSET: config.gla_decay_layer_offset,
+    **{key: hf_keys.ONLY[key][0] for key in _WRITTEN},
   }
   return dict(sorted(written.items()))
 
 
 def shared_width(config: Any) -> int:
   """Hidden width of all shared experts together, which are one MLP in either code."""
-  return int(config.shared_experts * (config.moe_shared_expert_dim or config.base_moe_mlp_dim))
+  return int(config.shared_experts * (config.moe_shared_expert_dim or effective(config, "base_moe_mlp_dim")))
 
 
-def _not_in_hugging_face(c: Any) -> Iterator[str]:
-  if shared_width(c) % c.base_moe_mlp_dim:
+def effective(config: Any, field: str) -> Any:
+  """The value of a field as the model takes it: `base_*` sizes after MaxText's `global_parameter_scale`."""
+  scaled = getattr(config, field.removeprefix("base_"), None) if field.startswith("base_") else None
+  return getattr(config, field) if scaled is None else scaled
+
+
+def routing_groups(config: Any) -> tuple[int, int]:
+  """(groups of experts, groups that are kept for a token); no groups (-1 in MaxText) are one group that is kept."""
+  return (1, 1) if config.n_routing_groups == -1 else (config.n_routing_groups, config.topk_routing_group)
+
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+  "mla_interleaved_rope": (True,),
+  "routed_bias": (True,),
+  "rope_min_timescale": (1,),
+  "mlp_activations": (["silu", "linear"],),
+  "logits_via_embedding": (False,),
+  "prefuse_moe_weights": (False,),
+}
+"""MaxText's fields that change what LING2 computes or holds, and no key of config.json: the values it can stand for."""
+
+
+def _not_in_config_json(c: Any) -> Iterator[str]:
+  width = effective(c, "base_moe_mlp_dim")
+  if shared_width(c) % width:
     yield (
-      f"moe_shared_expert_dim={c.moe_shared_expert_dim}: not a multiple of base_moe_mlp_dim={c.base_moe_mlp_dim}, but "
-      "config.json counts shared experts of that width; train with a multiple"
+      f"moe_shared_expert_dim={c.moe_shared_expert_dim}: not a multiple of base_moe_mlp_dim={width}, but config.json "
+      "counts shared experts of that width; train with a multiple"
     )
   if int(c.head_dim * c.partial_rotary_factor) != c.qk_rope_head_dim:
     yield (
       f"partial_rotary_factor={c.partial_rotary_factor}: head_dim * factor is not qk_rope_head_dim={c.qk_rope_head_dim}, "
       "but the Hugging Face code rotates GLA and MLA with the same frequencies; train with the same number"
     )
-  for field, only in (("mla_interleaved_rope", True), ("routed_bias", True), ("rope_min_timescale", 1)):
-    if getattr(c, field) != only:
-      yield f"{field}={getattr(c, field)!r}: not {only!r}, the only value the Hugging Face code has; train with it"
+  for field, allowed in _ONLY.items():
+    value = getattr(c, field, allowed[0])
+    if value not in allowed:
+      yield f"{field}={value!r}: not {allowed[0]!r}, the only value config.json can stand for; train and export with it"
+  if (getattr(c, "attn_logits_soft_cap", None) or 0) > 0:
+    yield f"attn_logits_soft_cap={c.attn_logits_soft_cap}: no key of config.json says it; train and export with 0"
+  for field, off in (("mlp_activations_limit", -1.0), ("capacity_factor", -1.0)):
+    if getattr(c, field, off) > 0:
+      yield (
+        f"{field}={getattr(c, field)}: no key of config.json says it, so the export would compute something else; export "
+        f"with {field}={off:g} if you want that"
+      )
+  if getattr(c, "padded_base_moe_mlp_dim", None) not in (None, width):
+    yield (
+      f"padded_base_moe_mlp_dim={c.padded_base_moe_mlp_dim}: experts are stored wider than base_moe_mlp_dim={width}, the "
+      "width in config.json; restore and save the checkpoint without it first"
+    )
+  weights = str(getattr(getattr(c, "weight_dtype", "float32"), "value", getattr(c, "weight_dtype", "float32")))
+  if "float8" in weights:
+    yield f"weight_dtype={weights}: weights with scales of their own, which config.json has no key for; use bfloat16"
+  yield from hf_rope.not_in_config_json(c)

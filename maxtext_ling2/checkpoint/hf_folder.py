@@ -4,17 +4,20 @@ Only `*.safetensors` and JSON files are opened, none outside the folder: no pick
 """
 
 import json
-from collections.abc import Iterable
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import safetensors_file
+from maxtext_ling2.checkpoint import hf_config, mapping, safetensors_file
 from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.checkpoint.mapping import Entry
 from maxtext_ling2.errors import CheckpointError
+
+logger = logging.getLogger("maxtext_ling2")
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,7 +42,8 @@ class HfFolder:
 
   def __enter__(self) -> "HfFolder":
     indexed = _read_index(self.folder)
-    paths = sorted(self.folder.glob("*.safetensors"))
+    # macOS puts "._NAME" beside NAME on foreign file systems: attributes of the file, no tensors.
+    paths = sorted(path for path in self.folder.glob("*.safetensors") if not path.name.startswith("._"))
     if not paths:
       raise CheckpointError(f"{self.folder}: no *.safetensors file; pass a Hugging Face folder with its weights")
     for path in paths:
@@ -60,19 +64,21 @@ class HfFolder:
   def __exit__(self, *exc: Any) -> None:
     self._tensors.clear()
 
-  def check(self, entries: Iterable[Entry], ignored: tuple[str, ...] = ()) -> None:
+  def check(self, config: Any) -> None:
     """Compares the folder's tensors with what a model needs, by name and shape, before any data is read.
 
+    The model may have fewer MTP layers than the folder (`mtp_num_layers=0` leaves them out); one log line says so.
+
     Args:
-      entries: of the model.
-      ignored: prefixes of names that may be there and are not needed.
+      config: MaxText config of the model.
 
     Raises:
-      CheckpointError: names missing, superfluous and misshapen tensors.
+      CheckpointError: names missing, unexpected and misshapen tensors.
     """
-    wanted = {name: entry.hf_shape for entry in entries for name in entry.names}
+    wanted = {name: entry.hf_shape for entry in mapping.entries(config) for name in entry.names}
     missing = sorted(set(wanted) - set(self._tensors))
-    extra = sorted(name for name in set(self._tensors) - set(wanted) if not name.startswith(ignored or "\0"))
+    extra = sorted(set(self._tensors) - set(wanted))
+    extra = self._without_left_out_mtp(extra, config)
     shapes = {name: self._tensors[name].shape for name in wanted if name in self._tensors}
     wrong = [f"{name} is {shape}, expected {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]]
     problems = [
@@ -80,10 +86,43 @@ class HfFolder:
       for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
       if names
     ]
+    if problems and not wrong and not (missing and extra):
+      self._explain_mtp(missing, extra, config)
     if problems:
       raise CheckpointError(
         f"{self.folder}: the weights are not those of the model, because of {'; '.join(problems)}; take config.json and "
         "weights of one model, and the MaxText settings that `maxtext-ling2 config` prints for it"
+      )
+
+  def _without_left_out_mtp(self, extra: list[str], config: Any) -> list[str]:
+    """The unexpected tensors without those of MTP layers that config.json names and the model is not to have."""
+    has = hf_config.read(self.folder).get("num_nextn_predict_layers") or 0
+    first = config.num_decoder_layers + config.mtp_num_layers
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, config.num_decoder_layers + has))
+    left_out = [name for name in extra if name.startswith(prefixes)] if prefixes else []
+    if left_out:
+      logger.warning(
+        "%s: %d tensors of MTP (%s ...) are left out, as mtp_num_layers=%d says.",
+        *(self.folder, len(left_out), left_out[0], config.mtp_num_layers),
+      )
+    return [name for name in extra if name not in set(left_out)]
+
+  def _explain_mtp(self, missing: list[str], extra: list[str], config: Any) -> None:
+    """Raises an error of its own where MTP is all that is missing, or all that is unexpected."""
+    layers = config.num_decoder_layers
+    if missing and all(_layer(name) >= layers for name in missing):
+      raise CheckpointError(
+        f"{self.folder}: num_nextn_predict_layers={config.mtp_num_layers} in config.json, but {len(missing)} tensors of "
+        f"MTP ({missing[0]} ...) are not in the folder, as is common after fine-tuning; to go on without MTP pass "
+        "mtp_num_layers=0 (for a named model with override_model_config=true)"
+      )
+    if extra and all(_layer(name) >= layers for name in extra) and any("eh_proj" in name for name in extra):
+      files = sorted({self._files[name] for name in extra})
+      count = len({_layer(name) for name in extra})
+      raise CheckpointError(
+        f"{self.folder}: {len(extra)} tensors of {count} MTP layer(s) ({extra[0]} ...) stand in {', '.join(files)}, but "
+        f"config.json has num_nextn_predict_layers={config.mtp_num_layers}; to use them write num_nextn_predict_layers="
+        f"{config.mtp_num_layers + count} into config.json, to go on without them remove them from the folder"
       )
 
   def __getitem__(self, name: str) -> NDArray[Any]:
@@ -96,6 +135,12 @@ class HfFolder:
   def tensor(self, entry: Entry) -> NDArray[Any]:
     """Reads one MaxText tensor."""
     return entry.to_maxtext([np.asarray(self._tensors[name]) for name in entry.names])
+
+
+def _layer(name: str) -> int:
+  """The layer that a tensor belongs to; -1 outside of layers."""
+  found = re.match(r"model\.layers\.(\d+)\.", name)
+  return int(found[1]) if found else -1
 
 
 def _read_index(folder: Path) -> dict[str, str]:

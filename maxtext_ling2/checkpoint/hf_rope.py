@@ -1,4 +1,7 @@
-"""rope_scaling of a config.json as MaxText settings, and back.
+"""The rotary embedding of a config.json as MaxText settings, and back.
+
+config.json has two layouts. The old one has rope_theta and partial_rotary_factor beside rope_scaling; transformers 5
+writes rope_parameters, which holds all of them, and may leave some on top, too. `one_layout` makes the old one of both.
 
 YaRN stretches the frequencies of both attentions. MaxText has fields for that, but its own rules for the two scales that
 go with it; those of the Hugging Face code are written out as numbers:
@@ -11,17 +14,132 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.model import yarn
 
 _BETAS = {"beta_fast": 32, "beta_slow": 1}  # transformers' defaults
-_KNOWN = {
-  *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
-  *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"),
+_ON_TOP = ("rope_theta", "partial_rotary_factor")
+_YARN = {
+  *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"),
+  *("mscale_all_dim", "truncate"),
 }
+_LAYOUTS = ("rope_scaling", "rope_parameters")
+
+
+def one_layout(config: dict[str, Any]) -> dict[str, Any]:
+  """The config.json in the old layout: rope_theta, partial_rotary_factor and rope_scaling on top, no rope_parameters.
+
+  Raises:
+    CheckpointError: a layout is damaged, or the two contradict each other; the keys and values are named.
+  """
+  problems = _layout_problems(config)
+  if problems:
+    raise CheckpointError("\n".join(problems))
+  merged = {key: value for key, value in config.items() if key != "rope_parameters"}
+  given = {layout: config.get(layout) or {} for layout in _LAYOUTS}
+  for key in _ON_TOP:
+    written = [part[key] for part in (config, *given.values()) if part.get(key) is not None]
+    if written:
+      merged[key] = written[0]
+  scaling = given["rope_scaling"] if _kind(given["rope_scaling"]) == "yarn" else given["rope_parameters"]
+  stretched = {key: value for key, value in scaling.items() if key not in _ON_TOP}
+  merged["rope_scaling"] = stretched if _kind(scaling) == "yarn" else None
+  return merged
+
+
+def _layout_problems(config: dict[str, Any]) -> list[str]:
+  damaged = [problem for layout in _LAYOUTS for problem in _damaged(layout, config.get(layout))]
+  return damaged or list(_contradictions(config))
+
+
+def _damaged(layout: str, scaling: Any) -> Iterator[str]:
+  """What is wrong with rope_scaling or rope_parameters alone."""
+  if scaling is None:
+    return
+  if not isinstance(scaling, dict):
+    yield f"{layout}={scaling!r}: a {type(scaling).__name__} instead of a JSON object; correct config.json"
+    return
+  kinds = {str(scaling[key]) for key in ("type", "rope_type") if scaling.get(key) is not None}
+  if len(kinds) > 1:
+    yield (
+      f"{layout}.type={scaling['type']!r}: not {layout}.rope_type={scaling['rope_type']!r}, of which one is ignored; "
+      "correct config.json"
+    )
+    return
+  stretches = sorted(set(scaling) - {"type", "rope_type", *_ON_TOP})
+  if not kinds and (stretches or layout == "rope_scaling") and scaling:
+    yield f'{layout}={scaling!r}: without a type, so it says nothing about how it scales; write "rope_type" into it'
+  elif kinds and kinds <= {"default"} and stretches:
+    yield (
+      f"{layout}.{stretches[0]}={scaling[stretches[0]]!r}: rope_type=default has no such parameter; remove it, or "
+      "correct rope_type"
+    )
+  elif kinds and not kinds <= {"yarn", "default"}:
+    yield f"{layout}={scaling!r}: not YaRN, the only scaling LING2 has; remove it to train without scaling"
+  elif "yarn" in kinds:
+    yield from _damaged_yarn(layout, scaling)
+
+
+def _damaged_yarn(layout: str, scaling: dict[str, Any]) -> Iterator[str]:
+  for key, value in scaling.items():
+    if key in ("type", "rope_type", *_ON_TOP) or value is None:
+      continue
+    if key not in _YARN:
+      yield f"{layout}.{key}={value!r}: not a parameter of YaRN that LING2 knows; remove it"
+    elif key == "truncate":
+      if type(value) is not bool:
+        yield f"{layout}.truncate={value!r}: not true or false; correct config.json"
+    elif not _is_number(value):
+      yield f"{layout}.{key}={value!r}: not a number; correct config.json"
+    elif key not in ("mscale", "mscale_all_dim") and value <= 0:
+      yield f"{layout}.{key}={value!r}: not positive, as YaRN needs it; correct config.json"
+
+
+def _contradictions(config: dict[str, Any]) -> Iterator[str]:
+  """What one layout says and the other says differently."""
+  given = {layout: config.get(layout) or {} for layout in _LAYOUTS}
+  for key in _ON_TOP:
+    places = {"": config, "rope_scaling.": given["rope_scaling"], "rope_parameters.": given["rope_parameters"]}
+    written = {place + key: part[key] for place, part in places.items() if part.get(key) is not None}
+    if len(set(map(str, map(_number, written.values())))) > 1:
+      yield _contradiction(written)
+  old, new = given.values()
+  if not old or not new:
+    return
+  if _kind(old) != _kind(new):
+    yield _contradiction({"rope_scaling.rope_type": _kind(old), "rope_parameters.rope_type": _kind(new)})
+  elif _kind(old) == "yarn" and config.get("max_position_embeddings"):
+    old, new = _complete(config, old), _complete(config, new)
+    for key in sorted(_YARN):
+      if old[key] != new[key]:
+        yield _contradiction({f"rope_scaling.{key}": old[key], f"rope_parameters.{key}": new[key]})
+
+
+def _contradiction(written: dict[str, Any]) -> str:
+  values = ", ".join(f"{key}={value!r}" for key, value in written.items())
+  return f"{values}: not equal, so one of them would be ignored; make them agree in config.json, or remove one"
+
+
+def _number(value: Any) -> Any:
+  return float(value) if _is_number(value) else value
+
+
+def _complete(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+  """All parameters of YaRN, with the defaults of those that are absent."""
+  parameters = _parameters(config, scaling)
+  rest = {"mscale": 1.0, "mscale_all_dim": 0.0, "truncate": True}
+  given = {key: scaling.get(key) for key in rest if scaling.get(key) is not None}
+  factor = scaling.get("attention_factor") or _attention_factor(parameters["factor"], scaling)
+  return parameters | rest | given | {"attention_factor": factor}
 
 
 def refusals(config: dict[str, Any]) -> Iterator[str]:
   """What of a config.json's rotary embedding LING2 cannot represent, one sentence each."""
+  problems = _layout_problems(config)
+  if problems:
+    yield from problems
+    return
+  config = one_layout(config)
   theta, rotary = config["rope_theta"], _rotary_dims(config)
   if theta != int(theta):
     yield f"rope_theta={theta}: not an integer, as MaxText's rope_max_timescale must be; round it in config.json"
@@ -31,29 +149,14 @@ def refusals(config: dict[str, Any]) -> Iterator[str]:
       f"{config['qk_rope_head_dim']}, but the Hugging Face code rotates GLA and MLA with the same frequencies; take the "
       "config.json that belongs to these weights"
     )
-  scaling = config.get("rope_scaling")
-  if not scaling:
+  scaling = config["rope_scaling"]
+  if scaling is None:
     return
-  if not isinstance(scaling, dict) or _kind(scaling) not in ("yarn", "default"):
-    yield f"rope_scaling={scaling!r}: not YaRN, the only scaling LING2 has; remove it to train without scaling"
-  elif _kind(scaling) == "yarn":
-    yield from _yarn_refusals(config, scaling)
-
-
-def _yarn_refusals(config: dict[str, Any], scaling: dict[str, Any]) -> Iterator[str]:
-  unknown = sorted(set(scaling) - _KNOWN)
-  if unknown:
-    yield f"rope_scaling.{unknown[0]}={scaling[unknown[0]]!r}: not a parameter of YaRN that LING2 knows; remove it"
-  numbers = {key: value for key, value in scaling.items() if key not in ("type", "rope_type", "truncate")}
-  wrong = [key for key, value in numbers.items() if value is not None and not _is_number(value)]
-  if wrong:
-    yield f"rope_scaling.{wrong[0]}={scaling[wrong[0]]!r}: not a number; correct config.json"
-    return
+  parameters = _parameters(config, scaling)
   for key in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
-    value = _parameters(config, scaling)[key]
+    value = parameters[key]
     if value != int(value) or value < 1:
       yield f"rope_scaling.{key}={value}: not a positive integer, as MaxText's field must be; round it in config.json"
-  parameters = _parameters(config, scaling)
   ratio = config["max_position_embeddings"] / parameters["original_max_position_embeddings"]
   if "original_max_position_embeddings" in scaling and ratio != parameters["factor"]:
     yield (
@@ -67,12 +170,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _kind(scaling: dict[str, Any]) -> str:
-  return str(scaling.get("rope_type", scaling.get("type", "default")))
+  return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def head_dim(config: dict[str, Any]) -> int:
+  """Width of a head by the official class: 128 where the key is absent, hidden_size / heads where it is null or 0."""
+  return int(config.get("head_dim", 128) or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _rotary_dims(config: dict[str, Any]) -> int:
-  head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-  return int(head_dim * config["partial_rotary_factor"])
+  return int(head_dim(config) * config["partial_rotary_factor"])
 
 
 def _parameters(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
@@ -84,9 +191,9 @@ def _parameters(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, An
 
 
 def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
-  """The MaxText settings of an accepted config.json's rope_scaling."""
-  scaling = config.get("rope_scaling")
-  if not scaling or _kind(scaling) == "default":
+  """The MaxText settings of an accepted config.json's rope_scaling, or rope_parameters."""
+  scaling = one_layout(config)["rope_scaling"]
+  if scaling is None:
     return {"rope_type": "default", "original_max_position_embeddings": config["max_position_embeddings"]}
   parameters = _parameters(config, scaling)
   all_dim = scaling.get("mscale_all_dim") or 0.0
@@ -130,3 +237,17 @@ def from_maxtext(config: Any) -> dict[str, Any] | None:
     "attention_factor": yarn.attention_factor(config),
     "truncate": config.rope_truncate,
   }
+
+
+def not_in_config_json(config: Any) -> Iterator[str]:
+  """What of a MaxText config's rotary embedding no config.json can say, one sentence each."""
+  if not yarn.is_yarn(config):
+    return
+  stretched = config.rope_factor * config.original_max_position_embeddings
+  if config.max_position_embeddings != stretched:
+    yield (
+      f"max_position_embeddings={config.max_position_embeddings}: not rope_factor * original_max_position_embeddings = "
+      f"{stretched}, but transformers 4 takes the one for YaRN and transformers 5 the other; export with "
+      f"max_position_embeddings={stretched} rope_mscale_all_dim={yarn.softmax_mscale(config) or 0.0} "
+      "override_model_config=true, which computes the same"
+    )

@@ -16,7 +16,16 @@ from etils import epath
 from numpy.typing import NDArray
 from rich.console import Console
 
-from maxtext_ling2.checkpoint import blocks, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
+from maxtext_ling2.checkpoint import (
+  blocks,
+  decay_offset,
+  hf_config,
+  mapping,
+  orbax_store,
+  progress,
+  safetensors_file,
+  stacking,
+)
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.checkpoint.orbax_store import Storage, StreamedLeaf
 from maxtext_ling2.checkpoint.stacking import Leaf
@@ -56,9 +65,9 @@ class Import:
     self.dtype = safetensors_file.dtype(save_dtype)
     self.leaves = stacking.leaves(config)
     self._check_target()
-    check_same_model(self.folder, config)
+    self.says_offset = decay_offset.FIELD in check_same_model(self.folder, config)
     with HfFolder(self.folder) as tensors:
-      tensors.check(mapping.entries(config), ignored=_mtp_prefixes(self.folder, config))
+      tensors.check(config)
 
   @property
   def nbytes(self) -> int:
@@ -82,6 +91,8 @@ class Import:
     Raises:
       CheckpointError: the disk is full.
     """
+    if not self.says_offset:
+      logger.warning(decay_offset.unstated(self.folder, self.config.gla_decay_layer_offset))
     metadata = {"scan_layers": bool(self.config.scan_layers)}
     title = f"{self.folder.name} -> {self.output}"
     names = sum(len(entry.names) for entry in mapping.entries(self.config))
@@ -148,8 +159,11 @@ def check_space(target: epath.Path, needed: int) -> None:
     )
 
 
-def check_same_model(folder: Path, config: Any) -> None:
+def check_same_model(folder: Path, config: Any) -> dict[str, Any]:
   """Compares config.json with the MaxText config, so that no weights end up in a model that computes something else.
+
+  Returns:
+    The MaxText settings that config.json stands for.
 
   Raises:
     CheckpointError: config.json is not LING2's, or a setting differs; all are named.
@@ -157,8 +171,9 @@ def check_same_model(folder: Path, config: Any) -> None:
   settings = hf_config.to_maxtext(hf_config.read(folder))
   problems = []
   free = _FREE if settings["rope_type"] == "yarn" else _FREE | _YARN_ONLY
+  groups = dict(zip(("n_routing_groups", "topk_routing_group"), hf_config.routing_groups(config), strict=True))
   for field, value in settings.items():
-    ours = getattr(config, field)
+    ours = groups.get(field, hf_config.effective(config, field))
     ours = getattr(ours, "value", ours)
     if field not in free and ours != value:
       problems.append(f"{field}={ours!r} is not {value!r}, as config.json says")
@@ -172,12 +187,6 @@ def check_same_model(folder: Path, config: Any) -> None:
   if problems:
     raise CheckpointError(
       f"{folder}: not the model that MaxText was told, because {'; '.join(problems)}; pass these settings with "
-      "override_model_config=true, or use the yml that `maxtext-ling2 config` writes for the folder"
+      "override_model_config=true, or use the YAML file that `maxtext-ling2 config` writes for the folder"
     )
-
-
-def _mtp_prefixes(folder: Path, config: Any) -> tuple[str, ...]:
-  """Names of MTP layers that the folder has and the MaxText model is not to have."""
-  has = hf_config.read(folder).get("num_nextn_predict_layers") or 0
-  layers = range(config.num_decoder_layers + config.mtp_num_layers, config.num_decoder_layers + has)
-  return tuple(f"model.layers.{layer}." for layer in layers)
+  return settings

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import hf_config, mapping, stacking
+from maxtext_ling2.checkpoint import decay_offset, hf_config, mapping, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.checkpoint.verify_mesh import ONE_DEVICE, VerifyMesh
 from maxtext_ling2.host import session
@@ -63,6 +63,8 @@ def make_config(folder: Path, batch: float, length: int, **settings: Any) -> Any
   raw = hf_config.read(folder)
   hf = hf_config.to_maxtext(raw)
   hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
+  if decay_offset.FIELD in settings:
+    decay_offset.refuse_another(folder, hf.get(decay_offset.FIELD), settings[decay_offset.FIELD])
   sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
   config = session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
   session.check_remat_policy(config)
@@ -118,7 +120,7 @@ class Reference:
       return tensor if entry.keeps_dtype else tensor.astype(dtype)
 
     with HfFolder(folder) as tensors:
-      tensors.check(mapping.entries(self.config))
+      tensors.check(self.config)
       return {leaf.path: leaf.assemble(get) for leaf in self.leaves}
 
   def logits(self, ids: Array, segments: Array | None = None) -> Array:
