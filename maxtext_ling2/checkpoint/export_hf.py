@@ -21,7 +21,17 @@ from etils import epath
 from numpy.typing import NDArray
 from rich.console import Console
 
-from maxtext_ling2.checkpoint import blocks, disk, hf_config, mapping, orbax_store, progress, safetensors_file, stacking
+from maxtext_ling2.checkpoint import (
+  blocks,
+  disk,
+  exported_code,
+  hf_config,
+  mapping,
+  orbax_store,
+  progress,
+  safetensors_file,
+  stacking,
+)
 from maxtext_ling2.checkpoint.hf_folder import INDEX
 from maxtext_ling2.checkpoint.import_hf import check_space
 from maxtext_ling2.checkpoint.safetensors_file import NewTensor
@@ -36,7 +46,7 @@ _READ_AHEAD = 4 * blocks.BLOCK_BYTES
 _WRITERS = 2  # threads: most of the time goes into writing
 _TOKENIZER_FILES = (
   *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-  *("*.model", "*.tiktoken", "generation_config.json"),
+  *("*.model", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*"),
 )
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -62,9 +72,8 @@ class Export:
 
   def __init__(self, checkpoint: epath.Path, config: Any):
     self.checkpoint, self.config = checkpoint, config
-    self.leaves = stacking.leaves(config)
     self.hf_config = hf_config.from_maxtext(config)
-    self.stores = match(checkpoint, self.leaves, orbax_store.open_arrays(checkpoint))
+    self.leaves, self.stores = match(checkpoint, config)
 
   def run(self, target: Path, dtype: str, tokenizer: Path | None, console: Console) -> None:
     """Writes the folder, which appears when it is whole.
@@ -80,6 +89,8 @@ class Export:
     """
     if target.is_dir() and any(target.iterdir()) or target.is_file():
       raise CheckpointError(f"{target}: not an empty folder, because something is in it; delete it, or choose another")
+    for caveat in _caveats(self.config):
+      logger.warning("%s: %s", target, caveat)
     files = self._plan(dtype)
     size = sum(math.prod(shape) * one.itemsize for tensors in files.values() for _, shape, one in tensors)
     check_space(epath.Path(target), size)
@@ -146,36 +157,63 @@ class Export:
     advance(0, sum(len(entry.names) for block in leaf.members for entry in block))
 
   def _write_texts(self, folder: Path, tokenizer: Path | None) -> None:
-    """config.json, and the tokenizer's files with the ids of its special tokens."""
-    config = dict(self.hf_config)
+    """config.json, the PyTorch code, and the tokenizer's files with the ids of its special tokens."""
+    config = self.hf_config | exported_code.keys()
     config["torch_dtype"] = config["dtype"] = self._torch_dtype(folder)
     if tokenizer is not None:
       found = {path for pattern in _TOKENIZER_FILES for path in tokenizer.glob(pattern) if path.is_file()}
       if not found:
         logger.warning("%s: holds no tokenizer files; exported without a tokenizer.", tokenizer)
       for path in sorted(found):
-        shutil.copyfile(path, folder / path.name)
+        _copy_text(path, folder / path.name)
       if (tokenizer / "config.json").is_file():
         theirs = hf_config.read(tokenizer)
         config |= {key: theirs[key] for key in _SPECIAL_TOKENS if key in theirs}
     if self.config.vocab_size <= _OFFICIAL_SPECIAL_TOKEN:
       config = {"pad_token_id": None, "eos_token_id": None} | config
     _write_json(folder / "config.json", dict(sorted(config.items())))
+    exported_code.write(folder)
 
   def _torch_dtype(self, folder: Path) -> str:
     specs, _ = safetensors_file.read_header(min(folder.glob("*.safetensors")))
     return safetensors_file.DTYPES[next(iter(specs.values())).dtype].name
 
 
-def match(checkpoint: epath.Path, leaves: list[Leaf], arrays: Mapping[tuple[str, ...], Any]) -> dict[mapping.Path, Any]:
-  """Finds each leaf among a checkpoint's arrays, which stand in one of several roots.
+def _caveats(config: Any) -> Iterator[str]:
+  """What other readers of the export compute differently, one sentence each."""
+  layers, cycle = config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval
+  if config.gla_decay_layer_offset == 1:
+    yield "gla_decay_layer_offset=1: vLLM, SGLang and mlx-lm compute 0, whatever config.json says."
+  if layers % cycle:
+    yield (
+      f"num_hidden_layers={layers} is no multiple of layer_group_size={cycle}: the layers after the last whole group are "
+      "MLA here, as in the official code; vLLM, SGLang and sglang-jax have no such rule."
+    )
+
+
+def _copy_text(source: Path, target: Path) -> None:
+  """Copies a file of a tokenizer's folder, without an `auto_map`, which would name code that does not come along."""
+  if source.name == "tokenizer_config.json":
+    with contextlib.suppress(ValueError):  # a damaged file travels as it is: transformers will name it
+      settings = json.loads(source.read_text(encoding="utf-8"))
+      if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
+        logger.warning("%s: its auto_map is left out, since no code of the tokenizer's folder is exported.", source)
+        _write_json(target, settings)
+        return
+  shutil.copyfile(source, target)
+
+
+def match(checkpoint: epath.Path, config: Any) -> tuple[list[Leaf], dict[mapping.Path, Any]]:
+  """Opens a checkpoint and finds each tensor of a model in it, in one of several roots.
 
   Returns:
-    {path of the leaf: array}
+    The model's tensors, and {path: opened array}.
 
   Raises:
-    CheckpointError: leaves missing or misshapen; they are named.
+    CheckpointError: tensors are missing or misshapen, or the checkpoint has some that the model does not have; they are
+      named. Only MTP layers may be left out, which one log line says.
   """
+  leaves, arrays = stacking.leaves(config), orbax_store.open_arrays(checkpoint)
   stores, problems = {}, []
   for leaf in leaves:
     store = _find(leaf, arrays)
@@ -184,12 +222,35 @@ def match(checkpoint: epath.Path, leaves: list[Leaf], arrays: Mapping[tuple[str,
     elif tuple(store.shape) != leaf.shape:
       problems.append(f"{'/'.join(leaf.path)} is {tuple(store.shape)}, expected {leaf.shape}")
     stores[leaf.path] = store
+  left_over = sorted({path for path in map(_in_model, arrays) if "rngs" not in path} - set(stores))
+  mtp = [path for path in left_over if path[0] == "mtp_block"]
+  if mtp and len(mtp) < len(left_over) or not config.mtp_num_layers < _mtp_layers(mtp):
+    mtp = []
+  problems += [f"{'/'.join(path)} is in the checkpoint, but not in the model" for path in left_over if path not in mtp]
   if problems:
     raise CheckpointError(
-      f"{checkpoint}: not a checkpoint of this model, because {len(problems)} of {len(leaves)} tensors do not fit: "
+      f"{checkpoint}: not a checkpoint of this model, because {len(problems)} tensors do not fit: "
       f"{'; '.join(problems[:8])}{' ...' * (len(problems) > 8)}; pass the settings it was saved with"
     )
-  return stores
+  if mtp:
+    logger.warning(
+      "%s: %d tensors of MTP (%s ...) are left out, as mtp_num_layers=%d says.",
+      *(checkpoint, len(mtp), "/".join(mtp[0]), config.mtp_num_layers),
+    )
+  return leaves, stores
+
+
+def _mtp_layers(paths: list[mapping.Path]) -> int:
+  """How many MTP layers a checkpoint has, told from paths such as mtp_block/mtp_layer_1/..."""
+  numbers = [int(path[1].rpartition("_")[2]) for path in paths if path[1].startswith("mtp_layer_")]
+  return max(numbers, default=0)
+
+
+def _in_model(path: tuple[str, ...]) -> mapping.Path:
+  """Where an array stands in the model: its path in the checkpoint without the root, and without "value" at its end."""
+  root = next(root for root in _ROOTS if path[: len(root)] == root)
+  rest = path[len(root) :]
+  return rest[:-1] if rest[-1:] == ("value",) else rest
 
 
 def _find(leaf: Leaf, arrays: Mapping[tuple[str, ...], Any]) -> Any:

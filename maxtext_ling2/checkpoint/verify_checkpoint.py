@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import blocks, export_hf, mapping, orbax_store, stacking
+from maxtext_ling2.checkpoint import blocks, export_hf, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 
 Array = NDArray[Any]
@@ -64,10 +64,9 @@ def compare(checkpoint: Path, folder: Path, config: Any) -> list[TensorReport]:
   Raises:
     CheckpointError: one of the two does not hold the tensors of this model.
   """
-  leaves = stacking.leaves(config)
-  stores = export_hf.match(epath.Path(checkpoint), leaves, orbax_store.open_arrays(epath.Path(checkpoint)))
+  leaves, stores = export_hf.match(epath.Path(checkpoint), config)
   with HfFolder(folder) as tensors:
-    tensors.check(mapping.entries(config))
+    tensors.check(config)
     return [report for leaf in leaves for report in _compare(leaf, stores[leaf.path], tensors)]
 
 

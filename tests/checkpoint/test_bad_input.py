@@ -4,7 +4,9 @@ The damaged folders are those of tests/hostile/bad_folders.py, read by tests/hos
 """
 
 import errno
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from rich.console import Console
 
 from hostile.bad_folders import config as damaged_config
 from hostile.bad_folders import tensors
-from maxtext_ling2.checkpoint import hf_config, import_hf, orbax_store, safetensors_file, stock_tables
+from maxtext_ling2.checkpoint import hf_config, import_hf, orbax_store, safetensors_file
 from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
@@ -56,7 +58,7 @@ def test_an_mtp_layer_that_the_folder_has_not(tmp_path):
 def test_mtp_weights_that_are_absent(tmp_path):
   folder = folders.write(tmp_path / "hf", files=2, num_nextn_predict_layers=1)
   (folder / "mtp.safetensors").unlink()
-  with pytest.raises(CheckpointError, match="missing tensors: model.layers.6"):
+  with pytest.raises(CheckpointError, match=r"MTP \(model.layers.6.* pass mtp_num_layers=0"):
     Import(folder, folders.config(folder), epath.Path(tmp_path / "mt"), "bfloat16")
   Import(folder, folders.config(folder, mtp_num_layers=0), epath.Path(tmp_path / "mt"), "bfloat16")
 
@@ -193,27 +195,54 @@ def test_an_export_of_another_model(model, checkpoint, settings, words):
     ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
     ({"rope_min_timescale": 2}, "rope_min_timescale=2"),
     ({"routed_bias": False, "routed_bias_update_rate": 0.0}, "routed_bias=False"),
+    ({"mlp_activations": ["gelu", "linear"]}, r"mlp_activations=\['gelu', 'linear'\]"),
+    ({"attn_logits_soft_cap": 30.0}, "attn_logits_soft_cap=30.0"),
+    ({"mlp_activations_limit": 7.0}, "mlp_activations_limit=7.0: .*mlp_activations_limit=-1"),
+    ({"capacity_factor": 1.25}, "capacity_factor=1.25: .*capacity_factor=-1"),
+    ({"prefuse_moe_weights": True}, "prefuse_moe_weights=True"),
+    ({"padded_base_moe_mlp_dim": 64}, "padded_base_moe_mlp_dim=64"),
+    ({"rope_type": "yarn", "rope_factor": 4}, "max_position_embeddings=256: .*export with max_position_embeddings=1024"),
   ],
 )
-def test_an_export_of_what_hugging_face_has_not(settings, words):
-  settings = {"base_moe_mlp_dim": 32, "shared_experts": 1, "routed_bias": True} | settings
-  yml = {"head_dim": 32, "qk_rope_head_dim": 16, "moe_shared_expert_dim": 32, "partial_rotary_factor": 0.5}
-  sizes = {"base_num_decoder_layers": 5, "base_emb_dim": 64, "base_mlp_dim": 96, "base_num_query_heads": 4}
+def test_an_export_of_what_config_json_cannot_say(settings, words):
   with pytest.raises(CheckpointError, match=words):
-    hf_config.from_maxtext(stock_tables.structure({**yml, **sizes, **settings, "mla_interleaved_rope": True} | settings))
+    hf_config.from_maxtext(folders.config(folders.GOLDEN / "one_cycle", **settings))
+
+
+@pytest.mark.parametrize(("mscale_all_dim", "expected"), [(-1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
+def test_the_way_out_of_yarns_positions_computes_the_same(mscale_all_dim, expected):
+  """As the error says: max_position_embeddings = factor * original, and the factor of MLA's softmax scale as a number."""
+  from maxtext_ling2.model import yarn
+
+  given = {"rope_type": "yarn", "rope_factor": 4, "original_max_position_embeddings": 64, "max_position_embeddings": 128}
+  trained = folders.config(folders.GOLDEN / "one_cycle", **given, rope_mscale_all_dim=mscale_all_dim)
+  with pytest.raises(CheckpointError) as error:
+    hf_config.from_maxtext(trained)
+  words = re.findall(r"(max_position_embeddings|rope_mscale_all_dim)=([\d.]+) ", str(error.value).split("export with")[1])
+  config = folders.config(folders.GOLDEN / "one_cycle", **given | {key: json.loads(value) for key, value in words})
+  assert (config.max_position_embeddings, config.rope_mscale_all_dim) == (256, expected)
+  assert (yarn.softmax_mscale(trained) or 0.0) == (yarn.softmax_mscale(config) or 0.0) == expected
+  assert hf_config.to_maxtext(hf_config.from_maxtext(config))["rope_mscale_all_dim"] == expected
+
+
+def test_no_routing_groups_are_one_group():
+  config = folders.config(folders.GOLDEN / "one_cycle", n_routing_groups=-1)
+  written = hf_config.from_maxtext(config)
+  assert (written["n_group"], written["topk_group"]) == (1, 1)
+  assert hf_config.to_maxtext(written)["n_routing_groups"] == 1
 
 
 @pytest.mark.parametrize("name", ["gone", "empty"])
 def test_a_checkpoint_that_is_none(tmp_path, model, name):
   (tmp_path / "empty").mkdir()
-  with pytest.raises(CheckpointError, match="no such folder|not a readable Orbax checkpoint"):
+  with pytest.raises(CheckpointError, match="no such folder|Orbax cannot read it"):
     Export(epath.Path(tmp_path / name), model)
 
 
 def test_a_damaged_checkpoint(tmp_path, model, checkpoint):
   shutil.copytree(checkpoint, tmp_path / "0")
   (tmp_path / "0" / "items" / "_METADATA").write_text("{")
-  with pytest.raises(CheckpointError, match="not a readable Orbax checkpoint"):
+  with pytest.raises(CheckpointError, match="Orbax cannot read it"):
     Export(epath.Path(tmp_path / "0"), model)
 
 

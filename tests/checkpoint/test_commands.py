@@ -11,14 +11,14 @@ import folders
 import numpy as np
 import pytest
 
-from maxtext_ling2.checkpoint import model_yml
+from maxtext_ling2.checkpoint import exported_code, model_yml
 from maxtext_ling2.demo import data
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.host import session  # noqa: F401  the plugin
 
 ROOT = Path(__file__).parent.parent.parent
 CASES = ("one_cycle", "trailing_mtp")
-TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "merges.txt": "a b\n"}
+TOKENIZER = {"tokenizer.json": "{}", "merges.txt": "a b\n", "LICENSE": "theirs\n", "NOTICE.txt": "see LICENSE\n"}
 
 
 def run(module, *words, expect=0):
@@ -63,6 +63,7 @@ def converted(request, tmp_path_factory):
 def test_to_maxtext_and_back(converted, tmp_path):
   assert converted.checkpoint.is_dir()
   count = len(folders.read(folders.GOLDEN / converted.case))
+  assert "config.json has no gla_decay_layer_offset; using 0." in converted.printed
   assert f"{count}/{count} tensors" in converted.printed and "MiB" in converted.printed
   tokenizer = tmp_path / "tokenizer"
   tokenizer.mkdir()
@@ -70,6 +71,7 @@ def test_to_maxtext_and_back(converted, tmp_path):
     (tokenizer / name).write_text(text)
   (tokenizer / "modeling.py").write_text("raise SystemExit('remote code')")
   (tokenizer / "config.json").write_text('{"eos_token_id": 5, "auto_map": {"AutoConfig": "modeling.X"}}')
+  (tokenizer / "tokenizer_config.json").write_text('{"a": 1, "auto_map": {"AutoTokenizer": ["modeling.X", null]}}')
   run(
     "maxtext.checkpoint_conversion.to_huggingface",
     *converted.words(tmp_path / "hf"),
@@ -79,12 +81,18 @@ def test_to_maxtext_and_back(converted, tmp_path):
   folders.assert_equal(folders.read(tmp_path / "hf"), folders.read(folders.GOLDEN / converted.case))
   for name, text in TOKENIZER.items():
     assert (tmp_path / "hf" / name).read_text() == text
-  assert not list((tmp_path / "hf").glob("*.py"))
+  assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text()) == {"a": 1}
+  assert sorted(path.name for path in (tmp_path / "hf").glob("*.py")) == sorted(exported_code.FILES)
+  for name in exported_code.FILES:
+    text = (tmp_path / "hf" / name).read_text()
+    assert text == (exported_code.FOLDER / name).read_text() and "SPDX-License-Identifier: Apache-2.0" in text
   written = json.loads((tmp_path / "hf" / "config.json").read_text())
   original = json.loads((folders.GOLDEN / converted.case / "config.json").read_text())
   same = [key for key in original if not key.endswith(("dropout", "_token_id", "use_cache", "initializer_range"))]
   assert {key: written[key] for key in same} == {key: original[key] for key in same}
-  assert written["eos_token_id"] == 5 and "auto_map" not in written
+  assert written["eos_token_id"] == 5 and written["gla_decay_layer_offset"] == 0
+  assert {part.partition(".")[0] + ".py" for part in written["auto_map"].values()} == set(exported_code.FILES)
+  assert not (tmp_path / "hf" / written["transformers_weights"]).exists()
   assert written["pad_token_id"] is None  # the official default, 156892, is beyond this vocabulary
 
 
