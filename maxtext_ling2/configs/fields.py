@@ -71,7 +71,8 @@ FIELDS = (
     "float",
     -1.0,
     "mscale of the factor of MLA's softmax scale under YaRN, Hugging Face's rope_scaling.mscale_all_dim; 0: no factor; "
-    "negative: MaxText's rule, mscale if max_position_embeddings exceeds original_max_position_embeddings.",
+    "negative: MaxText's rule, mscale if max_position_embeddings exceeds original_max_position_embeddings. Without "
+    "rope_type=yarn there is no factor.",
   ),
   Field(
     "rope_attention_factor",

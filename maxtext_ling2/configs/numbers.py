@@ -11,6 +11,7 @@ _POSITIVE = {
   "head_dim": "the width of a head",
   "vocab_size": "the number of tokens",
   "normalization_layer_epsilon": "what keeps a norm from dividing by zero",
+  "max_position_embeddings": "the number of positions",
   "rope_max_timescale": "the base of RoPE's frequencies",
   "routed_scaling_factor": "the scale of the routed experts",
   "max_target_length": "the number of tokens of a row",

@@ -4,11 +4,15 @@ Each rule yields sentences that name the field, its value, the reason and the wa
 only, so that any object with MaxText's field names will do.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from maxtext_ling2.configs import documents, numbers
 from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
+
+logger = logging.getLogger("maxtext_ling2")
 
 DECODER_BLOCK = "ling2"
 INSTEAD_OF_BASE = {"mla_naive_kvcache": "false"}
@@ -34,6 +38,28 @@ def validate(config: Any) -> None:
   problems = [problem for rule in rules for problem in rule(config)]
   if problems:
     raise ValueError("\n".join(problems))
+  if is_ling2(config):
+    _warn_of_lost_softmax_factor(config)
+
+
+def _warn_of_lost_softmax_factor(c: Any) -> None:
+  """Until 0.1.0 MLA's softmax scale had MaxText's factor without YaRN, too, which LING2's reference has not."""
+  longest, original = c.max_position_embeddings, c.original_max_position_embeddings
+  if _rope_type(c) != "yarn" and longest > original and c.rope_mscale_all_dim < 0:
+    _warn_once(
+      f"max_position_embeddings={longest} exceeds original_max_position_embeddings={original} without rope_type=yarn: "
+      "MLA's softmax scale has no factor for that any more, as in LING2's reference; a run that was trained with "
+      f"maxtext-ling2 0.1.0 had (0.1 * mscale * ln(rope_factor={c.rope_factor}) + 1)^2, and computes something else now"
+    )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  logger.warning(text)
+
+
+def _rope_type(c: Any) -> str:
+  return str(getattr(c.rope_type, "value", c.rope_type))
 
 
 def validate_rl(config: Any) -> None:
@@ -96,8 +122,8 @@ def _layers(c: Any) -> Iterator[str]:
     yield f"base_num_decoder_layers={layers}: the decay of linear attention divides by layers - 1; use at least 2"
   if c.inhomogeneous_layer_cycle_interval < 1:
     yield (
-      f"inhomogeneous_layer_cycle_interval={c.inhomogeneous_layer_cycle_interval}: every so manieth layer is MLA, so it "
-      "must be at least 1; 5 is LING2's"
+      f"inhomogeneous_layer_cycle_interval={c.inhomogeneous_layer_cycle_interval}: every N-th layer is MLA, so it must "
+      "be at least 1; 5 is LING2's"
     )
   if not 0 <= c.first_num_dense_layers <= layers:
     yield (
@@ -216,9 +242,16 @@ def _unsupported(c: Any) -> Iterator[str]:
       "and the eval framework on top of it cannot run them; export with to_huggingface and serve that, or use "
       "`maxtext-ling2 eval` and `generate`"
     )
+  if _rope_type(c) not in ("default", "yarn"):
+    yield f"rope_type={_rope_type(c)}: LING2 computes rope_type=default and yarn, no other; use one of them"
   for field, off in _OFF.items():
     if getattr(c, field, off) != off:
       yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"
+  if getattr(c, "final_logits_soft_cap", None):  # MaxText makes None of 0
+    yield (
+      f"final_logits_soft_cap={c.final_logits_soft_cap}: MaxText caps logits only with logits_via_embedding=true, which "
+      "LING2 does not have, so it would do nothing; leave it at 0"
+    )
 
 
 _EXTERNAL_CACHES = ("paged", "vllm_rpa", "vllm_batched_rpa")
@@ -234,6 +267,11 @@ _OFF = {
   "moe_expert_input_dim": -1,
   "mtp_reuse_input_embedding": False,
   "use_tunix_gradient_accumulation": False,
+  "logits_via_embedding": False,
+  "attention_sink": False,
+  "mlp_bias": False,
+  "use_untrainable_positional_embedding": False,
+  "trainable_position_size": -1,
 }
 
 

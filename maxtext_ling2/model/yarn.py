@@ -57,10 +57,13 @@ def attention_factor(config: Any) -> float:
 def softmax_mscale(config: Any) -> float | None:
   """mscale in m = 0.1 * mscale * ln(factor) + 1, where MLA's softmax scale is multiplied by m^2; None: it is not.
 
-  `rope_mscale_all_dim` says it, as in the Hugging Face code; where it is negative MaxText's own rule holds.
+  Without YaRN it never is, however many positions there are. With YaRN `rope_mscale_all_dim` says it, as in the Hugging
+  Face code; where it is negative MaxText's own rule holds.
   """
+  if not is_yarn(config):
+    return None
   if config.rope_mscale_all_dim < 0:
     longer = config.max_position_embeddings > config.original_max_position_embeddings
     return float(config.mscale) if longer else None
-  applies = is_yarn(config) and config.rope_mscale_all_dim > 0 and config.rope_factor > 1
+  applies = config.rope_mscale_all_dim > 0 and config.rope_factor > 1
   return float(config.rope_mscale_all_dim) if applies else None

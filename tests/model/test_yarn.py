@@ -135,12 +135,27 @@ def test_maxtexts_own_rule_without_an_origin_in_hugging_face():
   from maxtext_ling2.model import yarn
 
   config = SimpleNamespace(rope_mscale_all_dim=-1.0, max_position_embeddings=8, original_max_position_embeddings=4)
+  config.rope_type = "yarn"
   config.mscale, config.rope_attention_factor, config.rope_attention_scaling, config.rope_factor = 0.5, 0.0, False, 40
   assert yarn.softmax_mscale(config) == 0.5 and yarn.attention_factor(config) == 1.0
   config.rope_attention_scaling = True
   assert yarn.attention_factor(config) == 0.1 * math.log(40) + 1
   config.max_position_embeddings = 4
   assert yarn.softmax_mscale(config) is None
+
+
+def test_without_yarn_there_is_no_factor_and_one_warning(caplog):
+  from maxtext_ling2.configs import validation
+  from maxtext_ling2.model import yarn
+
+  validation._warn_once.cache_clear()
+  with caplog.at_level("WARNING", "maxtext_ling2"):
+    for length in (16, 16):
+      settings = {"max_position_embeddings": 8192, "original_max_position_embeddings": 4096, "max_target_length": length}
+      config = session.make_config(model_name="ling2-tiny", override_model_config=True, **settings)
+  assert yarn.softmax_mscale(config) is None
+  (line,) = (message for message in caplog.messages if "softmax" in message)
+  assert "max_position_embeddings=8192" in line and "original_max_position_embeddings=4096" in line
 
 
 @pytest.mark.parametrize(("scaling", "factor", "m"), RULES.values(), ids=RULES)
