@@ -5,7 +5,7 @@ READY := $(VENV)/.maxtext-ling2-ready
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 
-.PHONY: help setup test test-all demo docs docs-test dist lint format bench clean always
+.PHONY: help setup test test-all demo docs docs-test dist interop lint format bench clean always
 help:
 	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
 	@echo "make test       the tests, without the slow ones (ARGS='-k gla' passes arguments to pytest)"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs       build the pages into build/site"
 	@echo "make docs-test  run the commands of README and docs that are marked so"
 	@echo "make dist       build sdist and wheel into dist/, install the wheel into a new environment and use it"
+	@echo "make interop    open an exported folder in transformers, vLLM, SGLang and mlx-lm (2 GB of environments in build/)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format and mend what it can"
 	@echo "make bench      the benchmarks"
@@ -44,6 +45,10 @@ docs-test: $(READY)
 
 dist: $(READY)
 	scripts/dist_test $(VENV)
+
+# Environments of their own, in build/interop: nothing of it is installed by `make setup`.
+interop: $(READY)
+	$(BIN)/python scripts/interop $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
