@@ -37,6 +37,7 @@ from maxtext_ling2.checkpoint.import_hf import check_space
 from maxtext_ling2.checkpoint.safetensors_file import NewTensor
 from maxtext_ling2.checkpoint.stacking import Leaf
 from maxtext_ling2.errors import CheckpointError
+from maxtext_ling2.model import yarn
 
 logger = logging.getLogger("maxtext_ling2")
 Array = NDArray[Any]
@@ -180,7 +181,7 @@ class Export:
 
 
 def _caveats(config: Any) -> Iterator[str]:
-  """What other readers of the export compute differently, one sentence each."""
+  """What other readers of the export do not compute, one sentence each; docs/convert.md has where that was read."""
   layers, cycle = config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval
   if config.gla_decay_layer_offset == 1:
     yield "gla_decay_layer_offset=1: vLLM, SGLang and mlx-lm compute 0, whatever config.json says."
@@ -189,6 +190,14 @@ def _caveats(config: Any) -> Iterator[str]:
       f"num_hidden_layers={layers} is no multiple of layer_group_size={cycle}: the layers after the last whole group are "
       "MLA here, as in the official code; vLLM, SGLang and sglang-jax have no such rule."
     )
+  if not config.shared_experts:
+    yield "num_shared_experts=null, which is none in the official code: vLLM, SGLang and mlx-lm fail on it."
+  if config.use_linear_silu:
+    yield "linear_silu=true: mlx-lm has no such key and computes without."
+  if config.num_experts_per_tok == 1:
+    yield "num_experts_per_tok=1: vLLM and SGLang normalise the weight of a single expert, the official code does not."
+  if yarn.softmax_mscale(config):
+    yield "rope_scaling.mscale_all_dim: vLLM's MLA has no softmax factor."
 
 
 def _copy_text(source: Path, target: Path) -> None:

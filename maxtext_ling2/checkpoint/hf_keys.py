@@ -7,7 +7,7 @@ Which keys there are: those of the official configuration class and of the code 
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from maxtext_ling2.checkpoint.decay_offset import FIELD as OFFSET
@@ -162,25 +162,32 @@ def _dense_then_sparse(config: Mapping[str, Any]) -> Any:
   return ["dense" if is_dense(i, dense) else "sparse" for i in range(config["num_hidden_layers"])]
 
 
+def _shared_widths(config: Mapping[str, Any]) -> Iterator[int]:
+  yield config["moe_intermediate_size"]
+  yield config["moe_intermediate_size"] * (config.get("num_shared_experts", 1) or 0)
+
+
 EQUAL: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
   "num_key_value_heads": ("num_attention_heads", lambda c: c["num_attention_heads"]),
-  "num_kv_heads_for_linear_attn": ("num_attention_heads", lambda c: c["num_attention_heads"]),
   "qk_head_dim": ("qk_nope_head_dim + qk_rope_head_dim", lambda c: c["qk_nope_head_dim"] + c["qk_rope_head_dim"]),
   "rotary_dim": ("qk_rope_head_dim", lambda c: c["qk_rope_head_dim"]),
-  "moe_shared_expert_intermediate_size": ("moe_intermediate_size", lambda c: c["moe_intermediate_size"]),
   "n_routed_experts": ("num_experts", lambda c: c["num_experts"]),
   "num_local_experts": ("num_experts", lambda c: c["num_experts"]),
   "layer_types": ("the layers by layer_group_size", _trailing_rule),
   "mlp_layer_types": ("the layers by first_k_dense_replace", _dense_then_sparse),
 }
-"""Keys that repeat another one: the name of that, and its value. Null is no contradiction.
+"""Keys that repeat another one: the name of that, and its value. Null is no contradiction."""
 
-`num_kv_heads_for_linear_attn` may be 0, too. `moe_shared_expert_intermediate_size` is the width of one shared expert,
-which vLLM and mlx-lm multiply by num_shared_experts; the official code takes moe_intermediate_size for it.
-"""
+ONE_OF: dict[str, tuple[str, Callable[[Mapping[str, Any]], Iterable[Any]]]] = {
+  "num_kv_heads_for_linear_attn": ("num_attention_heads, or 0", lambda c: (c["num_attention_heads"], 0)),
+  # The official code takes moe_intermediate_size * num_shared_experts. vLLM 0.33 multiplies this key by
+  # num_shared_experts, mlx-lm 0.32 takes it for the whole width.
+  "moe_shared_expert_intermediate_size": ("moe_intermediate_size, or that times num_shared_experts", _shared_widths),
+}
+"""Keys that must have one of several values that follow from others: their names, and the values. Null is none."""
 
 _OTHER_ATTENTION = ("kda", "linear_att", "short_conv", "linear_key_value_heads", "linear_num_", "linear_head_dim")
-_KNOWN = {*SAME, *TRANSLATED, *ONLY, *INERT, *EQUAL, "architectures"}
+_KNOWN = {*SAME, *TRANSLATED, *ONLY, *INERT, *EQUAL, *ONE_OF, "architectures"}
 
 
 def is_known(key: str) -> bool:
@@ -199,12 +206,15 @@ def problems(config: Mapping[str, Any]) -> Iterator[str]:
     if key in config and config[key] not in allowed:
       yield _refused(key, config[key], allowed)
   for key, (other, value) in EQUAL.items():
-    expected, written = value(config), config.get(key)
-    if written is not None and written != expected and not (key == "num_kv_heads_for_linear_attn" and written == 0):
-      yield (
-        f"{key}={written!r}: not {other}={expected!r}, which is what LING2 computes; correct config.json, or remove the "
-        "key"
-      )
+    if config.get(key) is not None and config[key] != value(config):
+      yield f"{key}={config[key]!r}: not {other}={value(config)!r}, {_CORRECT}"
+  for key, (others, values) in ONE_OF.items():
+    right = sorted(set(values(config)))
+    if config.get(key) is not None and config[key] not in right:
+      yield f"{key}={config[key]!r}: not {others}={' or '.join(map(repr, right))}, {_CORRECT}"
+
+
+_CORRECT = "which is what LING2 computes; correct config.json, or remove the key"
 
 
 def _refused(key: str, value: Any, allowed: tuple[Any, ...]) -> str:

@@ -30,7 +30,10 @@ def text(folder: Path) -> str:
   settings = hf_config.to_maxtext(raw) | _TRAINING
   if raw.get("mtp_loss_scaling_factor") is not None:
     settings["mtp_loss_scaling_factor"] = raw["mtp_loss_scaling_factor"]
-  settings["max_target_length"] = settings["max_prefill_predict_length"] = min(4096, raw["max_position_embeddings"])
+  settings["max_target_length"] = min(4096, raw["max_position_embeddings"])
+  # The RFC's value is max_target_length, with which no command that builds a decode cache (decode, reshard_checkpoint)
+  # runs: there would be no room after the prompt. Pre-training reads neither value.
+  settings["max_prefill_predict_length"] = max(1, settings["max_target_length"] // 2)
   head = (
     f"# The LING2 model of {Path(folder).resolve().name}, written by `maxtext-ling2 config`. Use it in the place of "
     "base.yml:\n"

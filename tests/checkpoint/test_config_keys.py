@@ -143,10 +143,10 @@ REFUSED = {
     TINY | {"architectures": ["BailingMoeV2_5ForCausalLM", "LlamaForCausalLM"]},
     ["more than BailingMoeV2_5ForCausalLM"],
   ),
-  "grouped linear attention": (TINY | {"num_kv_heads_for_linear_attn": 1}, ["num_kv_heads_for_linear_attn=1", "=3"]),
+  "grouped linear attention": (TINY | {"num_kv_heads_for_linear_attn": 1}, ["num_kv_heads_for_linear_attn=1", "0 or 3"]),
   "another shared width": (
-    TINY | {"moe_shared_expert_intermediate_size": 26},
-    ["moe_shared_expert_intermediate_size=26", "moe_intermediate_size=13"],
+    TINY | {"moe_shared_expert_intermediate_size": 39},
+    ["moe_shared_expert_intermediate_size=39", "moe_intermediate_size", "13 or 26"],
   ),
   "other layer types": (TINY | {"layer_types": ["full_attention"] * 6}, ["layer_types=", "layer_group_size"]),
   "qk_head_dim": (TINY | {"qk_head_dim": 17}, ["qk_head_dim=17", "=16"]),
@@ -185,6 +185,7 @@ ACCEPTED = {
     "sliding_window": None, "topk_method": "noaux_tc", "transformers_version": "4.57.1", "use_cache": True,
     "use_rmsnorm": True,
   },
+  "the whole shared width": {"moe_shared_expert_intermediate_size": 26},
   "no grouped heads": {"num_kv_heads_for_linear_attn": 0, "num_key_value_heads": 3},
   "layer types": {
     "layer_types": ["linear_attention", "full_attention"] * 3, "mlp_layer_types": ["dense"] + ["sparse"] * 5,

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from maxtext_ling2.checkpoint import blocks, orbax_store, safetensors_file, stacking
+from maxtext_ling2.checkpoint import blocks, hf_config, orbax_store, safetensors_file, stacking
 from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.checkpoint.import_hf import Import
@@ -183,8 +183,10 @@ def test_finite_extremes_are_not_taken_for_infinity():
       assert not blocks.all_finite(np.append(values, np.array([bad], dtype)))
 
 
-def test_a_trained_state_exports(tmp_path):
-  """The layout of a whole training state, where router biases stand elsewhere; no optimizer state is looked at."""
+def test_router_biases_outside_the_parameters_are_exported(tmp_path):
+  """The layout of a training state saved without our seam, where router biases stand elsewhere. What MaxText's trainers
+  really save with it is tested in test_trainer_checkpoints.py.
+  """
   folder = folders.write(tmp_path / "hf", num_nextn_predict_layers=1)
   config = folders.config(folder)
   with HfFolder(folder) as tensors:
@@ -198,6 +200,26 @@ def test_a_trained_state_exports(tmp_path):
 
   ocp.save_checkpointables(tmp_path / "mt" / "7", {"items": tree})
   folders.assert_equal(to_hf(tmp_path / "mt" / "7", config, tmp_path / "back", "bfloat16"), folders.read(folder))
+
+
+CAVEATS = {
+  "offset": ({}, {"gla_decay_layer_offset": 1}, "vLLM, SGLang and mlx-lm compute 0"),
+  "trailing": ({"num_hidden_layers": 8, "layer_group_size": 3}, {}, "vLLM, SGLang and sglang-jax have no such rule"),
+  "no shared experts": ({"num_shared_experts": None}, {}, "vLLM, SGLang and mlx-lm fail on it"),
+  "silu": ({"linear_silu": True}, {}, "mlx-lm has no such key"),
+  "one expert": ({"num_experts_per_tok": 1}, {}, "vLLM and SGLang normalise"),
+}
+
+
+@pytest.mark.parametrize(("changes", "settings", "words"), CAVEATS.values(), ids=CAVEATS)
+def test_one_line_on_what_others_do_not_compute(tmp_path, caplog, changes, settings, words):
+  folder = folders.write(tmp_path / "hf", **changes)
+  config = to_maxtext(folder, tmp_path / "mt" / "0", "bfloat16", **settings)
+  with caplog.at_level(logging.WARNING, "maxtext_ling2"):
+    to_hf(tmp_path / "mt" / "0", config, tmp_path / "back", "bfloat16")
+  (line,) = (message for message in caplog.messages if "back:" in message)
+  assert words in line
+  assert hf_config.read(tmp_path / "back")["gla_decay_layer_offset"] == config.gla_decay_layer_offset
 
 
 def test_shards_and_index(tmp_path, monkeypatch):
