@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maxtext_ling2 import overrides
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "scale"
 PAGE = ROOT / "docs" / "scale.md"
@@ -119,8 +121,8 @@ _READ = (
 
 def _line(row: Row, result: dict[str, Any]) -> str:
   (one,) = result["options"]
-  length = next((word.partition("=")[2] for word in row.settings if word.startswith("max_target_length")), "4096")
-  slices = next((word.partition("=")[2] for word in row.settings if word.startswith("compile_topology_num")), "1")
+  settings = overrides.parse(row.settings)
+  length, slices = settings.get("max_target_length", "4096"), settings.get("compile_topology_num_slices", "1")
   where = row.topology if slices == "1" else f"{slices} x {row.topology}"
   memory = "?" if one["memory"] is None else f"{one['memory'] / 2**30:.1f}"
   cells = [row.model, length, where, str(one["devices"]), row.mesh or "fsdp"]

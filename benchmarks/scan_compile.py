@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from maxtext_ling2 import overrides
 from maxtext_ling2.demo.data import maxtext_folder
 
 TINY = ("base_emb_dim=256", "base_num_decoder_layers=5", "num_experts=64", "base_moe_mlp_dim=128", "vocab_size=1024")
@@ -20,16 +21,16 @@ TINY = ("base_emb_dim=256", "base_num_decoder_layers=5", "num_experts=64", "base
 def arguments(scan: bool, topology: str, extra: tuple[str, ...] = ()) -> list[str]:
   settings = {
     "model_name": "ling2",
-    "override_model_config": "true",
-    "scan_layers": str(scan).lower(),
+    "override_model_config": True,
+    "scan_layers": scan,
     "compile_topology": topology,
-    "compile_topology_num_slices": "1",
-    "per_device_batch_size": "1",
-    "log_config": "false",
+    "compile_topology_num_slices": 1,
+    "per_device_batch_size": 1,
+    "log_config": False,
     "jax_cache_dir": "",
   }
   base = str(maxtext_folder() / "configs" / "base.yml")
-  return ["train_compile", base, *(f"{key}={value}" for key, value in settings.items()), *extra]
+  return ["train_compile", base, *overrides.words(settings), *extra]
 
 
 def seconds(scan: bool, topology: str, layers: int) -> float:

@@ -57,6 +57,7 @@ def part(name: str, frames: Sequence[str]) -> str:
 def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, float]:
   """{part: bytes} of a step compiled in this process."""
   from benchmarks.layer_cases import PlainComposition
+  from maxtext_ling2 import overrides
   from maxtext_ling2.demo.data import maxtext_folder
   from maxtext_ling2.host.compile_step import compile_step
   from maxtext_ling2.model import layer
@@ -65,10 +66,10 @@ def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, 
   settings = {"model_name": "ling2", "compile_topology": topology, "compile_topology_num_slices": "1"}
   settings |= {"override_model_config": "true", "scan_layers": "true", "enable_goodput_recording": "false"}
   settings |= {"per_device_batch_size": "1", "gla_backend": "pallas", "log_config": "false"}
-  settings |= dict(word.split("=", 1) for word in extra)
+  words = overrides.join(settings | overrides.parse(extra))
   attention = PlainComposition if form == "plain" else layer.GatedLinearAttention
   with mock.patch.object(layer, "GatedLinearAttention", attention):
-    step = compile_step(str(maxtext_folder() / "configs" / "base.yml"), settings)
+    step = compile_step(str(maxtext_folder() / "configs" / "base.yml"), words)
   return hlo.memory_by(step.compiled.as_text(), part)
 
 

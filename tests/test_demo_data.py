@@ -13,6 +13,7 @@ from maxtext.input_pipeline.grain_data_processing import make_grain_train_iterat
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
+from maxtext_ling2 import overrides
 from maxtext_ling2.demo import data, train
 
 DOCUMENTS = [np.array(ids, np.uint16) for ids in ([5, 6, 7, 2], [2], [31999, 8, 2])]
@@ -128,7 +129,7 @@ def rows(dataset: data.Dataset) -> dict[str, NDArray[np.int32]]:
   settings = train.data_settings(dataset) | {
     "run_name": "test", "hardware": "cpu", "skip_jax_distributed_system": True, "log_config": False,
   }  # fmt: skip
-  config = pyconfig.initialize(["", str(base), *(f"{key}={train.as_text(value)}" for key, value in settings.items())])
+  config = pyconfig.initialize(["", str(base), *overrides.words(settings)])
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
   iterator = make_grain_train_iterator(config, mesh, [0])
   count = dataset.tokens // train.SEQUENCE_LENGTH // train.ROWS_PER_DEVICE

@@ -16,7 +16,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from maxtext_ling2 import startup
+from maxtext_ling2 import overrides, startup
 from maxtext_ling2.demo import metrics
 from maxtext_ling2.demo.data import EOD, Dataset, maxtext_folder
 from maxtext_ling2.demo.errors import DemoError
@@ -104,7 +104,7 @@ def command(model_name: str, dataset: Dataset, run: Run, platform: str) -> list[
   base = str(maxtext_folder() / "configs" / "base.yml")
   settings = {"model_name": model_name, "override_model_config": True}
   settings |= data_settings(dataset) | _run_settings(run) | _device_settings(platform)
-  return [sys.executable, "-m", *start, base, *(f"{name}={as_text(value)}" for name, value in settings.items())]
+  return [sys.executable, "-m", *start, base, *overrides.words(settings)]
 
 
 def data_settings(dataset: Dataset) -> dict[str, object]:
@@ -150,11 +150,6 @@ def _device_settings(platform: str) -> dict[str, object]:
     # CPUs calculate in bfloat16; the others emulate it.
     settings |= {"sparse_matmul": False, "dtype": "float32"}
   return settings
-
-
-def as_text(value: object) -> str:
-  """A setting as MaxText's command line takes it."""
-  return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_shell(arguments: Sequence[str], variables: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -42,12 +42,12 @@ def devices_of(topology: str) -> int | None:
   return None if found is None else int(found.devices_per_slice)
 
 
-def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
+def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
   """Compiles a train step; what MaxText prints goes to stderr.
 
   Args:
     yml: base yml.
-    settings: MaxText's, with compile_topology.
+    words: KEY=VALUE settings of MaxText, compile_topology among them.
 
   Raises:
     OutOfMemoryError: it does not fit.
@@ -61,7 +61,6 @@ def compile_step(yml: str, settings: Mapping[str, Any]) -> CompiledStep:
   from maxtext.trainers.pre_train import train_compile
   from maxtext.utils import maxtext_utils
 
-  words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
   seen: list[tuple[Any, Any]] = []
   original = train_compile.jit_and_compile
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from maxtext_ling2 import overrides
+
 FIELDS = ("model_name", "decoder_block")
 
 
@@ -31,8 +33,8 @@ def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder
   words = list(argv or ())
   settings = {field: str(kwargs[field]) for field in FIELDS if kwargs.get(field) is not None}
   for word in reversed(words[1:]):  # of two words for one field, MaxText takes the last
-    key, equals, value = word.partition("=")
-    if equals and key in FIELDS:
+    key, value = overrides.split(word) or ("", "")
+    if key in FIELDS:
       settings.setdefault(key, value.strip().strip("'\""))
   yml = kwargs.get("base_config") or next((word for word in words[1:2] if word.endswith(".yml")), None)
   for text in _chain(yml, configs_folder):
@@ -55,9 +57,9 @@ def explicit(field: str, words: Sequence[str], kwargs: dict[str, Any], yml: str,
   """
   if field in kwargs:
     return str(kwargs[field])
-  given = [word.partition("=")[2] for word in words if word.startswith(f"{field}=")]
-  if given:
-    return given[-1]
+  given = dict(filter(None, map(overrides.split, words)))  # of two words for one field, MaxText takes the last
+  if field in given:
+    return given[field]
   if f"M_{field.upper()}" in os.environ:
     return os.environ[f"M_{field.upper()}"]
   setting = _setting(field)

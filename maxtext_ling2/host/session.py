@@ -2,11 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from maxtext_ling2 import overrides
 
 TOOL_SETTINGS: dict[str, Any] = {
   "run_name": "maxtext-ling2",
@@ -33,12 +35,18 @@ FLOAT32_SETTINGS: dict[str, Any] = {
 """MaxText's bar for comparing with a reference: everything in float32."""
 
 
-def make_config(**settings: Any) -> Any:
-  """A MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS` and the given settings, the last ones first.
+def make_config(*, words: Sequence[str] = (), **settings: Any) -> Any:
+  """A MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS`, the given settings and words, the last ones first.
+
+  Args:
+    words: KEY=VALUE of the user, which MaxText reads as those of its command line.
+    settings: Python values.
 
   Raises:
+    OverrideError: a word is not KEY=VALUE.
     ValueError: MaxText refuses the settings. Outside pytest it prints why and would end the process.
   """
+  given = overrides.parse(words)
   import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
 
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
@@ -46,9 +54,18 @@ def make_config(**settings: Any) -> Any:
 
   base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
   try:
-    return pyconfig.initialize(["", base], **{**TOOL_SETTINGS, **settings})
+    # MaxText lets keyword arguments win over words.
+    others = {key: value for key, value in {**TOOL_SETTINGS, **settings}.items() if key not in given}
+    return pyconfig.initialize(["", base, *words], **others)
   except SystemExit as error:
     raise ValueError("MaxText refuses this configuration; its reason stands above") from error
+
+
+def changed(config: Any, **fields: Any) -> Any:
+  """A MaxText config with other values of some fields, which MaxText does not check again."""
+  from maxtext.configs import pyconfig
+
+  return pyconfig.HyperParameters(config._pydantic_config.model_copy(update=fields))
 
 
 def check_remat_policy(config: Any) -> None:
@@ -158,7 +175,7 @@ def convert(yml: str, model_name: str, folder: str, output: str, save_dtype: str
 
   settings = {"model_name": model_name, "base_output_directory": output, "run_name": "conversion", "scan_layers": scan}
   settings |= {"skip_jax_distributed_system": True, "log_config": False}
-  words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+  words = overrides.words(settings)
   try:
     to_maxtext.main(["", yml, *words], hf_model_path=folder, save_dtype=save_dtype, simulated_cpu_devices_count=1)
   except SystemExit as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import maxtext_ling2
+from maxtext_ling2 import overrides
 from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.plan.estimate import Option, make_option
@@ -61,7 +62,7 @@ def run(
     ValueError: an argument is not what it must be; the text names it.
   """
   yml, settings = _model(model)
-  settings |= DEFAULTS | _words(words)
+  settings |= overrides.texts(DEFAULTS) | overrides.parse(words)
   options = []
   for topology in topologies:
     for mesh in meshes:
@@ -84,18 +85,18 @@ def run(
   return bool(fitting)
 
 
-def _model(model: str) -> tuple[str, dict[str, Any]]:
+def _model(model: str) -> tuple[str, dict[str, str]]:
   """(base yml, settings) of a model's name or yml."""
   from maxtext_ling2.demo.data import maxtext_folder
 
   if not model.endswith((".yml", ".yaml")):
-    return str(maxtext_folder() / "configs" / "base.yml"), {"model_name": model}
+    return str(maxtext_folder() / "configs" / "base.yml"), overrides.texts({"model_name": model})
   if not Path(model).is_file():
     raise ValueError(
       f"{model}: no such file; pass a model_name such as ling2, or the yml that `maxtext-ling2 config` writes"
     )
   _check_yml(Path(model))
-  return model, {"model_name": CUSTOM_MODEL}
+  return model, overrides.texts({"model_name": CUSTOM_MODEL})
 
 
 def _check_yml(path: Path) -> None:
@@ -111,23 +112,16 @@ def _check_yml(path: Path) -> None:
     raise ValueError(f"{path}: holds {found} instead of settings; write it anew with `maxtext-ling2 config`")
 
 
-def _words(words: Sequence[str]) -> dict[str, str]:
-  for word in words:
-    if "=" not in word or word.startswith("="):
-      raise ValueError(f"{word}: not a setting of MaxText; write KEY=VALUE")
-  return dict(word.split("=", 1) for word in words)
-
-
-def _mesh(text: str) -> dict[str, Any]:
+def _mesh(text: str) -> dict[str, str]:
   """MaxText's settings of a mesh; fsdp takes the rest of the devices unless it is named."""
   mesh = VerifyMesh.read(text)
   sizes: dict[str, Any] = {f"ici_{axis}_parallelism": size for axis, size in mesh.sizes.items()}
   if mesh.length > 1:
     sizes["context_parallel_load_balance"] = False
-  return sizes
+  return overrides.texts(sizes)
 
 
-def _cached(yml: str, topology: str, mesh: str, settings: Mapping[str, Any], use: bool) -> Option:
+def _cached(yml: str, topology: str, mesh: str, settings: Mapping[str, str], use: bool) -> Option:
   """The option, from the cache if the same program has been compiled before."""
   sources = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.py"))
   parts = [json.dumps([topology, mesh, settings, _versions()], sort_keys=True, default=str), Path(yml).read_text()]

@@ -5,8 +5,8 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
 
+from maxtext_ling2 import overrides
 from maxtext_ling2.host.compile_step import OutOfMemoryError, compile_step, devices_of
 from maxtext_ling2.plan import hlo
 from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of
@@ -88,14 +88,14 @@ class Option:
     return self.devices * self.upper_seconds / self.tokens
 
 
-def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, Any]) -> Option:
+def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Option:
   """Compiles and measures one option.
 
   Args:
     yml: base yml.
     topology: as MaxText's compile_topology.
     mesh: text for the report.
-    settings: MaxText's, the mesh's among them.
+    settings: MaxText's, the mesh's among them, as text for its command line.
 
   Raises:
     PlanConfigError: MaxText refuses the settings.
@@ -104,13 +104,13 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, Any])
   chip, devices = chip_of(topology), devices_of(topology)
   if devices is None:
     raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
-  slices = str(settings.get("compile_topology_num_slices", 1))
+  slices = settings.get("compile_topology_num_slices", "1")
   if not slices.isdecimal() or int(slices) < 1:
     raise TopologyError(f"compile_topology_num_slices={slices}: not a number of slices; pass at least 1")
   devices *= int(slices)
   start = time.perf_counter()
   try:
-    step = compile_step(yml, {**settings, "compile_topology": topology})
+    step = compile_step(yml, overrides.join({**settings, "compile_topology": topology}))
   except OutOfMemoryError as error:
     used, capacity = _out_of_memory(str(error), chip)
     first = next((line for line in str(error).splitlines() if _USED.search(line)), str(error).splitlines()[0])

@@ -79,8 +79,8 @@ def test_report(made, tmp_path):
   assert found["versions"]["maxtext"] == "0.2.5"
   assert (tmp_path / "plan.png").stat().st_size > 1000
   settings = made[1][2]
-  assert settings["ici_expert_parallelism"] == 8
-  assert settings["context_parallel_load_balance"] is False
+  assert settings["ici_expert_parallelism"] == "8"
+  assert settings["context_parallel_load_balance"] == "false"
   assert settings["per_device_batch_size"] == "2"
   assert "ici_expert_parallelism" not in made[0][2]
 

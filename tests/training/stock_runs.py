@@ -1,7 +1,6 @@
 """Runs of MaxText's own trainer, `train.main`, several of them one after the other in each of few processes.
 
-As a script: `python stock_runs.py FILE` with a JSON list of argument lists, each of which may begin with another trainer's
-module.
+As a script: `python stock_runs.py FILE` with a JSON list of argument lists; each may begin with another trainer's module.
 """
 
 import importlib
