@@ -1,6 +1,7 @@
 """The command `maxtext-ling2`: doctor, verify, config, generate, eval, plan, demo, run."""
 
 import contextlib
+import enum
 import itertools
 import json
 import os
@@ -13,6 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from maxtext_ling2.errors import describe
+
+
+class DecayOffset(enum.StrEnum):
+  """Values of --decay-offset."""
+
+  zero = "0"
+  one = "1"
+  both = "both"
+
 
 app = typer.Typer(help="LING2 for stock MaxText.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -38,13 +48,16 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
   raise typer.Exit(0 if found.ok else 1)
 
 
+_VERIFY_OFFSET = "gla_decay_layer_offset of the reference; the default is what config.json says, or 0."
+
+
 @app.command()
 def verify(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json and safetensors.")],
   reference: Annotated[Path | None, typer.Option(help="npz with token ids and the reference's logits.")] = None,
   logits_key: Annotated[str, typer.Option(help="Array of logits [B, T, V] in the reference.")] = "eval.logits",
   ids_key: Annotated[str, typer.Option(help="Array of token ids [B, T] in the reference.")] = "input_ids",
-  decay_offset: Annotated[int, typer.Option(min=0, max=1, help="gla_decay_layer_offset of the reference.")] = 0,
+  decay_offset: Annotated[int | None, typer.Option(min=0, max=1, help=_VERIFY_OFFSET)] = None,
   grads: Annotated[Path | None, typer.Option(help="npz of gradients by Hugging Face tensor name.")] = None,
   rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first rows only.")] = None,
   scan: Annotated[bool, typer.Option("--scan", help="Scan the layers (scan_layers=true).")] = False,
@@ -62,7 +75,8 @@ def verify(
   from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 
   console = Console(soft_wrap=True, highlight=False)
-  settings: dict[str, Any] = {"gla_decay_layer_offset": decay_offset, "scan_layers": scan}
+  settings: dict[str, Any] = {"scan_layers": scan}
+  settings |= {"gla_decay_layer_offset": decay_offset} if decay_offset is not None else {}
   settings |= {"remat_policy": remat} if remat is not None else {}
   _refuse_what_verify_would_ignore(reference, orbax, via_orbax, {"--grads": grads, "--rows": rows, "--decode": decode})
   try:
@@ -119,6 +133,10 @@ def config(
 _CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="MaxText checkpoint or Hugging Face folder.")
 _SETTINGS = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
 _MODEL = typer.Option("--model", help="MaxText's model_name, for a MaxText checkpoint; the default is ling2.")
+_OFFSET_HELP = (
+  "gla_decay_layer_offset; `both` tells which one the weights were trained with. The default is what the folder's "
+  "config.json says, else 0."
+)
 _TOKENIZER = typer.Option(help="sentencepiece model or folder of a tokenizer; the default is the Hugging Face folder's.")
 
 
@@ -159,24 +177,38 @@ def evaluate(
   model: Annotated[str | None, _MODEL] = None,
   tokenizer: Annotated[Path | None, _TOKENIZER] = None,
   length: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 1024,
+  decay_offset: Annotated[DecayOffset | None, typer.Option(help=_OFFSET_HELP)] = None,
 ) -> None:
-  """Print loss, perplexity and bits per byte of a trained model on a text file."""
+  """Print loss, perplexity and bits per byte of a trained model on a text file.
+
+  With --decay-offset both, print them for each decay offset, and which one the weights were trained with.
+  """
+  from maxtext_ling2 import compare_offsets as offsets
   from maxtext_ling2 import evaluate as evaluation
 
   try:
+    words = settings or ()
     with contextlib.redirect_stdout(sys.stderr):
-      score = evaluation.evaluate(
-        checkpoint,
-        _read(text),
-        model_name=model,
-        tokenizer=tokenizer,
-        length=length,
-        words=settings or (),
-      )
+      content = _read(text)
+      if decay_offset is DecayOffset.both:
+        found = offsets.compare_offsets(
+          checkpoint, content, model_name=model, tokenizer=tokenizer, length=length, words=words
+        )
+        scores = {f"gla_decay_layer_offset={offset}: ": score for offset, score in enumerate(found.scores)}
+      else:
+        offset = None if decay_offset is None else int(decay_offset)
+        score = evaluation.evaluate(
+          checkpoint, content, model_name=model, tokenizer=tokenizer, length=length, words=words, decay_offset=offset
+        )
+        scores, found = {"": score}, None
   except (ValueError, OSError) as error:
     _fail(error)
-  print(f"loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f} bits per byte")
+  for which, score in scores.items():
+    bits = f"{score.bits_per_byte:.4f} bits per byte"
+    print(f"{which}loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, {bits}")
   print(f"{score.tokens} tokens, {score.bytes} bytes")
+  for line in [] if found is None else offsets.verdict(found):
+    print(line)
 
 
 @app.command()

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2 import saved_model
-from maxtext_ling2.saved_model import SavedModelError
+from maxtext_ling2 import overrides, saved_model
+from maxtext_ling2.checkpoint.decay_offset import FIELD
+from maxtext_ling2.saved_model import SavedModel, SavedModelError
 
 LENGTH = 1024
 ROWS = 4
+BOTH = "both"  # decay offsets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ def evaluate(
   tokenizer: Path | None = None,
   length: int = LENGTH,
   words: Sequence[str] = (),
+  decay_offset: int | None = None,
 ) -> Score:
   """Scores a text, cut into windows of `length` tokens that do not see each other.
 
@@ -65,19 +68,57 @@ def evaluate(
     model_name: MaxText's.
     tokenizer: file or folder.
     length: tokens of context at most.
-    words: settings of MaxText.
+    words: KEY=VALUE settings of MaxText.
+    decay_offset: gla_decay_layer_offset; None: the one that the folder states, else 0.
 
   Raises:
     SavedModelError: an argument does not fit.
     ValueError: see `saved_model.open_model`.
   """
-  sizes = {"max_target_length": length, "per_device_batch_size": ROWS}
-  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words)
+  opened, ids = open_with_text(checkpoint, text, model_name, tokenizer, length, words, decay_offset)
+  return score(token_losses(opened.config, opened.values, ids), text)
+
+
+def open_with_text(
+  checkpoint: Path,
+  text: str,
+  model_name: str | None,
+  tokenizer: Path | None,
+  length: int,
+  words: Sequence[str],
+  decay_offset: int | str | None,
+) -> tuple[SavedModel, NDArray[np.int32]]:
+  """The model, and the token ids [N] of the text; for the arguments see `evaluate`.
+
+  Args:
+    checkpoint: see `evaluate`.
+    text: at least two tokens.
+    model_name: MaxText's.
+    tokenizer: file or folder.
+    length: tokens of context at most.
+    words: KEY=VALUE settings of MaxText.
+    decay_offset: `BOTH`: the caller sets it in the config, whatever the folder states.
+
+  Raises:
+    SavedModelError: an argument does not fit.
+    ValueError: see `saved_model.open_model`.
+  """
+  word = overrides.parse(words).get(FIELD)
+  if None not in (word, decay_offset) and word != str(decay_offset):
+    raise SavedModelError(f"--decay-offset {decay_offset} and {FIELD}={word}: two values for one setting; leave one out")
+  sizes: dict[str, Any] = {"max_target_length": length, "per_device_batch_size": ROWS}
+  if decay_offset not in (None, BOTH):
+    sizes[FIELD] = decay_offset
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words, decay_offset != BOTH)
   ids = np.asarray(opened.tokenizer.encode(text), np.int32)
   if ids.size < 2:
     raise SavedModelError(f"the text has {ids.size} token(s); a loss needs at least two")
   saved_model.check_vocabulary(opened, ids)
-  losses = token_losses(opened.config, opened.values, ids)
+  return opened, ids
+
+
+def score(losses: NDArray[np.float32], text: str) -> Score:
+  """The score of a text from the losses [N - 1] of its tokens."""
   return Score(float(losses.sum(dtype=np.float64)), losses.size, len(text.encode()))
 
 

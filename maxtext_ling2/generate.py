@@ -32,13 +32,14 @@ def generate(
   Args:
     checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
     prompt: must give at least one token.
-    count: tokens at most; the text ends earlier at the tokenizer's end token.
+    count: tokens at most; the text ends earlier at an end-of-sequence token (`saved_model.end_tokens`), of the folders
+      `checkpoint` and `tokenizer`.
     model_name: MaxText's.
     tokenizer: file or folder.
     temperature: of sampling; 0 takes the most likely token.
     nucleus: samples among the most likely tokens that together have this probability.
     seed: of sampling.
-    words: settings of MaxText.
+    words: KEY=VALUE settings of MaxText.
 
   Raises:
     SavedModelError: an argument does not fit.
@@ -63,9 +64,9 @@ def generate(
   if not ids:
     raise SavedModelError("the prompt gives no token; write at least a word")
   saved_model.check_vocabulary(opened, ids)
+  end = saved_model.end_tokens(opened, checkpoint, tokenizer)
   engine = Engine(opened.config, opened.values, seed)
-  end = [] if opened.tokenizer.eos_id is None else [opened.tokenizer.eos_id]
-  yield from pieces(ids, engine.stream(ids, count, end), opened.tokenizer)
+  yield from pieces(ids, engine.stream(ids, count, tuple(end)), opened.tokenizer)
 
 
 def pieces(prompt: Sequence[int], tokens: Iterator[int], tokenizer: Any) -> Iterator[str]:

@@ -1,13 +1,20 @@
 """Opens a trained model for our own tools, from a MaxText checkpoint or a Hugging Face folder: generate, eval."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maxtext_ling2 import overrides
+from maxtext_ling2.checkpoint import decay_offset as offsets
+from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.errors import Ling2Error
 
 DEFAULT_MODEL = "ling2"
+
+_EOS = "eos_token_id"
+_EOS_FILES = ("generation_config.json", "config.json")
 
 
 class SavedModelError(Ling2Error, ValueError):
@@ -22,11 +29,13 @@ class SavedModel:
     config: MaxText config.
     values: arrays for all parameters and router biases, by path in the model.
     tokenizer: MaxText's tokenizer: `encode(text)`, `decode(ids)`, `eos_id`.
+    stated_offset: gla_decay_layer_offset in the config.json of a Hugging Face folder; None: nothing says it.
   """
 
   config: Any
   values: Mapping[Any, Any]
   tokenizer: Any
+  stated_offset: int | None = None
 
 
 def open_model(
@@ -35,6 +44,7 @@ def open_model(
   tokenizer: Path | None,
   sizes: Mapping[str, Any],
   words: Sequence[str] = (),
+  offset_matters: bool = True,
 ) -> SavedModel:
   """Opens a model.
 
@@ -44,26 +54,35 @@ def open_model(
     model_name: MaxText's, for a MaxText checkpoint, which does not say it; None: `ling2`.
     tokenizer: a sentencepiece model, or a folder with a Hugging Face tokenizer; None: that of the Hugging Face folder.
     sizes: settings that the caller needs, such as max_target_length.
-    words: `key=value` settings of the user, which win over everything else.
+    words: KEY=VALUE settings of the user, which win over everything else.
+    offset_matters: whether the caller uses the config's gla_decay_layer_offset, which must then be what the folder says.
 
   Raises:
     SavedModelError: what is asked for does not fit together.
-    CheckpointError: the Hugging Face folder is not a whole LING2 checkpoint.
+    OverrideError: a word is not KEY=VALUE.
+    CheckpointError: the Hugging Face folder is not a whole LING2 checkpoint, or states another decay offset.
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
-  settings = {**_platform(), **sizes, **_parsed(words)}
-  items = None if (checkpoint / "config.json").is_file() else _step(checkpoint)
-  model_name = settings.pop("model_name", model_name)
+  settings = {**_platform(), **sizes}
+  model_name = overrides.parse(words).get("model_name", model_name)
+  items = None if is_hugging_face(checkpoint) else _step(checkpoint)
   if items is None and model_name is not None:
     raise SavedModelError(
       f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is; leave it out"
     )
   built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take their time
-  if items is None:
-    config, values = _from_hugging_face(checkpoint, settings)
-  else:
-    config, values = _from_maxtext(items, model_name or DEFAULT_MODEL, settings)
-  return SavedModel(config, values, built)
+  if items is not None:
+    config, values = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, words)
+    return SavedModel(config, values, built)
+  config, stated = _config_of(checkpoint, settings, words)
+  if offset_matters:
+    offsets.check(checkpoint, stated, config.gla_decay_layer_offset)
+  return SavedModel(config, _weights_of(checkpoint, config), built, stated)
+
+
+def is_hugging_face(checkpoint: Path) -> bool:
+  """Whether a folder is a Hugging Face folder rather than a MaxText checkpoint."""
+  return (checkpoint / "config.json").is_file()
 
 
 def check_vocabulary(model: SavedModel, ids: Any) -> None:
@@ -75,6 +94,43 @@ def check_vocabulary(model: SavedModel, ids: Any) -> None:
     )
 
 
+def end_tokens(model: SavedModel, *folders: Path | None) -> frozenset[int]:
+  """All end-of-sequence ids: the tokenizer's, and those of generation_config.json and config.json in the folders.
+
+  Chat models name several there (the end of a turn, the end of a text), and a tokenizer has room for one.
+
+  Args:
+    model: the model, for its tokenizer and its vocabulary.
+    folders: where to look; what is no folder, or has no such file, adds nothing.
+
+  Raises:
+    SavedModelError: `eos_token_id` is not a token id, a list of token ids, or null.
+  """
+  ids = set() if model.tokenizer.eos_id is None else {int(model.tokenizer.eos_id)}
+  for file in (folder / name for folder in folders if folder is not None for name in _EOS_FILES):
+    if file.is_file():
+      ids |= _end_tokens_of(file, model.config.vocab_size)
+  return frozenset(ids)
+
+
+def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
+  try:
+    read = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+  except (ValueError, RecursionError) as error:
+    raise SavedModelError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+  if not isinstance(read, dict):
+    raise SavedModelError(f"{file}: a {type(read).__name__} instead of a JSON object; fetch the file again")
+  value = read.get(_EOS)
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  for one in ids:
+    if type(one) is not int or not 0 <= one < vocab_size:  # true is no id
+      raise SavedModelError(
+        f"{file}: {_EOS}={json.dumps(value)}: {json.dumps(one)} is not a token id from 0 to {vocab_size - 1}; correct "
+        "it, or remove the key"
+      )
+  return set(ids)
+
+
 def _platform() -> dict[str, Any]:
   """Few CPUs calculate in bfloat16, and the kernel of sparse_matmul is for accelerators."""
   import jax
@@ -82,38 +138,33 @@ def _platform() -> dict[str, Any]:
   return {"dtype": "float32", "sparse_matmul": False} if jax.default_backend() == "cpu" else {}
 
 
-def _parsed(words: Sequence[str]) -> dict[str, Any]:
-  import yaml
-
-  settings = {}
-  for word in words:
-    key, equals, value = word.partition("=")
-    if not equals or not key:
-      raise SavedModelError(f"{word!r}: no setting of MaxText; write key=value")
-    try:
-      settings[key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-      raise SavedModelError(f"{word}: its value does not parse as in a yml ({error}); put quotes around it") from error
-  return settings
-
-
-def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, dict[Any, Any]]:
-  from maxtext_ling2.checkpoint import hf_config, mapping, stacking
-  from maxtext_ling2.checkpoint.hf_folder import HfFolder
+def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, int | None]:
+  """MaxText's config of a Hugging Face folder, and the decay offset that its config.json states."""
+  from maxtext_ling2.checkpoint import hf_config
   from maxtext_ling2.host import session
 
-  config = session.make_config(model_name="default", **{**hf_config.to_maxtext(hf_config.read(folder)), **settings})
+  stated = hf_config.to_maxtext(hf_config.read(folder))
+  config = session.make_config(model_name="default", **{**stated, **settings}, words=words)
+  return config, stated.get(offsets.FIELD)
+
+
+def _weights_of(folder: Path, config: Any) -> dict[Any, Any]:
+  from maxtext_ling2.checkpoint import stacking
+  from maxtext_ling2.checkpoint.hf_folder import HfFolder
+
   with HfFolder(folder) as tensors:
-    tensors.check(mapping.entries(config))
-    return config, {leaf.path: leaf.assemble(tensors.tensor) for leaf in stacking.leaves(config)}
+    tensors.check(config)
+    return {leaf.path: leaf.assemble(tensors.tensor) for leaf in stacking.leaves(config)}
 
 
-def _from_maxtext(items: Path, model_name: str, settings: Mapping[str, Any]) -> tuple[Any, dict[Any, Any]]:
+def _from_maxtext(
+  items: Path, model_name: str, settings: Mapping[str, Any], words: Sequence[str]
+) -> tuple[Any, dict[Any, Any]]:
   from maxtext_ling2.host import session
 
   scanned = session.is_scanned(str(items))
   layout = {} if scanned is None else {"scan_layers": scanned}
-  config = session.make_config(**{"model_name": model_name, **layout, **settings})
+  config = session.make_config(**{"model_name": model_name, **layout, **settings}, words=words)
   try:
     return config, session.restore(config, session.make_mesh(config), str(items))
   except (ValueError, KeyError) as error:

@@ -1,7 +1,10 @@
 """Text from a trained model, and the loss of a text, on a golden Hugging Face folder with a stand-in tokenizer."""
 
+import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,12 +95,116 @@ def test_batches_hold_every_target_once(count):
     ((GOLDEN, None, None, {}), "neither a Hugging Face folder"),
     ((GOLDEN / "nothing", None, None, {}), "there is no such folder"),
     ((FOLDER, "ling2", None, {}), "--model ling2: .* says itself"),
-    ((FOLDER, None, None, {}, ["temperature"]), "'temperature': no setting of MaxText; write key=value"),
+    ((FOLDER, None, None, {}, ["temperature"]), "'temperature': not a setting of MaxText; write KEY=VALUE"),
   ],
 )
 def test_what_cannot_be_opened(arguments, message):
-  with pytest.raises(SavedModelError, match=message):
+  with pytest.raises(ValueError, match=message):
     saved_model.open_model(*arguments)
+
+
+def test_words_are_read_as_maxtext_reads_them():
+  words = ["run_name=2024-01-01", "data_shuffle_seed=010", "jax_cache_dir=", "max_target_length=16"]
+  config = saved_model.open_model(FOLDER, None, None, {"max_target_length": 8}, words).config
+  assert (config.run_name, config.data_shuffle_seed, config.jax_cache_dir) == ("2024-01-01", 8, None)
+  assert config.max_target_length == 16
+
+
+# End of sequence
+
+
+def folder_with(target, **files):
+  """A folder with these JSON files, or files of other text."""
+  target.mkdir()
+  for name, content in files.items():
+    (target / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+  return target
+
+
+def model_with(eos):
+  """A model with 10 tokens and a tokenizer with this end token, as far as it matters here."""
+  return SimpleNamespace(config=SimpleNamespace(vocab_size=10), tokenizer=SimpleNamespace(eos_id=eos))
+
+
+@pytest.mark.parametrize(
+  ("tokenizer", "files", "expected"),
+  [
+    (None, {}, set()),
+    (2, {}, {2}),
+    (2, {"generation_config": {"eos_token_id": [7, 9]}, "config": {"eos_token_id": 1}}, {1, 2, 7, 9}),
+    (2, {"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": [2, 3]}}, {2, 3}),
+    (None, {"generation_config": {"eos_token_id": 0}, "config": {}}, {0}),
+    (None, {"generation_config": {"eos_token_id": []}}, set()),
+  ],
+)
+def test_end_tokens(tmp_path, tokenizer, files, expected):
+  folder = folder_with(tmp_path / "hf", **files)
+  assert saved_model.end_tokens(model_with(tokenizer), folder, None, tmp_path / "nowhere") == expected
+
+
+@pytest.mark.parametrize("file", ["generation_config", "config"])
+@pytest.mark.parametrize(
+  ("value", "culprit"),
+  [
+    ("</s>", '"</s>"'),
+    (-1, "-1"),
+    (10, "10"),
+    (True, "true"),
+    (1.0, "1.0"),
+    ([1, "2"], '"2"'),
+    ([[1]], "[1]"),
+    ({}, "{}"),
+  ],
+)
+def test_what_is_no_end_token(tmp_path, file, value, culprit):
+  folder = folder_with(tmp_path / "hf", **{file: {"eos_token_id": value}})
+  with pytest.raises(SavedModelError) as error:
+    saved_model.end_tokens(model_with(2), folder)
+  says = f"{folder / file}.json: eos_token_id={json.dumps(value)}: {culprit} is not a token id from 0 to 9; correct it, "
+  assert str(error.value) == f"{says}or remove the key"
+
+
+@pytest.mark.parametrize(
+  ("text", "why"),
+  [
+    ("{", "not valid JSON"),
+    ("[1]", "a list instead of a JSON object"),
+    ('{"eos_token_id": 1, "eos_token_id": 2}', "twice"),
+    ("\xff", "not valid JSON"),
+  ],
+)
+def test_damaged_generation_config(tmp_path, text, why):
+  folder = folder_with(tmp_path / "hf")
+  (folder / "generation_config.json").write_bytes(text.encode("latin1"))
+  with pytest.raises(SavedModelError, match=f"generation_config.json: .*{why}"):
+    saved_model.end_tokens(model_with(2), folder)
+
+
+def test_text_ends_at_each_end_token(tmp_path):
+  """Of the folder, and of a folder with a tokenizer."""
+  prompt = "Hello?"
+  tokens = Letters().encode("".join(generate.generate(FOLDER, prompt, 6)))
+  place = next(i for i in range(1, 6) if tokens[i] not in tokens[:i])
+  folder = tmp_path / "hf"
+  shutil.copytree(FOLDER, folder)
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [383, tokens[place]]}))
+  ended = text_of(tokens[:place])
+  assert "".join(generate.generate(folder, prompt, 6)) == ended
+  assert "".join(generate.generate(FOLDER, prompt, 6, tokenizer=folder)) == ended
+
+
+# Multi-token prediction
+
+
+def test_mtp_weights_that_are_not_wanted():
+  """A folder with MTP weights, opened without: the same text and the same loss."""
+  words = ["mtp_num_layers=0"]
+  opened = saved_model.open_model(FOLDER, None, None, {}, words)
+  assert not [path for path in opened.values if "mtp" in "/".join(map(str, path))]
+  assert [path for path in saved_model.open_model(FOLDER, None, None, {}).values if "mtp" in "/".join(map(str, path))]
+  assert "".join(generate.generate(FOLDER, "Hello?", 6, words=words)) == "".join(generate.generate(FOLDER, "Hello?", 6))
+  with_mtp, without = (evaluate.evaluate(FOLDER, "Hello, hello", length=8, words=some) for some in ([], words))
+  assert without.nats == pytest.approx(with_mtp.nats, rel=1e-6)
 
 
 def test_bad_arguments():

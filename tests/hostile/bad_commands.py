@@ -211,6 +211,11 @@ COMMANDS = {
   "eval hf --text file --length x": (USAGE, ["--length", "valid integer"]),
   "eval hf --text file": (CONTENT, ["hf", "pass --tokenizer"]),
   "eval nowhere --text file": (CONTENT, ["nowhere", "pass that of a checkpoint"]),
+  "eval hf --text file --decay-offset 2": (USAGE, ["--decay-offset", "not one of '0', '1', 'both'"]),
+  "eval hf --text file --decay-offset both gla_decay_layer_offset=1": (
+    CONTENT,
+    ["--decay-offset both and gla_decay_layer_offset=1", "leave one out"],
+  ),
   "eval hf word --text file": (CONTENT, ["'word'", "write key=value"]),
   "eval hf --text file --model ling2": (CONTENT, ["--model ling2", "leave it out"]),
   # plan
