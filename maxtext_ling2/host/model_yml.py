@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote, unquote
 
+from maxtext_ling2 import overrides
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
 from maxtext_ling2.host.request import asks_for, explicit, requested
@@ -94,11 +95,13 @@ class ModelYmlSeam(Seam):
 
   def _unless_given(self, path: str, words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
     """Words that replace what MaxText's own base yml says."""
-    return [
-      f"{field}={value}"
-      for field, value in self.instead_of_base.items()
-      if explicit(field, words, kwargs, path, self._configs_folder) is None
-    ]
+    return overrides.join(
+      {
+        field: value
+        for field, value in self.instead_of_base.items()
+        if explicit(field, words, kwargs, path, self._configs_folder) is None
+      }
+    )
 
   def _refuse_environment(self, settings: dict[str, str]) -> None:
     """MaxText applies M_MODEL_NAME after the yml was chosen, and would train another model under our name."""

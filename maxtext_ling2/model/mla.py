@@ -3,7 +3,7 @@
 from typing import Any
 
 from flax import nnx
-from maxtext.common.common_types import AttentionType
+from maxtext.common.common_types import MODEL_MODE_TRAIN, AttentionType
 from maxtext.layers import attention_mla, quantizations
 
 from maxtext_ling2.model import yarn
@@ -20,6 +20,8 @@ class MultiHeadLatentAttention(attention_mla.MLA):
   """
 
   def __init__(self, config: Any, mesh: Any, model_mode: str, quant: Any, inputs_shape: tuple[int, ...], rngs: nnx.Rngs):
+    if model_mode != MODEL_MODE_TRAIN:
+      _check_room_to_decode(config)
     mscale = yarn.softmax_mscale(config)
     super().__init__(
       config=config,
@@ -62,4 +64,14 @@ class MultiHeadLatentAttention(attention_mla.MLA):
     """The rotary embedding of the rope part of q and k, [B, T, H, qk_rope_head_dim]."""
     return rotary_embedding(
       self.config, self.mesh, self.qk_rope_head_dim, interleaved=self.config.mla_interleaved_rope, rngs=self.rngs
+    )
+
+
+def _check_room_to_decode(config: Any) -> None:
+  """Raises ValueError if a decode cache has no room after the prompt; ling2.yml leaves none, as it is for training."""
+  prompt, total = config.max_prefill_predict_length, config.max_target_length
+  if prompt >= total:
+    raise ValueError(
+      f"max_prefill_predict_length={prompt}: this command builds a decode cache, whose prompt must be shorter than "
+      f"max_target_length={total}; pass max_prefill_predict_length={max(1, total // 2)} override_model_config=true"
     )
