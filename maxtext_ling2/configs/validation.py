@@ -243,7 +243,7 @@ def _unsupported(c: Any) -> Iterator[str]:
       "`maxtext-ling2 eval` and `generate`"
     )
   if _rope_type(c) not in ("default", "yarn"):
-    yield f"rope_type={_rope_type(c)}: LING2 computes rope_type=default and yarn, no other; use one of them"
+    yield f"rope_type={_rope_type(c)!r}: LING2 computes rope_type=default and yarn, no other; use one of them"
   for field, off in _OFF.items():
     if getattr(c, field, off) != off:
       yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"

@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 
@@ -18,6 +19,7 @@ from exported_model import (
   CODE_FILES,
   GOLDEN,
   GUARD,
+  ROOT,
   TINY,
   configuration,
   largest_error,
@@ -357,3 +359,12 @@ def test_rotary_embedding_without_yarn():
   np.testing.assert_allclose(golden, io["inv_freq.mla"], rtol=1e-6)
   assert model.model.attention_factor == 1.0
   assert tiny(qk_nope_head_dim=32).model.layers[1].attention.scale == pytest.approx(40**-0.5)
+
+
+def test_the_block_of_the_page(tmp_path):
+  """docs/convert.md shows how to open an export; here it is run."""
+  (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL)
+  assert text.count('"HF_OUT"') == 1
+  found = {}
+  exec(text.replace("HF_OUT", str(write_folder(tmp_path / "hf", "one_cycle"))), found)
+  assert type(found["model"]).__name__ == "BailingMoeV2_5ForCausalLM"
