@@ -75,7 +75,7 @@ class Ling2Block(nnx.Module):
 
 def rematerialises(config: Any) -> bool:
   """Whether layers are wrapped in jax.checkpoint at all; `full` has no policy either, so the policy does not tell."""
-  return bool(config.remat_policy != "none")
+  return config.remat_policy not in (None, "none")  # MaxText makes None of the word
 
 
 def _prevents_cse(config: Any, in_scan: bool) -> bool:
