@@ -247,7 +247,7 @@ def not_in_config_json(config: Any) -> Iterator[str]:
   if config.max_position_embeddings != stretched:
     yield (
       f"max_position_embeddings={config.max_position_embeddings}: not rope_factor * original_max_position_embeddings = "
-      f"{stretched}, but transformers 4 takes the one for YaRN and transformers 5 the other; export with "
+      f"{stretched}, but with rope_type=yarn transformers 4 takes the one and transformers 5 the other; export with "
       f"max_position_embeddings={stretched} rope_mscale_all_dim={yarn.softmax_mscale(config) or 0.0} "
       "override_model_config=true, which computes the same"
     )

@@ -225,8 +225,9 @@ def _unsupported(c: Any) -> Iterator[str]:
   context = c.ici_context_parallelism * c.dcn_context_parallelism
   if context not in (0, 1) and c.context_parallel_load_balance:
     yield (
-      f"context_parallel_load_balance=true: linear attention passes its state from rank to rank in the order of the "
-      f"sequence, which load balancing of {context} context ranks breaks; set context_parallel_load_balance=false"
+      f"context_parallel_load_balance=true, ici_context_parallelism={c.ici_context_parallelism}, "
+      f"dcn_context_parallelism={c.dcn_context_parallelism}: linear attention passes its state from device to device in "
+      "the order of the sequence, which load balancing breaks; set context_parallel_load_balance=false"
     )
   for axis in ("autoregressive", "tensor_sequence"):
     sizes = {f"{kind}_{axis}_parallelism": getattr(c, f"{kind}_{axis}_parallelism", 1) for kind in ("ici", "dcn")}
@@ -264,6 +265,7 @@ _OFF = {
   "use_indexer": False,
   "first_num_hash_layers": 0,
   "fused_qkv": False,
+  "fused_mlp": False,
   "moe_expert_input_dim": -1,
   "mtp_reuse_input_embedding": False,
   "use_tunix_gradient_accumulation": False,
