@@ -48,12 +48,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
   raise typer.Exit(0 if found.ok else 1)
 
 
+_SETTINGS = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
 _VERIFY_OFFSET = "gla_decay_layer_offset of the reference; the default is what config.json says, or 0."
 
 
 @app.command()
 def verify(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json and safetensors.")],
+  words: Annotated[list[str] | None, _SETTINGS] = None,
   reference: Annotated[Path | None, typer.Option(help="npz with token ids and the reference's logits.")] = None,
   logits_key: Annotated[str, typer.Option(help="Array of logits [B, T, V] in the reference.")] = "eval.logits",
   ids_key: Annotated[str, typer.Option(help="Array of token ids [B, T] in the reference.")] = "input_ids",
@@ -70,12 +72,13 @@ def verify(
   """Compare LING2 in float32 with recorded outputs of a reference; exit 1 if they differ by more than 1e-4.
 
   With --orbax or --via-orbax, compare a MaxText checkpoint with the folder: every tensor bit by bit, then the logits.
+  KEY=VALUE words such as mtp_num_layers=0 are settings of MaxText.
   """
   from maxtext_ling2.checkpoint import verify_command
   from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 
   console = Console(soft_wrap=True, highlight=False)
-  settings: dict[str, Any] = {"scan_layers": scan}
+  settings: dict[str, Any] = {"scan_layers": scan, "words": tuple(words or ())}
   settings |= {"gla_decay_layer_offset": decay_offset} if decay_offset is not None else {}
   settings |= {"remat_policy": remat} if remat is not None else {}
   _refuse_what_verify_would_ignore(reference, orbax, via_orbax, {"--grads": grads, "--rows": rows, "--decode": decode})
@@ -131,7 +134,6 @@ def config(
 
 
 _CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="MaxText checkpoint or Hugging Face folder.")
-_SETTINGS = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
 _MODEL = typer.Option("--model", help="MaxText's model_name, for a MaxText checkpoint; the default is ling2.")
 _OFFSET_HELP = (
   "gla_decay_layer_offset; `both` tells which one the weights were trained with. The default is what the folder's "

@@ -163,7 +163,6 @@ def test_cannot_tell(sure, written):
   found = compare_offsets.compare_offsets(GOLDEN / "one_cycle", text, length=LENGTH)
   assert "the difference is less than 0.05 nats per token" in found.undecided
   found = compare_offsets.compare_offsets(sure, text, length=LENGTH)
-  print(found)
   assert min(score.loss for score in found.scores) > found.frequency_entropy and found.undecided is not None
   found = compare_offsets.compare_offsets(sure, text_of(written[0][:100]), length=LENGTH)
   assert "it has 99 scored tokens, and 128 are needed" in found.undecided

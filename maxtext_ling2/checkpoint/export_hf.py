@@ -182,6 +182,8 @@ class Export:
 
 def _caveats(config: Any) -> Iterator[str]:
   """What other readers of the export do not compute, one sentence each; docs/convert.md has where that was read."""
+  from maxtext_ling2.model.mla import LATENT_EPSILON  # with MaxText and JAX, which an export has loaded
+
   layers, cycle = config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval
   if config.gla_decay_layer_offset == 1:
     yield "gla_decay_layer_offset=1: vLLM, SGLang and mlx-lm compute 0, whatever config.json says."
@@ -198,12 +200,19 @@ def _caveats(config: Any) -> Iterator[str]:
     yield "num_experts_per_tok=1: vLLM and SGLang normalise the weight of a single expert, the official code does not."
   if yarn.softmax_mscale(config):
     yield "rope_scaling.mscale_all_dim: vLLM's MLA has no softmax factor."
+  if yarn.is_yarn(config):
+    yield "rope_scaling.attention_factor: SGLang and mlx-lm take transformers' rule instead, and mlx-lm always truncates."
+  if config.normalization_layer_epsilon != LATENT_EPSILON:
+    yield (
+      f"rms_norm_eps={config.normalization_layer_epsilon}: vLLM, SGLang and mlx-lm take it for the norms of MLA's "
+      f"latents, too, which have {LATENT_EPSILON} here, as in the official code."
+    )
 
 
 def _copy_text(source: Path, target: Path) -> None:
   """Copies a file of a tokenizer's folder, without an `auto_map`, which would name code that does not come along."""
   if source.name == "tokenizer_config.json":
-    with contextlib.suppress(ValueError):  # a damaged file travels as it is: transformers will name it
+    with contextlib.suppress(ValueError, RecursionError):  # a damaged file travels as it is: transformers will name it
       settings = json.loads(source.read_text(encoding="utf-8"))
       if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
         logger.warning("%s: its auto_map is left out, since no code of the tokenizer's folder is exported.", source)

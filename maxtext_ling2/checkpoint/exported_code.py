@@ -10,24 +10,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from maxtext_ling2.checkpoint import disk
+
 FOLDER = Path(__file__).parent / "torch_code"
 FILES = ("configuration_ling2.py", "attention_ling2.py", "modeling_ling2.py")
 
 
-def _constants(path: Path) -> dict[str, Any]:
-  """Literals that a module assigns to names, without importing it: it needs PyTorch and transformers."""
+def _constants(path: Path, *names: str) -> list[Any]:
+  """Literals that a module assigns to these names, without importing it: it needs PyTorch and transformers."""
   body = ast.parse(path.read_text(encoding="utf-8")).body
-  assigned = (node for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Dict))
-  return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned if isinstance(node.targets[0], ast.Name)}
+  assigned = {ast.unparse(node.targets[0]): node.value for node in body if isinstance(node, ast.Assign)}
+  return [ast.literal_eval(assigned[name]) for name in names]
 
 
 def keys() -> dict[str, Any]:
   """What config.json of a folder with this code says beside the model's settings."""
-  constants = _constants(FOLDER / FILES[0])
-  return {"auto_map": constants["AUTO_MAP"], "transformers_weights": constants["GUARD"]}
+  auto_map, guard = _constants(FOLDER / FILES[0], "AUTO_MAP", "GUARD")
+  return {"auto_map": auto_map, "transformers_weights": guard}
 
 
 def write(folder: Path) -> None:
   """Puts the code into an exported folder."""
   for name in FILES:
     shutil.copyfile(FOLDER / name, folder / name)
+    disk.sync(folder / name)

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ _OTHER_MODELS = {
   "BailingHybridForCausalLM": "Ling 3.0, which would need KDA (Kimi delta attention) instead of GLA",
   "BailingMoeV3ForCausalLM": "Ling 3.0, which would need KDA (Kimi delta attention) instead of GLA",
 }
-_OFFICIAL_SHARED_EXPERTS = 1  # where num_shared_experts is absent; null means none
 _WRITTEN = (
   *("hidden_act", "use_bias", "use_qkv_bias", "tie_word_embeddings", "rope_interleave", "score_function"),
   "moe_router_enable_expert_bias",
@@ -39,6 +37,9 @@ _MAY_BE_ZERO = (
   "head_dim",
   OFFSET,
 )
+_LAYERS = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}  # at least
+_MOST_LAYERS = 10_000
+_LARGEST_SIZE = 2**31  # of an axis
 _OPTIONAL_COUNTS = (*_MAY_BE_ZERO[1:], "num_key_value_heads")
 _SWITCHES = ("linear_silu", "use_linear_silu")  # two names of one
 
@@ -75,7 +76,7 @@ def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
   if problems:
     raise CheckpointError("\n".join(problems))
   settings = {ours: config[theirs] for theirs, ours in SAME.items()}
-  shared = config.get("num_shared_experts", _OFFICIAL_SHARED_EXPERTS) or 0
+  shared = hf_keys.shared_experts(config)
   settings |= {
     "decoder_block": "ling2",
     "base_num_kv_heads": config["num_attention_heads"],
@@ -137,28 +138,33 @@ def _refusals(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _mistyped(config: dict[str, Any]) -> Iterator[str]:
-  """Values of another type than the model's own configuration class gives them."""
+  """Values of another type or size than the model's own configuration class gives them."""
   for key in (*SAME, "rope_theta", "mtp_loss_scaling_factor", *_OPTIONAL_COUNTS, *_SWITCHES):
     value = config.get(key)
     if value is None:
       continue
-    if key in _FLOATS:
-      right, what = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
+    if key == "partial_rotary_factor":
+      right, what = type(value) in (int, float) and 0 < value <= 1, "a positive number up to 1"
+    elif key in _FLOATS:
+      right, what = type(value) in (int, float) and 0 < value < hf_rope.LARGEST, "a positive number"
     elif key == "mtp_loss_scaling_factor":
-      right, what = type(value) in (int, float) and 0 <= value < math.inf, "a non-negative number"
+      right, what = type(value) in (int, float) and 0 <= value < hf_rope.LARGEST, "a non-negative number"
     elif key in ("use_qk_norm", *_SWITCHES):
       right, what = type(value) is bool, "true or false"
+    elif key in _LAYERS:
+      right, what = type(value) is int and _LAYERS[key] <= value <= _MOST_LAYERS, "a number of layers"
+      what = "a positive integer" if value == 0 else what
     elif key in _MAY_BE_ZERO:
-      right, what = type(value) is int and value >= 0, "a non-negative integer"
+      right, what = type(value) is int and 0 <= value < _LARGEST_SIZE, "a non-negative integer"
     else:
-      right, what = type(value) is int and value > 0, "a positive integer"
+      right, what = type(value) is int and 0 < value < _LARGEST_SIZE, "a positive integer"
     if not right:
       yield f"{key}={value!r}: not {what}, so config.json is damaged; fetch it again"
 
 
 def _contradictions(config: dict[str, Any]) -> Iterator[str]:
   heads = config["num_attention_heads"]
-  if not config.get("head_dim", 128) and config["hidden_size"] % heads:
+  if not config.get("head_dim", True) and config["hidden_size"] % heads:
     yield (
       f"head_dim={config['head_dim']}: it means hidden_size / num_attention_heads, but {config['hidden_size']} is no "
       f"multiple of {heads}; write head_dim into config.json"
@@ -178,6 +184,12 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     yield f"{', '.join(f'{k}={v}' for k, v in switches.items())}: not equal, but names of one switch; correct config.json"
   if (config.get(OFFSET) or 0) > 1:
     yield f"{OFFSET}={config[OFFSET]}: neither 0 nor 1, the two that there are; correct config.json"
+
+
+def mtp_weight(config: dict[str, Any]) -> float | None:
+  """mtp_loss_scaling_factor of a config.json; None: it says nothing."""
+  value = config.get("mtp_loss_scaling_factor")
+  return None if value is None else float(value)
 
 
 def from_maxtext(config: Any) -> dict[str, Any]:
@@ -232,7 +244,7 @@ def routing_groups(config: Any) -> tuple[int, int]:
   return (1, 1) if config.n_routing_groups == -1 else (config.n_routing_groups, config.topk_routing_group)
 
 
-_ONLY: dict[str, tuple[Any, ...]] = {
+_FIELDS_OF_ONE_VALUE: dict[str, tuple[Any, ...]] = {
   "mla_interleaved_rope": (True,),
   "routed_bias": (True,),
   "rope_min_timescale": (1,),
@@ -255,14 +267,14 @@ def _not_in_config_json(c: Any) -> Iterator[str]:
       f"partial_rotary_factor={c.partial_rotary_factor}: head_dim * factor is not qk_rope_head_dim={c.qk_rope_head_dim}, "
       "but the Hugging Face code rotates GLA and MLA with the same frequencies; train with the same number"
     )
-  for field, allowed in _ONLY.items():
+  for field, allowed in _FIELDS_OF_ONE_VALUE.items():
     value = getattr(c, field, allowed[0])
     if value not in allowed:
       yield f"{field}={value!r}: not {allowed[0]!r}, the only value config.json can stand for; train and export with it"
   if (getattr(c, "attn_logits_soft_cap", None) or 0) > 0:
     yield f"attn_logits_soft_cap={c.attn_logits_soft_cap}: no key of config.json says it; train and export with 0"
   for field, off in (("mlp_activations_limit", -1.0), ("capacity_factor", -1.0)):
-    if getattr(c, field, off) > 0:
+    if not getattr(c, field, off) <= 0:  # NaN neither
       yield (
         f"{field}={getattr(c, field)}: no key of config.json says it, so the export would compute something else; export "
         f"with {field}={off:g} if you want that"

@@ -6,6 +6,7 @@ Only `*.safetensors` and JSON files are opened, none outside the folder: no pick
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from maxtext_ling2.errors import CheckpointError
 
 logger = logging.getLogger("maxtext_ling2")
 
+_TAKE_BOTH = (
+  "take config.json and weights of one model, and the MaxText settings that `maxtext-ling2 config` prints for it"
+)
 INDEX = "model.safetensors.index.json"
 
 
@@ -81,25 +85,22 @@ class HfFolder:
     extra = self._without_left_out_mtp(extra, config)
     shapes = {name: self._tensors[name].shape for name in wanted if name in self._tensors}
     wrong = [f"{name} is {shape}, expected {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]]
+    mtp = list(self._about_mtp(wanted, missing, extra, config))
+    explained = {name for _, names in mtp for name in names}
     problems = [
       f"{len(names)} {kind} tensor{'s' * (len(names) > 1)}: {'; '.join(names[:8])}{' ...' * (len(names) > 8)}"
-      for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
-      if names
+      for kind, found in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
+      if (names := [name for name in found if name not in explained])
     ]
-    if problems and not wrong and not (missing and extra):
-      self._explain_mtp(missing, extra, config)
     if problems:
-      raise CheckpointError(
-        f"{self.folder}: the weights are not those of the model, because of {'; '.join(problems)}; take config.json and "
-        "weights of one model, and the MaxText settings that `maxtext-ling2 config` prints for it"
-      )
+      mtp.append((f"the weights are not those of the model, because of {'; '.join(problems)}; {_TAKE_BOTH}", []))
+    if mtp:
+      raise CheckpointError("\n".join(f"{self.folder}: {text}" for text, _ in mtp))
 
   def _without_left_out_mtp(self, extra: list[str], config: Any) -> list[str]:
     """The unexpected tensors without those of MTP layers that config.json names and the model is not to have."""
-    has = hf_config.read(self.folder).get("num_nextn_predict_layers") or 0
-    first = config.num_decoder_layers + config.mtp_num_layers
-    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, config.num_decoder_layers + has))
-    left_out = [name for name in extra if name.startswith(prefixes)] if prefixes else []
+    first, end = config.num_decoder_layers + config.mtp_num_layers, config.num_decoder_layers + self._mtp_layers()
+    left_out = [name for name in extra if first <= _layer(name) < end]
     if left_out:
       logger.warning(
         "%s: %d tensors of MTP (%s ...) are left out, as mtp_num_layers=%d says.",
@@ -107,22 +108,30 @@ class HfFolder:
       )
     return [name for name in extra if name not in set(left_out)]
 
-  def _explain_mtp(self, missing: list[str], extra: list[str], config: Any) -> None:
-    """Raises an error of its own where MTP is all that is missing, or all that is unexpected."""
-    layers = config.num_decoder_layers
-    if missing and all(_layer(name) >= layers for name in missing):
-      raise CheckpointError(
-        f"{self.folder}: num_nextn_predict_layers={config.mtp_num_layers} in config.json, but {len(missing)} tensors of "
-        f"MTP ({missing[0]} ...) are not in the folder, as is common after fine-tuning; to go on without MTP pass "
-        "mtp_num_layers=0 (for a named model with override_model_config=true)"
+  def _mtp_layers(self) -> int:
+    return hf_config.read(self.folder).get("num_nextn_predict_layers") or 0
+
+  def _about_mtp(
+    self, wanted: Iterable[str], missing: list[str], extra: list[str], config: Any
+  ) -> Iterator[tuple[str, list[str]]]:
+    """(what is wrong with MTP as a whole, the tensors that this explains)."""
+    layers, stated = config.num_decoder_layers, self._mtp_layers()
+    absent = [name for name in missing if _layer(name) >= layers]
+    if absent and len(absent) == sum(_layer(name) >= layers for name in wanted):
+      yield (
+        f"num_nextn_predict_layers={stated} in config.json, but none of the {len(absent)} tensors of MTP ({absent[0]} "
+        "...) is in the folder, as is common after fine-tuning; to go on without MTP pass mtp_num_layers=0 (for a named "
+        "model with override_model_config=true)",
+        absent,
       )
-    if extra and all(_layer(name) >= layers for name in extra) and any("eh_proj" in name for name in extra):
-      files = sorted({self._files[name] for name in extra})
-      count = len({_layer(name) for name in extra})
-      raise CheckpointError(
-        f"{self.folder}: {len(extra)} tensors of {count} MTP layer(s) ({extra[0]} ...) stand in {', '.join(files)}, but "
-        f"config.json has num_nextn_predict_layers={config.mtp_num_layers}; to use them write num_nextn_predict_layers="
-        f"{config.mtp_num_layers + count} into config.json, to go on without them remove them from the folder"
+    more = [name for name in extra if _layer(name) >= layers]
+    if any(name.endswith("eh_proj.weight") for name in more):
+      files, count = sorted({self._files[name] for name in more}), len({_layer(name) for name in more})
+      yield (
+        f"{len(more)} tensors of {count} MTP layer(s) ({more[0]} ...) in {', '.join(files)}, but config.json has "
+        f"num_nextn_predict_layers={stated}; to use them write num_nextn_predict_layers={stated + count} into "
+        "config.json, to go on without them write that and pass mtp_num_layers=0",
+        more,
       )
 
   def __getitem__(self, name: str) -> NDArray[Any]:

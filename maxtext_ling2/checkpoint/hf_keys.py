@@ -2,7 +2,7 @@
 
 Which keys there are: those of the official configuration class and of the code that reads it (inclusionAI/Ling-V2.5 at
 79c5ec5), of published config.json files of its family, of vLLM's, SGLang's and mlx-lm's readers, of transformers itself
-(4.57 and 5.23), and our own. A key that stands nowhere here is refused, since it may change what the model computes.
+(4.57 and 5.23), and our own. A key in none of the tables is refused, since it may change what the model computes.
 """
 
 import logging
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from maxtext_ling2.checkpoint import exported_code
 from maxtext_ling2.checkpoint.decay_offset import FIELD as OFFSET
 from maxtext_ling2.model.layout import is_dense, is_mla
 
@@ -18,7 +19,7 @@ logger = logging.getLogger("maxtext_ling2")
 IGNORE = "MAXTEXT_LING2_IGNORE_KEYS"
 """Environment variable: unknown keys, separated by commas, that the user knows not to change what the model computes."""
 
-GUARD = "transformers_weights"
+GUARD_KEY = "transformers_weights"
 
 SAME = {
   "hidden_size": "base_emb_dim",
@@ -98,8 +99,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
   "quantization_config": (None, {}),
   "quantization": (None, {}),
   "compression_config": (None, {}),
+  # Our exports' guard: without trust_remote_code transformers looks for a file of this name, which does not exist.
+  GUARD_KEY: (exported_code.keys()[GUARD_KEY], None),
   # transformers.
-  "pruned_heads": (None, {}),
+  "pruned_heads": (None, {}, []),
   "chunk_size_feed_forward": (0, None),
   "is_encoder_decoder": (False, None),
   "add_cross_attention": (False, None),
@@ -147,9 +150,13 @@ INERT = {
     "how transformers 4 samples text",
   ),
   "auto_map": "code for transformers, which nothing here runs",
-  GUARD: "our export's guard: without trust_remote_code transformers looks for this file, which does not exist",
 }
 """Keys that do not change what the model computes, and why."""
+
+
+def shared_experts(config: Mapping[str, Any]) -> int:
+  """How many there are: 1 where the key is absent, as in the official class; none where it is null."""
+  return int(config.get("num_shared_experts", 1) or 0)
 
 
 def _trailing_rule(config: Mapping[str, Any]) -> Any:
@@ -164,7 +171,7 @@ def _dense_then_sparse(config: Mapping[str, Any]) -> Any:
 
 def _shared_widths(config: Mapping[str, Any]) -> Iterator[int]:
   yield config["moe_intermediate_size"]
-  yield config["moe_intermediate_size"] * (config.get("num_shared_experts", 1) or 0)
+  yield config["moe_intermediate_size"] * shared_experts(config)
 
 
 EQUAL: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
@@ -186,6 +193,7 @@ ONE_OF: dict[str, tuple[str, Callable[[Mapping[str, Any]], Iterable[Any]]]] = {
 }
 """Keys that must have one of several values that follow from others: their names, and the values. Null is none."""
 
+_CORRECT = "which is what LING2 computes; correct config.json, or remove the key"
 _OTHER_ATTENTION = ("kda", "linear_att", "short_conv", "linear_key_value_heads", "linear_num_", "linear_head_dim")
 _KNOWN = {*SAME, *TRANSLATED, *ONLY, *INERT, *EQUAL, *ONE_OF, "architectures"}
 
@@ -212,9 +220,6 @@ def problems(config: Mapping[str, Any]) -> Iterator[str]:
     right = sorted(set(values(config)))
     if config.get(key) is not None and config[key] not in right:
       yield f"{key}={config[key]!r}: not {others}={' or '.join(map(repr, right))}, {_CORRECT}"
-
-
-_CORRECT = "which is what LING2 computes; correct config.json, or remove the key"
 
 
 def _refused(key: str, value: Any, allowed: tuple[Any, ...]) -> str:

@@ -10,7 +10,6 @@ go with it; those of the Hugging Face code are written out as numbers:
   rope_mscale_all_dim: MLA's softmax scale is multiplied by m^2, m = 0.1 * rope_mscale_all_dim * ln(factor) + 1.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ _YARN = {
   *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"),
   *("mscale_all_dim", "truncate"),
 }
+_SMALLEST = {"mscale": 0, "mscale_all_dim": 0, "original_max_position_embeddings": 1}  # of a number; else above 0
 _LAYOUTS = ("rope_scaling", "rope_parameters")
 
 
@@ -75,7 +75,10 @@ def _damaged(layout: str, scaling: Any) -> Iterator[str]:
       "correct rope_type"
     )
   elif kinds and not kinds <= {"yarn", "default"}:
-    yield f"{layout}={scaling!r}: not YaRN, the only scaling LING2 has; remove it to train without scaling"
+    yield (
+      f"{layout}={scaling!r}: not YaRN, the only scaling LING2 has; to train without, set its rope_type to default and "
+      "remove its parameters"
+    )
   elif "yarn" in kinds:
     yield from _damaged_yarn(layout, scaling)
 
@@ -91,7 +94,7 @@ def _damaged_yarn(layout: str, scaling: dict[str, Any]) -> Iterator[str]:
         yield f"{layout}.truncate={value!r}: not true or false; correct config.json"
     elif not _is_number(value):
       yield f"{layout}.{key}={value!r}: not a number; correct config.json"
-    elif key not in ("mscale", "mscale_all_dim") and value <= 0:
+    elif value < _SMALLEST.get(key, 1e-6):
       yield f"{layout}.{key}={value!r}: not positive, as YaRN needs it; correct config.json"
 
 
@@ -108,7 +111,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     return
   if _kind(old) != _kind(new):
     yield _contradiction({"rope_scaling.rope_type": _kind(old), "rope_parameters.rope_type": _kind(new)})
-  elif _kind(old) == "yarn" and config.get("max_position_embeddings"):
+  elif _kind(old) == "yarn" and _is_number(config.get("max_position_embeddings")):
     old, new = _complete(config, old), _complete(config, new)
     for key in sorted(_YARN):
       if old[key] != new[key]:
@@ -166,7 +169,12 @@ def refusals(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-  return type(value) in (int, float) and math.isfinite(value)
+  """Whether a value is a finite number of a size that integers and floats hold exactly."""
+  return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+
+LARGEST = 2**53
+"""No number of a config.json is as large."""
 
 
 def _kind(scaling: dict[str, Any]) -> str:
@@ -203,7 +211,7 @@ def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
     "beta_fast": int(parameters["beta_fast"]),
     "beta_slow": int(parameters["beta_slow"]),
     "original_max_position_embeddings": int(parameters["original_max_position_embeddings"]),
-    "rope_truncate": bool(scaling.get("truncate", True)),
+    "rope_truncate": scaling.get("truncate") is not False,  # absent and null mean true
     "mscale": float(scaling.get("mscale") or 1.0),
     "rope_mscale_all_dim": float(all_dim),
     "rope_attention_factor": float(scaling.get("attention_factor") or _attention_factor(parameters["factor"], scaling)),

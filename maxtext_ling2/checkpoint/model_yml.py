@@ -28,8 +28,8 @@ def text(folder: Path) -> str:
 
   raw = hf_config.read(folder)
   settings = hf_config.to_maxtext(raw) | _TRAINING
-  if raw.get("mtp_loss_scaling_factor") is not None:
-    settings["mtp_loss_scaling_factor"] = raw["mtp_loss_scaling_factor"]
+  if (weight := hf_config.mtp_weight(raw)) is not None:
+    settings["mtp_loss_scaling_factor"] = weight
   settings["max_target_length"] = min(4096, raw["max_position_embeddings"])
   # The RFC's value is max_target_length, with which no command that builds a decode cache (decode, reshard_checkpoint)
   # runs: there would be no room after the prompt. Pre-training reads neither value.

@@ -59,14 +59,17 @@ class GradientReport:
 
 
 def make_config(folder: Path, batch: float, length: int, **settings: Any) -> Any:
-  """The MaxText config of a Hugging Face folder's model, in float32; `Reference` describes the arguments."""
+  """The MaxText config of a Hugging Face folder's model, in float32; `Reference` describes the arguments.
+
+  `words` among the settings are KEY=VALUE of the user, which win over all others.
+  """
   raw = hf_config.read(folder)
   hf = hf_config.to_maxtext(raw)
-  hf["mtp_loss_scaling_factor"] = raw.get("mtp_loss_scaling_factor", 0.1)
-  if decay_offset.FIELD in settings:
-    decay_offset.refuse_another(folder, hf.get(decay_offset.FIELD), settings[decay_offset.FIELD])
+  if (weight := hf_config.mtp_weight(raw)) is not None:  # else MaxText's
+    hf["mtp_loss_scaling_factor"] = weight
   sizes = {"max_target_length": length, "max_prefill_predict_length": length, "per_device_batch_size": batch}
   config = session.make_config(model_name="default", **{**hf, **session.FLOAT32_SETTINGS, **sizes, **settings})
+  decay_offset.refuse_another(folder, hf.get(decay_offset.FIELD), config.gla_decay_layer_offset)
   session.check_remat_policy(config)
   return config
 

@@ -2,7 +2,7 @@
 
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def run(
 ) -> bool:
   """Compares and prints; returns the verdict.
 
-  `settings` are MaxText's, such as gla_decay_layer_offset. With `decode`, so many tokens are read as prompts into the
+  `settings` are MaxText's, such as gla_decay_layer_offset, and `words`, KEY=VALUE of the user. With `decode`, so many
+  tokens are read as prompts into the
   slots of a MaxEngine and the others one by one. `cut` is the mesh to run on.
 
   Raises:
@@ -92,14 +93,14 @@ def run_checkpoint(
     reference: npz with token ids and the reference's logits; None: those of the folder's own weights are it.
     logits_key: array of logits [B, T, V] in the reference.
     ids_key: array of token ids [B, T] in the reference.
-    settings: MaxText's, such as gla_decay_layer_offset and scan_layers.
+    settings: MaxText's, such as gla_decay_layer_offset and scan_layers, and `words`, KEY=VALUE of the user.
 
   Raises:
     ValueError: one of the files is not what it must be; the text names what.
   """
   if checkpoint is None:
     with tempfile.TemporaryDirectory(prefix="maxtext-ling2-") as temporary:
-      made = _convert(folder, Path(temporary), bool(settings.get("scan_layers")))
+      made = _convert(folder, Path(temporary), bool(settings.get("scan_layers")), settings.get("words", ()))
       return run_checkpoint(console, folder, made, reference, logits_key, ids_key, settings)
   config = verify.make_config(folder, 1, 16, **settings)
   reports = verify_checkpoint.compare(checkpoint, folder, config)
@@ -123,11 +124,12 @@ def run_checkpoint(
   return passed
 
 
-def _convert(folder: Path, temporary: Path, scan: bool) -> Path:
+def _convert(folder: Path, temporary: Path, scan: bool, words: Sequence[str]) -> Path:
   """Makes a float32 checkpoint of a Hugging Face folder by MaxText's own command."""
   yml = temporary / "model.yml"
   yml.write_text(model_yml.text(folder), encoding="utf-8")
-  return Path(session.convert(str(yml), CUSTOM_MODEL, str(folder), str(temporary / "checkpoint"), "float32", scan))
+  target = str(temporary / "checkpoint")
+  return Path(session.convert(str(yml), CUSTOM_MODEL, str(folder), target, "float32", scan, words))
 
 
 def _print_tensors(console: Console, reports: list[TensorReport]) -> None:

@@ -151,7 +151,9 @@ def is_scanned(checkpoint: str) -> bool | None:
   return scanned if isinstance(scanned, bool) else None
 
 
-def convert(yml: str, model_name: str, folder: str, output: str, save_dtype: str, scan: bool) -> str:
+def convert(
+  yml: str, model_name: str, folder: str, output: str, save_dtype: str, scan: bool, words: Sequence[str] = ()
+) -> str:
   """Converts a Hugging Face folder by MaxText's own command, in this process.
 
   Args:
@@ -161,6 +163,7 @@ def convert(yml: str, model_name: str, folder: str, output: str, save_dtype: str
     output: base_output_directory.
     save_dtype: of the weights.
     scan: scan_layers.
+    words: KEY=VALUE of the user.
 
   Returns:
     The checkpoint, as `load_parameters_path`.
@@ -175,9 +178,13 @@ def convert(yml: str, model_name: str, folder: str, output: str, save_dtype: str
 
   settings = {"model_name": model_name, "base_output_directory": output, "run_name": "conversion", "scan_layers": scan}
   settings |= {"skip_jax_distributed_system": True, "log_config": False}
-  words = overrides.words(settings)
   try:
-    to_maxtext.main(["", yml, *words], hf_model_path=folder, save_dtype=save_dtype, simulated_cpu_devices_count=1)
+    to_maxtext.main(
+      ["", yml, *overrides.words(settings), *words],
+      hf_model_path=folder,
+      save_dtype=save_dtype,
+      simulated_cpu_devices_count=1,
+    )
   except SystemExit as error:
     raise ValueError("MaxText refuses this configuration; its reason stands above") from error
   return os.path.join(output, "0", "items")

@@ -11,6 +11,7 @@ import transformers
 import yaml
 from etils import epath
 from folders import TINY
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from maxtext_ling2.checkpoint import hf_config, hf_keys
@@ -68,7 +69,7 @@ def test_two_layouts_of_one_model(tmp_path, config, same):
   settings = command(tmp_path, config)
   assert settings == command(tmp_path, same)
   assert settings["rope_max_timescale"] == 10000 and settings["partial_rotary_factor"] == 0.5
-  if "YaRN" in json.dumps(config) or "yarn" in json.dumps(config):
+  if "yarn" in json.dumps(config):
     assert (settings["rope_type"], settings["rope_factor"]) == ("yarn", 4)
     assert settings["original_max_position_embeddings"] == 64
     assert settings["rope_mscale_all_dim"] == 0.7
@@ -129,6 +130,26 @@ REFUSED = {
   "truncate as a number": (
     LONG | {"rope_scaling": YARN | {"truncate": 1}},
     ["rope_scaling.truncate=1", "not true or false"],
+  ),
+  "negative mscale_all_dim": (
+    LONG | {"rope_scaling": YARN | {"mscale_all_dim": -1.0}},
+    ["rope_scaling.mscale_all_dim=-1.0", "not positive"],
+  ),
+  "an original length below 1": (
+    LONG | {"rope_scaling": YARN | {"original_max_position_embeddings": 5e-324}},
+    ["original_max_position_embeddings=5e-324", "not positive"],
+  ),
+  "a number beyond floats": (
+    LONG | {"rope_scaling": YARN | {"factor": 10**400}},
+    ["rope_scaling.factor=1000", "not a number"],
+  ),
+  "a trillion layers": (
+    TINY | {"num_hidden_layers": 10**12},
+    ["num_hidden_layers=1000000000000", "not a number of layers"],
+  ),
+  "another weight file": (
+    TINY | {"transformers_weights": "other.safetensors"},
+    ["transformers_weights='other.safetensors'"],
   ),
   "clamped experts": (TINY | {"expert_swiglu_limit_list": [7.0]}, ["expert_swiglu_limit_list=[7.0]", "None"]),
   "clamped shared experts": (TINY | {"share_expert_swiglu_limit_list": [0.0]}, ["share_expert_swiglu_limit_list"]),
@@ -260,14 +281,76 @@ def test_mtp_in_config_json_without_tensors(tmp_path):
   check(folder, mtp_num_layers=0)
 
 
-def test_mtp_tensors_without_config_json(tmp_path):
-  folder = folders.write(tmp_path / "hf", files=2, num_nextn_predict_layers=1)
-  config = hf_config.read(folder) | {"num_nextn_predict_layers": 0}
-  (folder / "config.json").write_text(json.dumps(config))
+def test_mtp_and_another_tensor_missing(tmp_path):
+  folder = folders.write(tmp_path / "hf", num_nextn_predict_layers=1)
+  without(folder, "model.layers.6.", "model.norm.weight")
+  with pytest.raises(CheckpointError) as error:  # both are named
+    check(folder)
+  assert "pass mtp_num_layers=0" in str(error.value) and "1 missing tensor: model.norm.weight" in str(error.value)
+
+
+def test_mtp_that_is_damaged_is_not_explained_as_fine_tuning(tmp_path):
+  folder = folders.write(tmp_path / "hf", num_nextn_predict_layers=1)
+  without(folder, "model.layers.6.eh_proj.weight")
+  with pytest.raises(CheckpointError, match=r"1 missing tensor: model\.layers\.6\.eh_proj\.weight") as error:
+    check(folder)
+  assert "fine-tuning" not in str(error.value)
+
+
+@pytest.mark.parametrize("stated", [0, 1])
+def test_more_mtp_tensors_than_config_json_says(tmp_path, stated):
+  folder = folders.write(tmp_path / "hf", files=2, num_nextn_predict_layers=stated + 1)
+  (folder / "config.json").write_text(json.dumps(hf_config.read(folder) | {"num_nextn_predict_layers": stated}))
   with pytest.raises(CheckpointError, match=r"of 1 MTP layer\(s\) .*mtp\.safetensors") as error:
     check(folder)
-  assert "write num_nextn_predict_layers=1 into config.json" in str(error.value)
-  assert "remove them from the folder" in str(error.value)
+  assert f"has num_nextn_predict_layers={stated}; to use them write num_nextn_predict_layers={stated + 1}" in str(
+    error.value
+  )
+  assert "to go on without them write that and pass mtp_num_layers=0" in str(error.value)
+  (folder / "config.json").write_text(json.dumps(hf_config.read(folder) | {"num_nextn_predict_layers": stated + 1}))
+  check(folder)
+  check(folder, mtp_num_layers=0)
+
+
+def without(folder, *prefixes):
+  """Takes tensors out of the folder's one file."""
+  tensors = load_file(folder / "model.safetensors")
+  kept = {name: value for name, value in tensors.items() if not name.startswith(prefixes)}
+  assert len(kept) < len(tensors)
+  save_file(kept, folder / "model.safetensors")
+
+
+def test_verify_leaves_mtp_out_too(tmp_path):
+  """The command, on a fine-tuned folder, with MaxText's own conversion in between."""
+  folder = folders.write(tmp_path / "hf", files=2, num_nextn_predict_layers=1)
+  (folder / "mtp.safetensors").unlink()
+  found = CliRunner().invoke(app, ["verify", str(folder), "--via-orbax"], terminal_width=300)
+  assert found.exit_code == 1 and "pass mtp_num_layers=0" in " ".join(found.stderr.split())
+  found = CliRunner().invoke(app, ["verify", str(folder), "mtp_num_layers=0", "--via-orbax"], terminal_width=300)
+  assert found.exit_code == 0 and "PASS" in found.output, found.output
+
+
+ODD = [None, True, -1, 0, 10**400, 1e308, 5e-324, float("nan"), float("inf"), "x", "", [], [1], {}, {"a": 1}]
+
+
+def test_no_value_of_any_key_ends_in_another_error():
+  """Every key of both oracle models, and of YaRN in both layouts, with values that JSON can hold."""
+  yarn = YARN | {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+  originals = [hf_config.read(folders.GOLDEN / case) for case in folders.CASES]
+  originals += [LONG | {"rope_scaling": YARN, "rope_parameters": yarn}]
+  tried = refused = 0
+  for config in originals:
+    places = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for place in places:
+      for key, kept in list(place.items()):
+        for value in ODD:
+          place[key], tried = value, tried + 1
+          try:
+            hf_config.to_maxtext(config)
+          except CheckpointError:
+            refused += 1
+        place[key] = kept
+  assert tried > 1500 and 0.6 < refused / tried < 1.0
 
 
 def test_mtp_left_out_everywhere_alike(tmp_path, caplog):

@@ -207,6 +207,7 @@ CAVEATS = {
   "trailing": ({"num_hidden_layers": 8, "layer_group_size": 3}, {}, "vLLM, SGLang and sglang-jax have no such rule"),
   "no shared experts": ({"num_shared_experts": None}, {}, "vLLM, SGLang and mlx-lm fail on it"),
   "silu": ({"linear_silu": True}, {}, "mlx-lm has no such key"),
+  "epsilon": ({"rms_norm_eps": 1e-5}, {}, "norms of MLA's latents"),
   "one expert": ({"num_experts_per_tok": 1}, {}, "vLLM and SGLang normalise"),
 }
 
