@@ -213,37 +213,199 @@ def test_offset_of_the_decay(tmp_path, logged):
     load(folder)
 
 
+BOTH = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+NEW = {**YARN, **BOTH, "rope_type": "yarn"}
+"""YARN as transformers 5 writes it."""
+
 REFUSED = {
-  "hidden_act": "gelu",
-  "score_function": "softmax",
-  "use_qkv_bias": True,
-  "use_bias": True,
-  "tie_word_embeddings": True,
-  "rope_interleave": False,
-  "moe_router_enable_expert_bias": False,
-  "gla_decay_layer_offset": 0.5,
-  "num_key_value_heads": 2,
-  "group_norm_size": 7,
-  "n_group": 3,
-  "topk_group": 5,
-  "num_experts_per_tok": 5,
-  "partial_rotary_factor": 1.0,
-  "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-  "rope_parameters": {"rope_type": "llama3", "factor": 2.0},
+  "hidden_act='gelu'": {"hidden_act": "gelu"},
+  "score_function='softmax'": {"score_function": "softmax"},
+  "use_qkv_bias=True": {"use_qkv_bias": True},
+  "use_bias=True": {"use_bias": True},
+  "tie_word_embeddings=True": {"tie_word_embeddings": True},
+  "rope_interleave=False": {"rope_interleave": False},
+  "moe_router_enable_expert_bias=False": {"moe_router_enable_expert_bias": False},
+  "norm_topk_prob=False": {"norm_topk_prob": False},
+  "router_dtype='bf16'": {"router_dtype": "bf16"},
+  "sliding_window=4096": {"sliding_window": 4096},
+  "embedding_dropout=0.1": {"embedding_dropout": 0.1},
+  "expert_swiglu_limit_list=[7.0]": {"expert_swiglu_limit_list": [7.0]},
+  "linear_attn_config={'kda_layers': [1]}": {"linear_attn_config": {"kda_layers": [1]}},
+  "kda_num_heads=4": {"kda_num_heads": 4},
+  "short_conv_kernel_size=4": {"short_conv_kernel_size": 4},
+  "linear_num_key_heads=4": {"linear_num_key_heads": 4},
+  "linear_head_dim=4": {"linear_head_dim": 4},
+  "num_kv_heads_for_linear_attn=2": {"num_kv_heads_for_linear_attn": 2},
+  "num_key_value_heads=2": {"num_key_value_heads": 2},
+  "qk_head_dim=8": {"qk_head_dim": 8},
+  "n_routed_experts=7": {"n_routed_experts": 7},
+  "moe_shared_expert_intermediate_size=48": {"moe_shared_expert_intermediate_size": 48},
+  "layer_types=['linear_attention']": {"layer_types": ["linear_attention"]},
+  "linear_silu=False, use_linear_silu=True": {"linear_silu": False, "use_linear_silu": True},
+  "linear_silu=True, use_linear_silu=False": {"linear_silu": True, "use_linear_silu": False},
+  "gla_decay_layer_offset=0.5": {"gla_decay_layer_offset": 0.5},
+  "group_norm_size=7": {"group_norm_size": 7},
+  "group_norm_size=0": {"group_norm_size": 0},
+  "num_attention_heads=0": {"num_attention_heads": 0, "head_dim": None},
+  "num_hidden_layers=0": {"num_hidden_layers": 0},
+  "layer_group_size=0": {"layer_group_size": 0},
+  "n_group=0": {"n_group": 0},
+  "num_experts=0": {"num_experts": 0},
+  "num_experts_per_tok=0": {"num_experts_per_tok": 0},
+  "max_position_embeddings=0": {"max_position_embeddings": 0, "rope_scaling": YARN},
+  "vocab_size=-1": {"vocab_size": -1},
+  "hidden_size=32.0": {"hidden_size": 32.0},
+  "hidden_size=33": {"hidden_size": 33, "head_dim": None},
+  "rope_theta=0": {"rope_theta": 0},
+  "mtp_loss_scaling_factor=-0.1": {"mtp_loss_scaling_factor": -0.1},
+  "use_qk_norm=1": {"use_qk_norm": 1},
+  "first_k_dense_replace=5": {"first_k_dense_replace": 5},
+  "n_group=3": {"n_group": 3},
+  "topk_group=5": {"topk_group": 5},
+  "num_experts_per_tok=5": {"num_experts_per_tok": 5},
+  "partial_rotary_factor=1.0": {"partial_rotary_factor": 1.0},
+  "rope_scaling.rope_type='linear'": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+  "rope_parameters.rope_type='llama3'": {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+  "rope_scaling={'factor': 4}: without a rope_type": {"rope_scaling": {"factor": 4}},
+  "rope_parameters={'factor': 4}: without a rope_type": {"rope_parameters": {"factor": 4}},
+  "rope_scaling.factor=4: rope_type 'default'": {"rope_scaling": {"type": "default", "factor": 4}},
+  "rope_parameters.factor=4: rope_type 'default'": {"rope_parameters": {"rope_type": "default", "factor": 4}},
+  "rope_scaling.type='yarn': not rope_scaling.rope_type='default'": {"rope_scaling": YARN | {"rope_type": "default"}},
+  "rope_parameters.type='yarn': not rope_parameters.rope_type='default'": {
+    "rope_parameters": YARN | {"rope_type": "default"}
+  },
+  "rope_scaling='yarn'": {"rope_scaling": "yarn"},
+  "rope_scaling=0": {"rope_scaling": 0},
+  "rope_parameters=[{'type'": {"rope_parameters": [NEW]},
+  "rope_scaling.short_factor=[1.0]": {"rope_scaling": YARN | {"short_factor": [1.0]}},
+  "rope_parameters.attn_factor=2": {"rope_parameters": NEW | {"attn_factor": 2}},
+  "rope_scaling.mscale=-1.0": {"rope_scaling": YARN | {"mscale": -1.0}},
+  "rope_parameters.mscale_all_dim=-0.7": {"rope_parameters": NEW | {"mscale_all_dim": -0.7}},
+  "rope_scaling.truncate=1": {"rope_scaling": YARN | {"truncate": 1}},
+  "rope_scaling.truncate='false'": {"rope_scaling": YARN | {"truncate": "false"}},
+  "rope_scaling.factor=0": {"rope_scaling": YARN | {"factor": 0}},
+  "rope_scaling.factor='4'": {"rope_scaling": YARN | {"factor": "4"}},
+  "rope_scaling.beta_fast=True": {"rope_scaling": YARN | {"beta_fast": True}},
+  "rope_scaling.original_max_position_embeddings=0": {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+  "rope_scaling.rope_type='yarn', rope_parameters.rope_type='default'": {
+    "rope_scaling": YARN,
+    "rope_parameters": BOTH | {"rope_type": "default"},
+  },
+  "rope_scaling.rope_type='default', rope_parameters.rope_type='yarn'": {
+    "rope_scaling": {"type": "default"},
+    "rope_parameters": NEW,
+  },
+  "rope_theta=10000.0, rope_parameters.rope_theta=5.0": {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+  "rope_theta=10000.0, rope_scaling.rope_theta=5.0": {"rope_scaling": YARN | {"rope_theta": 5.0}},
+  "partial_rotary_factor=0.5, rope_parameters.partial_rotary_factor=0.25": {
+    "rope_parameters": NEW | {"partial_rotary_factor": 0.25}
+  },
+  "rope_scaling.factor=4.0, rope_parameters.factor=2.0": {
+    "rope_scaling": YARN,
+    "rope_parameters": NEW | {"factor": 2.0},
+  },
+  "rope_scaling.truncate=True, rope_parameters.truncate=False": {
+    "rope_scaling": YARN,
+    "rope_parameters": NEW | {"truncate": False},
+  },
+  "rope_scaling.attention_factor=1.5, rope_parameters.attention_factor=1.25": {
+    "rope_scaling": YARN | {"attention_factor": 1.5},
+    "rope_parameters": NEW | {"attention_factor": 1.25},
+  },
+}
+"""What the error says first -> the changes that it is about."""
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_the_model_does_not_compute_is_refused_by_name(named):
+  with pytest.raises(ValueError, match=f"^{re.escape(named)}"):
+    configuration.BailingMoeV2_5Config(**{**TINY, **REFUSED[named]})
+
+
+def test_all_reasons_are_named():
+  with pytest.raises(ValueError) as raised:
+    configuration.BailingMoeV2_5Config(**{**TINY, "norm_topk_prob": False, "sliding_window": 64, "kda_num_heads": 4})
+  assert [line.partition(":")[0] for line in str(raised.value).splitlines()] == [
+    "norm_topk_prob=False",
+    "sliding_window=64",
+    "kda_num_heads=4",
+  ]
+
+
+ACCEPTED = {
+  "what other files of the family say": {
+    "norm_topk_prob": True,
+    "router_dtype": "fp32",
+    "moe_router_enable_shared_expert": True,
+    "use_rmsnorm": True,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "num_kv_heads_for_linear_attn": 0,
+    "qk_head_dim": 20,
+    "rotary_dim": 8,
+    "moe_shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "output_dropout": 0.0,
+  },
+  "keys that nobody knows": {"my_own_key": 3, "quantization": None},
+  "both names of the switch": {"linear_silu": True, "use_linear_silu": True},
+  "dropout of attention": {"attention_dropout": 0.1},
+  "rope_parameters alone": {"rope_parameters": NEW},
+  "rope_parameters alone, the rest absent": {"rope_parameters": NEW, "rope_theta": None, "partial_rotary_factor": None},
+  "both layouts": {"rope_scaling": YARN, "rope_parameters": NEW},
+  "both layouts, one with the defaults": {
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "rope_parameters": {
+      "rope_type": "yarn",
+      "factor": 4,
+      "original_max_position_embeddings": 64,
+      "beta_fast": 32.0,
+      "beta_slow": 1,
+      "truncate": True,
+      "mscale_all_dim": None,
+      "rope_theta": 10000,
+    },
+  },
+  "nulls": {"rope_scaling": YARN | {"attention_factor": None, "truncate": None}},
+  "theta in rope_scaling": {"rope_scaling": YARN | BOTH},
+  "no type and no scaling": {"rope_parameters": BOTH},
+  "no scaling in both": {"rope_scaling": {"type": "default"}, "rope_parameters": BOTH | {"rope_type": "default"}},
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_what_the_model_does_not_compute_is_refused_by_name(key):
-  named = "rope_scaling.rope_type" if key in ("rope_scaling", "rope_parameters") else key
-  with pytest.raises(ValueError, match=f"{named}="):
-    configuration.BailingMoeV2_5Config(**{**TINY, key: REFUSED[key]})
+@pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_repeats_or_says_nothing_is_accepted_and_survives(changes, tmp_path):
+  config = configuration.BailingMoeV2_5Config(**{**TINY, **changes})
+  assert (config.rope_theta, config.partial_rotary_factor) == (10000.0, 0.5)
+  stretched = "yarn" in str(changes)
+  assert (config.rope_scaling or {}).get("factor") == (4.0 if stretched else None)
+  assert not config.rope_scaling or config.rope_scaling.keys().isdisjoint(BOTH)
+  assert config.rope_parameters["rope_type"] == ("yarn" if stretched else "default")
+  config.save_pretrained(tmp_path)
+  again = type(config).from_pretrained(tmp_path)
+  assert {**again.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+  assert modeling.BailingMoeV2_5ForCausalLM(again).config.rope_scaling == config.rope_scaling
+
+
+def test_assigning_one_layout_replaces_the_rotary_embedding():
+  config = configuration.BailingMoeV2_5Config(**TINY)
+  config.rope_parameters = NEW | {"rope_theta": 7.0}
+  assert (config.rope_theta, config.rope_scaling["factor"]) == (7.0, 4.0)
+  config.rope_scaling = None
+  assert config.rope_parameters == {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
+  for layout in ("rope_scaling", "rope_parameters"):
+    with pytest.raises(ValueError, match=f"{layout}.mscale=-1"):
+      setattr(config, layout, YARN | {"mscale": -1})
 
 
 def test_a_value_changed_while_loading_is_refused_too(tmp_path):
   folder = write_folder(tmp_path / "changed", "one_cycle")
   with pytest.raises(ValueError, match="hidden_act='gelu'"):
     load(folder, hidden_act="gelu")
+  with pytest.raises(ValueError, match="linear_silu=True, use_linear_silu=False"):
+    load(folder, linear_silu=True)
+  with pytest.raises(ValueError, match="group_norm_size=0"):
+    load(folder, group_norm_size=0)
   assert load(folder, gla_decay_layer_offset=0).config.gla_decay_layer_offset == 0
 
 
@@ -252,7 +414,10 @@ def test_defaults_for_absent_keys():
   assert (config.num_key_value_heads, config.head_dim, config.num_shared_experts) == (8, 128, 1)
   assert config.q_lora_rank is None and config.mtp_loss_scaling_factor == 0.0 and config.num_nextn_predict_layers == 0
   assert config.gla_decay_layer_offset is None and config.rope_scaling is None
-  assert configuration.BailingMoeV2_5Config(linear_silu=False, use_linear_silu=True).linear_silu
+  assert (config.rope_theta, config.partial_rotary_factor) == (600000.0, 0.5)
+  for switch in ("linear_silu", "use_linear_silu"):
+    config = configuration.BailingMoeV2_5Config(**{switch: True})
+    assert config.linear_silu and config.use_linear_silu
   assert not configuration.BailingMoeV2_5Config().linear_silu
 
 
@@ -328,8 +493,7 @@ def test_yarn_factor_is_the_one_that_is_written():
 
 def test_yarn_in_both_layouts_and_after_saving(tmp_path):
   old = tiny(rope_scaling=YARN)
-  both = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-  new = tiny(rope_theta=5.0, partial_rotary_factor=0.1, rope_parameters={**YARN, "rope_type": "yarn", **both})
+  new = tiny(rope_theta=None, partial_rotary_factor=None, rope_parameters=NEW)
   named = tiny(rope_scaling={**{k: v for k, v in YARN.items() if k != "type"}, "rope_type": "yarn"})
   ids = tokens(2, 80)
   expected = old(ids).logits
@@ -342,8 +506,8 @@ def test_yarn_in_both_layouts_and_after_saving(tmp_path):
     assert "rope_parameters" not in config
     assert torch.equal(load(tmp_path / f"yarn_{i}")(ids).logits, expected)
     # As transformers 5 would have written it.
-    layout = {key: value for key, value in config.items() if key not in ("rope_scaling", *both)}
-    layout["rope_parameters"] = config["rope_scaling"] | both
+    layout = {key: value for key, value in config.items() if key not in ("rope_scaling", *BOTH)}
+    layout["rope_parameters"] = config["rope_scaling"] | BOTH
     (tmp_path / f"yarn_{i}" / "config.json").write_text(json.dumps(layout))
     again = load(tmp_path / f"yarn_{i}")
     assert torch.equal(again(ids).logits, expected) and again.config.rope_theta == 10000.0
@@ -353,7 +517,8 @@ def test_rotary_embedding_without_yarn():
   model, io = tiny(rope_theta=600000.0), recorded("one_cycle", "io_short")
   for rope in (None, {"type": "default"}, {"rope_type": "default"}):
     assert tiny(rope_scaling=rope).config.rope_scaling is None
-  assert tiny(rope_parameters={"rope_type": "default", "rope_theta": 7.0}).config.rope_theta == 7.0
+  for kind in ({"rope_type": "default"}, {}):
+    assert tiny(rope_theta=None, rope_parameters={"rope_theta": 7.0, **kind}).config.rope_theta == 7.0
   golden = modeling.inverse_frequencies(tiny(head_dim=32, qk_rope_head_dim=16, rope_theta=600000.0).config)
   np.testing.assert_allclose(golden, io["inv_freq.gla"], rtol=1e-6)
   np.testing.assert_allclose(golden, io["inv_freq.mla"], rtol=1e-6)
