@@ -147,7 +147,7 @@ class MaxTextRun:
     """What PyTorch needs to train the same model on the same tokens."""
     from flax import nnx
 
-    from maxtext_ling2.checkpoint import hf_config, mapping
+    from maxtext_ling2.checkpoint import decay_offset, hf_config, mapping
 
     c, values = self.config, dict(nnx.to_flat_state(self._state["model"]))
     weights = {}
@@ -156,7 +156,9 @@ class MaxTextRun:
       weights |= dict(zip(entry.names, parts, strict=True))
     settings = {name: getattr(c, name) for name in OPTIMIZATION}
     tokens = make_tokens(STEPS, c.global_batch_size_to_load, c.max_target_length, c.vocab_size)
-    return Case(tokens, weights, hf_config.from_maxtext(c), settings)
+    config = hf_config.from_maxtext(c)
+    del config[decay_offset.FIELD]  # the case is trained with each of them
+    return Case(tokens, weights, config, settings)
 
   def train(self, tokens: np.ndarray) -> Losses:
     """One step for each of `tokens` [S, B, T + 1]; losses as `torch_ling2.train` returns them."""

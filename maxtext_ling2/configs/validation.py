@@ -43,13 +43,13 @@ def validate(config: Any) -> None:
 
 
 def _warn_of_lost_softmax_factor(c: Any) -> None:
-  """Until 0.1.0 MLA's softmax scale had MaxText's factor without YaRN, too, which LING2's reference has not."""
+  """The first release gave MLA's softmax scale MaxText's factor without YaRN, too, which LING2's reference has not."""
   longest, original = c.max_position_embeddings, c.original_max_position_embeddings
   if _rope_type(c) != "yarn" and longest > original and c.rope_mscale_all_dim < 0:
     _warn_once(
       f"max_position_embeddings={longest} exceeds original_max_position_embeddings={original} without rope_type=yarn: "
-      "MLA's softmax scale has no factor for that any more, as in LING2's reference; a run that was trained with "
-      f"maxtext-ling2 0.1.0 had (0.1 * mscale * ln(rope_factor={c.rope_factor}) + 1)^2, and computes something else now"
+      "MLA's softmax scale has no factor for that any more, as in LING2's reference; a run that was trained with the "
+      f"first release had (0.1 * mscale * ln(rope_factor={c.rope_factor}) + 1)^2, and computes something else now"
     )
 
 
