@@ -108,6 +108,12 @@ class HfFolder:
       )
     return [name for name in extra if name not in set(left_out)]
 
+  def mtp_problems(self, config: Any) -> list[str]:
+    """What is wrong with MTP as a whole, one sentence each; arguments as of `check`, which raises the same."""
+    wanted = {name for entry in mapping.entries(config) for name in entry.names}
+    missing, extra = sorted(wanted - set(self._tensors)), sorted(set(self._tensors) - wanted)
+    return [f"{self.folder}: {text}" for text, _ in self._about_mtp(wanted, missing, extra, config)]
+
   def _mtp_layers(self) -> int:
     return hf_config.read(self.folder).get("num_nextn_predict_layers") or 0
 

@@ -1,10 +1,15 @@
 """A base yml for MaxText, written from a config.json: what `maxtext-ling2 config` prints."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2.checkpoint import hf_config
+from maxtext_ling2.checkpoint import hf_config, stock_tables
+from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.errors import CheckpointError
+
+logger = logging.getLogger("maxtext_ling2")
 
 # How LING2 is trained; config.json does not say.
 _TRAINING: dict[str, Any] = {
@@ -20,6 +25,7 @@ def text(folder: Path) -> str:
   """The yml of a Hugging Face folder's model.
 
   It inherits from MaxText's base.yml and is passed in its place, as the first argument of any of MaxText's commands.
+  Where the folder has weights, MTP layers that they lack, or have beyond config.json, are named in a warning.
 
   Raises:
     CheckpointError: config.json is not LING2's; the text says what the model is and what it would need.
@@ -28,6 +34,7 @@ def text(folder: Path) -> str:
 
   raw = hf_config.read(folder)
   settings = hf_config.to_maxtext(raw) | _TRAINING
+  _warn_of_mtp(folder, settings)
   if (weight := hf_config.mtp_weight(raw)) is not None:
     settings["mtp_loss_scaling_factor"] = weight
   settings["max_target_length"] = min(4096, raw["max_position_embeddings"])
@@ -41,3 +48,16 @@ def text(folder: Path) -> str:
     "# What stands here can be changed on the command line.\n"
   )
   return f"{head}base_config: base.yml\n{yaml.safe_dump({'model_name': CUSTOM_MODEL, **settings}, sort_keys=False)}"
+
+
+def _warn_of_mtp(folder: Path, settings: dict[str, Any]) -> None:
+  """Names MTP layers that the folder's weights lack or have in excess; this command needs no weights, or whole ones."""
+  if not any(Path(folder).glob("*.safetensors")):
+    return
+  try:
+    with HfFolder(folder) as tensors:
+      problems = tensors.mtp_problems(stock_tables.structure(settings))
+  except CheckpointError as error:
+    problems = [str(error)]
+  for problem in problems:
+    logger.warning("%s", problem)

@@ -312,6 +312,19 @@ def test_more_mtp_tensors_than_config_json_says(tmp_path, stated):
   check(folder, mtp_num_layers=0)
 
 
+@pytest.mark.parametrize(
+  ("has", "stated", "words"),
+  [(0, 1, "pass mtp_num_layers=0"), (1, 0, "write num_nextn_predict_layers=1"), (1, 1, None), (0, 0, None)],
+)
+def test_the_config_command_says_so_too(tmp_path, caplog, has, stated, words):
+  folder = folders.write(tmp_path / "hf", num_nextn_predict_layers=has)
+  with caplog.at_level("WARNING", "maxtext_ling2"):
+    settings = command(folder, hf_config.read(folder) | {"num_nextn_predict_layers": stated})
+  assert settings["mtp_num_layers"] == stated
+  lines = [message for message in caplog.messages if "MTP" in message]
+  assert len(lines) == (words is not None) and all(words in line for line in lines)
+
+
 def without(folder, *prefixes):
   """Takes tensors out of the folder's one file."""
   tensors = load_file(folder / "model.safetensors")
