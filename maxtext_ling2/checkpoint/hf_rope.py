@@ -251,6 +251,8 @@ def not_in_config_json(config: Any) -> Iterator[str]:
   """What of a MaxText config's rotary embedding no config.json can say, one sentence each."""
   if not yarn.is_yarn(config):
     return
+  if config.mscale < 0:
+    yield f"mscale={config.mscale}: negative, which no reader of rope_scaling takes; train and export with a positive one"
   stretched = config.rope_factor * config.original_max_position_embeddings
   if config.max_position_embeddings != stretched:
     yield (
