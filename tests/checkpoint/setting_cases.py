@@ -505,8 +505,11 @@ class Survey:
         for value, program in self._change(base, field):
           if program is None or not program.sites - self._seen:
             continue
-          if self.cases[-1].outcome in (EXPORT, LOST):  # what is read only then is changed without it
-            todo.extend(sorted(self._new_fields(program)))
+          if self.cases[-1].outcome in (EXPORT, LOST):
+            # What is read only then is changed without it; another root that reads it there has it change in earnest.
+            fields = {name for name, *_ in program.sites - self._seen}
+            self.reads |= fields
+            todo.extend(sorted(fields))
           else:
             queue.append({**base, field: value})
 
