@@ -91,7 +91,8 @@ def test_to_maxtext_and_back(converted, tmp_path):
   same = [key for key in original if not key.endswith(("dropout", "_token_id", "use_cache", "initializer_range"))]
   assert {key: written[key] for key in same} == {key: original[key] for key in same}
   assert written["eos_token_id"] == 5 and written["gla_decay_layer_offset"] == 0
-  assert {part.partition(".")[0] + ".py" for part in written["auto_map"].values()} == set(exported_code.FILES)
+  entry_points = {part.partition(".")[0] + ".py" for part in written["auto_map"].values()}
+  assert entry_points == {"configuration_ling2.py", "modeling_ling2.py"}  # attention_ling2.py is imported by the model
   assert not (tmp_path / "hf" / written["transformers_weights"]).exists()
   assert written["pad_token_id"] is None  # the official default, 156892, is beyond this vocabulary
 
