@@ -13,6 +13,7 @@ from typing import Any, get_args
 from urllib.parse import quote, unquote
 
 from maxtext_ling2 import overrides
+from maxtext_ling2.host.base_yml import over_model
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
 from maxtext_ling2.host.request import asks_for, explicit, requested
@@ -90,6 +91,8 @@ class ModelYmlSeam(Seam):
           f"model_name={model_name}: its yml is missing from {self.folder / 'models'}, so the installation is broken; "
           "install maxtext-ling2 again"
         )
+      model_yml = self.folder / "models" / f"{model_name}.yml"
+      words = [*words, *over_model(path, words, kwargs, model_yml, self._configs_folder)]
       path = str(self.folder / quote(path, safe=""))
     return path, words
 

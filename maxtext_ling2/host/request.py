@@ -37,7 +37,7 @@ def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder
     if key in FIELDS:
       settings.setdefault(key, value.strip().strip("'\""))
   yml = kwargs.get("base_config") or next((word for word in words[1:2] if word.endswith(".yml")), None)
-  for text in _chain(yml, configs_folder):
+  for text in chain(yml, configs_folder):
     for field in FIELDS:
       match = _SETTING[field].search(text)
       if match:
@@ -63,7 +63,7 @@ def explicit(field: str, words: Sequence[str], kwargs: dict[str, Any], yml: str,
   if f"M_{field.upper()}" in os.environ:
     return os.environ[f"M_{field.upper()}"]
   setting = _setting(field)
-  for text in _chain(yml, configs_folder, skip=configs_folder):
+  for text in chain(yml, configs_folder, skip=configs_folder):
     match = setting.search(text)
     if match:
       return match["value"].strip()
@@ -75,7 +75,7 @@ def asks_for(settings: dict[str, str], names: Iterable[str]) -> bool:
   return bool(set(settings.values()) & set(names))
 
 
-def _chain(yml: str | None, configs_folder: str, skip: str | None = None) -> Iterable[str]:
+def chain(yml: str | None, configs_folder: str, skip: str | None = None) -> Iterable[str]:
   """The texts of a yml and the ymls it inherits from, the heir first; without those in the folder `skip`."""
   seen: set[str] = set()
   path = _existing(yml, [os.curdir, configs_folder]) if yml else None
