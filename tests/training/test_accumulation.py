@@ -151,3 +151,16 @@ def test_no_z_loss_operation_at_weight_zero():
   assert "log" in primitives(1e-3).replace("logistic", "")
   assert "log" not in primitives(0.0).replace("logistic", "")
   assert "reduce" not in primitives(0.0)
+
+
+def test_logits_in_pieces_change_nothing():
+  """num_vocab_tiling: the same losses and gradients, with MTP, both z-losses, packed rows, and over microbatches."""
+  plain = Run(per_device_batch_size=4, **SMALL, z_loss_multiplier=1e-2)
+  tiled = Run(per_device_batch_size=2, gradient_accumulation_steps=2, num_vocab_tiling=4, **SMALL, z_loss_multiplier=1e-2)
+  data = unequal(plain.config)
+  expected, expected_gradient = gradient(plain, data)
+  metrics, ours = gradient(tiled, data)
+  assert expected["learning/mtp_loss"] > 0 and expected["learning/z_loss"] > 0 and expected["learning/moe_z_loss"] > 0
+  for name in (*LOSSES, "learning/z_loss"):
+    assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+  assert_same(ours, expected_gradient)
