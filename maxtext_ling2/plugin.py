@@ -11,6 +11,7 @@ from typing import Any
 from maxtext_ling2.configs import documents, validation
 from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
+from maxtext_ling2.host.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.eval_metrics import EvalMetricsSeam
@@ -56,6 +57,12 @@ def _eval_step(step: Any, config: Any) -> Any:
   from maxtext_ling2.training.step import wrap_eval_step
 
   return wrap_eval_step(step, config)
+
+
+def _compiler_options(config: Any, device: Any, flags: Mapping[str, str]) -> dict[str, str]:
+  from maxtext_ling2.training.xla_flags import compiler_options
+
+  return compiler_options(config, device, flags)
 
 
 def _tflops(config: Any) -> tuple[float, float, float]:
@@ -106,6 +113,7 @@ REGISTRY = Registry(
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
+    CompilerOptionsSeam(DECODER_BLOCK, _compiler_options),
     MmapDocumentsSeam(DECODER_BLOCK, documents.inserts_bos),
     MmapPipelineSeam(DECODER_BLOCK),
     EvalMetricsSeam(("evaluation/moe_z_loss",)),

@@ -1,5 +1,5 @@
 """The config fields LING2 adds to MaxText: the RFC's 16, the decay offset its sources disagree about, GLA's backend,
-YaRN's two scales.
+YaRN's two scales, the switch of the XLA flags by chip.
 
 Names, owners, types and defaults are those of the RFC "Refactor PR1 - Ling2 config extension". A field that the installed
 MaxText already defines stays MaxText's own.
@@ -111,6 +111,14 @@ FIELDS = (
     "auto",
     "What computes linear attention: pallas (a TPU kernel), chunked (plain JAX), reference (its recurrence, slow), or "
     "auto: pallas on TPU, chunked elsewhere.",
+  ),
+  Field(
+    "tuned_xla_flags",
+    "LayoutAndSharding",
+    "bool",
+    True,
+    "Whether train and eval step are compiled for a TPU with the XLA flags that LING2 has for its generation; "
+    "compile_xla_flags wins over them.",
   ),
   Field("blend_cache_dir", "GrainDataset", "PathStr", "", "Cache folder of the blended Megatron dataset's indices."),
   Field("blend_index_dir", "GrainDataset", "PathStr", "", "Folder of pre-generated blended dataset indices."),

@@ -303,6 +303,7 @@ LING2_ONLY = (
   "use_linear_silu",
   "gla_decay_layer_offset",
   "gla_backend",
+  "tuned_xla_flags",
   "calculate_per_token_loss",
   "pad_id",
   "bos_id",

@@ -75,6 +75,8 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
       train_compile.main(["train_compile", yml, *words])
     except SystemExit as error:
       raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
+    except Ling2Error:
+      raise
     except (ValueError, AssertionError, NotImplementedError) as error:  # the last: a mesh that its chips cannot form
       raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
     except (yaml.YAMLError, FileNotFoundError, RecursionError) as error:

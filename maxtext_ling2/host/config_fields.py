@@ -61,6 +61,7 @@ class ConfigFieldsSeam(Seam):
         "MlaAttention",
         "YarnRope",
         "Qwen3Next",
+        "LayoutAndSharding",
         "GrainDataset",
         "Tokenizer",
         "Optimizer",

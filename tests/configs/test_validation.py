@@ -38,6 +38,7 @@ IN_VAIN = {
   "use_linear_silu": True,
   "gla_decay_layer_offset": 1,
   "gla_backend": "chunked",
+  "tuned_xla_flags": False,
   "calculate_per_token_loss": False,
   "pad_id": 3,
   "bos_id": 3,

@@ -1,0 +1,191 @@
+"""Seam: the options with which XLA compiles the train and eval step, those of `compile_xla_flags` among them.
+
+MaxText's trainer gives `compile_xla_flags` to a program that it compiles only to print its memory. The step that runs is
+compiled a second time, by `jax.jit`, without them (docs/upstream_patch.md). Here `jax.jit` gets the options, and what the
+trainer compiles beforehand is compiled with the same, so that JAX finds that program again when the step is called. Where
+there are no options, the step is MaxText's own object.
+
+`train_compile` makes a step of its own, and may run as `__main__`. There the parsed flags are extended: whoever asks
+`parse_libtpu_flags_to_dict` from within `jit_and_compile` gets all options. Mesh and config are read off that frame.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.registry import Seam
+
+_TRAIN = "maxtext.utils.train_utils"
+_FLAGS = "maxtext.utils.max_utils"
+_AHEAD_OF_TIME = "maxtext.trainers.pre_train.train_compile"
+_COMPILES = "jit_and_compile"
+
+Options = Callable[[Any, Any, Mapping[str, str]], dict[str, str]]
+
+
+def _is_jax(value: Any) -> bool:
+  import jax
+
+  return value is jax
+
+
+def _calls_jit(function: Any) -> bool:
+  return {"jax", "jit"} <= set(inspect.unwrap(function).__code__.co_names)
+
+
+class CompilerOptionsSeam(Seam):
+  """Compiles the steps of runs of the plugin's decoder block with options.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+    options: `options(config, device, flags)` returns the options for a step on a mesh with that device, from those that
+      the user sets.
+  """
+
+  name = "compiler options"
+  module = _TRAIN
+  expectations = (
+    *(
+      Expectation(
+        f"{_TRAIN}:{name}", parameters=("config", "data_sharding"), holds=_calls_jit, meaning="which calls jax.jit"
+      )
+      for name in ("jit_train_step", "jit_eval_step")
+    ),
+    Expectation(f"{_TRAIN}:jax", holds=_is_jax, meaning="the module jax"),
+    Expectation(f"{_FLAGS}:parse_libtpu_flags_to_dict", parameters=("flags_str",)),
+    CommandExpectation(f"{_AHEAD_OF_TIME}:{_COMPILES}", parameters=("mesh", "config")),
+  )
+
+  def __init__(self, decoder_block: str, options: Options):
+    super().__init__()
+    self.decoder_block = decoder_block
+    self.options = options
+
+  def apply(self) -> None:
+    from maxtext.utils import max_utils, train_utils
+
+    self._parse = max_utils.parse_libtpu_flags_to_dict
+    self.patches.wrap(train_utils, "jit_train_step", self._jit)
+    self.patches.wrap(train_utils, "jit_eval_step", self._jit)
+    self.patches.wrap(max_utils, "parse_libtpu_flags_to_dict", self._parse_ahead_of_time)
+
+  def _jit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    import jax
+
+    call = bound(original, args, kwargs).arguments
+    config = call["config"]
+    # A program that comes from a file has its options; DiLoCo's step is MaxText's.
+    if not self._concerns(config) or config.compiled_trainstep_file or config.enable_diloco:
+      return original(*args, **kwargs)
+    mesh = jax.tree.leaves(call["data_sharding"])[0].mesh
+    options = self.options(config, _device(mesh), self._parse(config.compile_xla_flags))
+    if not options:
+      return original(*args, **kwargs)
+    return _jit_with(options, original, args, kwargs)
+
+  def _parse_ahead_of_time(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    flags = original(*args, **kwargs)
+    compiling = _frame_of(_COMPILES, ("mesh", "config"))
+    if compiling is None or not self._concerns(compiling.f_locals["config"]):
+      return flags
+    return self.options(compiling.f_locals["config"], _device(compiling.f_locals["mesh"]), flags)
+
+  def _concerns(self, config: Any) -> bool:
+    return getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block
+
+
+class StepWithOptions:
+  """A jitted step that is compiled with its own options however it is compiled.
+
+  Args:
+    step: what `jax.jit(compiler_options=...)` returned.
+  """
+
+  def __init__(self, step: Any):
+    self._step = step
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self._step(*args, **kwargs)
+
+  def lower(self, *args: Any, **kwargs: Any) -> "_Lowered":
+    return _Lowered(self._step.lower(*args, **kwargs))
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._step, name)
+
+
+class _Lowered:
+  """A lowered step. Options given to `compile` would make another program than the one that the step's call looks for."""
+
+  def __init__(self, lowered: Any):
+    self._lowered = lowered
+
+  def compile(self, compiler_options: Any = None, **kwargs: Any) -> Any:
+    del compiler_options  # parsed from compile_xla_flags: the step's own options hold them
+    return self._lowered.compile(**kwargs)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._lowered, name)
+
+
+class _JaxWithOptions:
+  """The module jax, but for options in every `jit`; counts them."""
+
+  def __init__(self, options: Mapping[str, str]):
+    self._options = dict(options)
+    self.jitted = 0
+
+  def jit(self, *args: Any, **kwargs: Any) -> Any:
+    import jax
+
+    self.jitted += 1
+    return jax.jit(*args, **kwargs, compiler_options=self._options)
+
+  def __getattr__(self, name: str) -> Any:
+    import jax
+
+    return getattr(jax, name)
+
+
+def _jit_with(options: Mapping[str, str], original: Callable[..., Any], args: Any, kwargs: Any) -> StepWithOptions:
+  """What MaxText's function returns, jitted with options.
+
+  Raises:
+    Ling2Error: it did not call `jax.jit` once.
+  """
+  from maxtext.utils import train_utils
+
+  with_options = _JaxWithOptions(options)
+  with mock.patch.object(train_utils, "jax", with_options):
+    step = original(*args, **kwargs)
+  if with_options.jitted != 1:
+    raise Ling2Error(
+      f"MaxText's {original.__name__} called jax.jit {with_options.jitted} times, not once: the step would be compiled "
+      f"without the XLA flags {', '.join(options)}; set tuned_xla_flags=false and remove compile_xla_flags to run without"
+    )
+  return StepWithOptions(step)
+
+
+def _device(mesh: Any) -> Any:
+  """A device of a mesh, one that this process can compile for: one of its own, or any of a topology without chips."""
+  import jax
+
+  devices = list(mesh.devices.flat)
+  process = jax.process_index()
+  return next((device for device in devices if device.process_index == process), devices[0])
+
+
+def _frame_of(function: str, names: tuple[str, ...]) -> FrameType | None:
+  """The frame of the innermost running function of a name, with these local variables."""
+  frame: FrameType | None = sys._getframe()
+  while frame is not None:
+    if frame.f_code.co_name == function and all(name in frame.f_locals for name in names):
+      return frame
+    frame = frame.f_back
+  return None
