@@ -5,9 +5,9 @@
 
 "Plain" is `layer_cases.PlainComposition`: modules in a row, with GLA as a kernel. All else is the plugin's, with
 MaxText's defaults: scanned layers, full rematerialisation, FSDP over all devices, one row of 4096 tokens a device. Bytes
-are those of `maxtext_ling2/plan/hlo.py`: per device and step, of the program that libtpu compiles. An operation belongs
-to the part of the model whose source it comes from; what the compiler adds has none. Results are kept in
-benchmarks/results/step_traffic.json.
+are those of `maxtext_ling2/plan/operations.py`: per device and step, of the program that libtpu compiles. An operation
+belongs to the part of the model whose source it comes from (`maxtext_ling2/plan/parts.py`); what the compiler adds has
+none. Results are kept in benchmarks/results/step_traffic.json.
 """
 
 import argparse
@@ -25,33 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 RESULTS = Path(__file__).parent / "results" / "step_traffic.json"
 FORMS = ("plain", "fused")
 
-# The first whose words all stand in the sources of an operation, "file:function" of each frame, is its part.
-PARTS = {
-  "router": ("model/moe.py:Router",),
-  "shared expert": ("model/moe.py:Ling2MoE", "linears.py:MlpBlock"),
-  "experts": ("layers/moe.py",),
-  "GLA": ("model/gla.py",),
-  "GLA (plain)": ("layer_cases.py",),
-  "MLA": ("attention_mla.py",),
-  "logits and loss": ("apply_output_head",),
-  "loss": ("cross_entropy",),
-  "gradient norms, AdamW": ("optax",),
-  "gradient norms": ("l2norm_pytree",),
-  "MTP, besides": ("model/mtp.py",),
-  "norms, residuals": ("model/layer.py",),
-  "scan over layers": ("_apply_layers_sequentially",),
-}
-NAMES = {"experts": ("gmm", "tgmm"), "MLA": ("splash",), "copies to the chip's memory": ("copy-start", "slice-start")}
-JOINED = {"loss": "logits and loss", "gradient norms": "gradient norms, AdamW", "GLA (plain)": "GLA"}
+PLAIN = "layer_cases.py"
+"""Where the plain layer's operations come from."""
 
 
-def part(name: str, frames: Sequence[str]) -> str:
-  """The part of the model that an instruction belongs to."""
-  sources = "\n".join(frames)
-  for found, words in PARTS.items():
-    if all(word in sources for word in words):
-      return JOINED.get(found, found)
-  return next((found for found, starts in NAMES.items() if name.startswith(starts)), "other")
+def part(name: str, sources: Sequence[str]) -> str:
+  """As `maxtext_ling2.plan.parts`, which does not know the plain layer."""
+  from maxtext_ling2.plan import parts
+
+  return "GLA" if any(PLAIN in source for source in sources) else parts.part(name, sources)
 
 
 def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, float]:
@@ -59,9 +41,11 @@ def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, 
   from benchmarks.layer_cases import PlainComposition
   from maxtext_ling2 import overrides
   from maxtext_ling2.demo.data import maxtext_folder
-  from maxtext_ling2.host.compile_step import compile_step
+  from maxtext_ling2.host.compile_step import compile_step, devices_of
   from maxtext_ling2.model import layer
-  from maxtext_ling2.plan import hlo
+  from maxtext_ling2.plan.floor import Shares, routed_rows
+  from maxtext_ling2.plan.operations import read_program
+  from maxtext_ling2.plan.parts import memory_by
 
   settings = {"model_name": "ling2", "compile_topology": topology, "compile_topology_num_slices": "1"}
   settings |= {"override_model_config": "true", "scan_layers": "true", "enable_goodput_recording": "false"}
@@ -70,7 +54,8 @@ def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, 
   attention = PlainComposition if form == "plain" else layer.GatedLinearAttention
   with mock.patch.object(layer, "GatedLinearAttention", attention):
     step = compile_step(str(maxtext_folder() / "configs" / "base.yml"), words)
-  return hlo.memory_by(step.compiled.as_text(), part)
+  rows = routed_rows(step.config, Shares.of(step.config, devices_of(topology) or 1))
+  return memory_by(read_program(step.compiled.as_text(), rows).operations, part)
 
 
 def table(found: dict[str, dict[str, float]]) -> str:

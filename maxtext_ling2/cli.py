@@ -219,7 +219,8 @@ def plan(
   topology: Annotated[list[str], typer.Option(help="MaxText's compile_topology, such as v6e-64; may be repeated.")],
   settings: Annotated[list[str] | None, _SETTINGS] = None,
   mesh: Annotated[list[str] | None, typer.Option(help="Such as expert=8; may be repeated; the rest is FSDP.")] = None,
-  search: Annotated[bool, typer.Option("--search", help="Try a small set of meshes.")] = False,
+  recipe: Annotated[str | None, typer.Option(help="Name or file of a recipe; `maxtext-ling2 recipe` lists them.")] = None,
+  search: Annotated[bool, typer.Option("--search", help="Rank meshes and batches, and compile the best two.")] = False,
   json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
   png: Annotated[Path | None, typer.Option(help="File for a plot.")] = None,
   no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile also what has been compiled before.")] = False,
@@ -230,14 +231,31 @@ def plan(
   from maxtext_ling2.plan import command
 
   console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
-  meshes = [*(mesh or ()), *(command.SEARCHED if search else ())] or [""]
+  chosen = {"--mesh": mesh, "--recipe": recipe, "--search": search}
+  if len([option for option, value in chosen.items() if value]) > 1:
+    both = " and ".join(option for option, value in chosen.items() if value)
+    raise typer.BadParameter(f"{both}: each of them chooses a mesh; leave all but one out")
+  request = command.Request(model, topology, mesh or [""], settings or (), recipe, search, not no_cache)
   try:
     _check_output(json_file, "--json")
     _check_output(png, "--png", (".png", ".pdf", ".svg"))
-    fits = command.run(console, model, topology, meshes, settings or (), json_file, png, not no_cache)
+    fits = command.run(console, request, json_file, png)
   except (ValueError, OSError) as error:
     _fail(error)
   raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
+def recipe(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Of a recipe.")] = None) -> None:
+  """Print the file of a recipe, a base yml for training; without a name, list all recipes."""
+  from maxtext_ling2 import recipes
+
+  try:
+    lines = [str(recipes.file_of(name))] if name else [f"{one}: {recipes.title(one)}" for one in recipes.names()]
+  except ValueError as error:
+    _fail(error)
+  for line in lines:
+    print(line)
 
 
 @app.command()

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -53,8 +53,6 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
     OutOfMemoryError: it does not fit.
     PlanConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
   """
-  import yaml
-
   import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
 
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
@@ -71,22 +69,48 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
     return compiled
 
   with mock.patch.object(train_compile, "jit_and_compile", keep), contextlib.redirect_stdout(sys.stderr):
-    try:
+    with _refusals(yml):
       train_compile.main(["train_compile", yml, *words])
-    except SystemExit as error:
-      raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
-    except Ling2Error:
-      raise
-    except (ValueError, AssertionError, NotImplementedError) as error:  # the last: a mesh that its chips cannot form
-      raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
-    except (yaml.YAMLError, FileNotFoundError, RecursionError) as error:
-      raise PlanConfigError(
-        f"{yml}: MaxText cannot read it and the ymls that it inherits from ({error}); correct it, base_config first"
-      ) from error
-    except Exception as error:
-      if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():
-        raise OutOfMemoryError(str(error)) from error
-      raise
     config, compiled = seen[-1]
     total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
   return CompiledStep(config, compiled, total)
+
+
+def read_config(yml: str, words: Sequence[str]) -> Any:
+  """MaxText's config of a step that `compile_step` would compile.
+
+  Args: as for `compile_step`.
+
+  Raises:
+    PlanConfigError: MaxText refuses the settings.
+  """
+  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
+
+  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  from maxtext.configs import pyconfig
+
+  with contextlib.redirect_stdout(sys.stderr), _refusals(yml):
+    return pyconfig.initialize(["train_compile", yml, *words])
+
+
+@contextlib.contextmanager
+def _refusals(yml: str) -> Iterator[None]:
+  """Turns what MaxText and the compiler raise into the errors of this module."""
+  import yaml
+
+  try:
+    yield
+  except SystemExit as error:
+    raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
+  except Ling2Error:
+    raise
+  except (ValueError, AssertionError, NotImplementedError) as error:  # the last: a mesh that its chips cannot form
+    raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
+  except (yaml.YAMLError, FileNotFoundError, RecursionError) as error:
+    raise PlanConfigError(
+      f"{yml}: MaxText cannot read it and the ymls that it inherits from ({error}); correct it, base_config first"
+    ) from error
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():
+      raise OutOfMemoryError(str(error)) from error
+    raise

@@ -1,10 +1,13 @@
 """TPU generations as MaxText's topologies name them: one JAX device each (a chip; tpu7x: one of a chip's two cores).
 
-Source: Google's published system architecture pages of each generation (peak bfloat16 FLOP/s, HBM, HBM bandwidth, and
-inter-chip interconnect bandwidth, which counts both directions of all links); tpu7x halved.
+Source: Google's published system architecture pages of each generation (peak bfloat16 FLOP/s, HBM, HBM bandwidth, clock,
+and inter-chip interconnect bandwidth per chip; tpu7x halved). They name 2400, 1600, 4800 and 3200 Gbit/s for v4, v5e, v5p
+and v6e, one direction of all of a chip's links: 50 or 100 GB/s per link, of which jax-ml.github.io/scaling-book gives 45
+and 90 as reached. For tpu7x they name both directions, 1200 GB/s per chip.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from maxtext_ling2.errors import Ling2Error
 
@@ -18,26 +21,46 @@ class Chip:
   """One device.
 
   Attributes:
+    name: the generation.
     flops: bfloat16 operations a second at peak.
     memory: bytes of HBM.
     memory_bandwidth: bytes a second.
-    link_bandwidth: bytes a second over all links, both directions.
+    link_bandwidth: bytes a second over all links, one direction; the device's share, where devices share a chip's links.
+    links: of a chip; two per dimension of the torus.
+    clock: cycles a second.
+    cores: that share a kernel's parallel grid dimensions.
     gla_stretch: time of GLA's kernels over that of their bytes, from counted cycles (docs/kernels.md; packed, the worse).
   """
 
+  name: str
   flops: float
   memory: float
   memory_bandwidth: float
   link_bandwidth: float
+  links: int
+  clock: float
+  cores: int = 1
   gla_stretch: float = 1.0
+
+  def edge_bandwidth(self, grid: Sequence[int], wrap: Sequence[bool]) -> float:
+    """Link bandwidth of a device at a corner of a slice: what a collective over the whole slice ends at.
+
+    Args:
+      grid: chips of the slice along each dimension.
+      wrap: whether the slice is closed to a ring along it.
+    """
+    return self.link_bandwidth * edge_links(grid, wrap) / self.links
 
 
 CHIPS = {
-  "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
-  "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-  "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-  "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-  "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 600e9, 1.34),
+  chip.name: chip
+  for chip in (
+    Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, 6, 1.05e9, cores=2),
+    Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 1.503e9),
+    Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 6, 1.751e9, cores=2),
+    Chip("v6e", 918e12, 32 * 2**30, 1640e9, 400e9, 4, 1.751e9),
+    Chip("tpu7x", 1153.5e12, 96 * 2**30, 3690e9, 300e9, 6, 2.2e9, gla_stretch=1.34),
+  )
 }
 
 
@@ -54,3 +77,28 @@ def chip_of(topology: str) -> Chip:
       f"--topology {topology}: not a TPU generation known here; use MaxText's names, GENERATION-SIZE with one of "
       f"{', '.join(CHIPS)}, such as v6e-64"
     ) from None
+
+
+def edge_links(grid: Sequence[int], wrap: Sequence[bool]) -> int:
+  """Links of a chip at a corner of a slice: one per dimension, two where it is closed to a ring, none where it is 1.
+
+  Args:
+    grid: chips along each dimension.
+    wrap: whether the slice is closed to a ring along each; may be longer than the grid.
+  """
+  return sum((2 if closed else 1) for size, closed in zip(grid, wrap, strict=False) if size > 1)
+
+
+def grid_of(topology: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+  """(chips along each dimension, whether the slice is closed to a ring along it), by MaxText's table of topologies.
+
+  Raises:
+    TopologyError: MaxText has no such topology.
+  """
+  from maxtext.utils import accelerator_to_spec_map
+
+  found = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
+  if found is None or found.topology_name is None:
+    raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
+  sizes = found.topology_name.partition(":")[2].split("x")
+  return tuple(map(int, sizes)), tuple(found.wrap[: len(sizes)])

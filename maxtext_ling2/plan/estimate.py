@@ -5,11 +5,15 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from maxtext_ling2 import overrides
-from maxtext_ling2.host.compile_step import OutOfMemoryError, compile_step, devices_of
-from maxtext_ling2.plan import hlo
-from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of
+from maxtext_ling2.configs.validation import is_ling2
+from maxtext_ling2.host.compile_step import CompiledStep, OutOfMemoryError, compile_step, devices_of
+from maxtext_ling2.plan.bounds import Bounds, Part, bounds
+from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of, grid_of
+from maxtext_ling2.plan.floor import Shares, floors, routed_rows
+from maxtext_ling2.plan.operations import Program, read_program
 
 # "Used 39.30G of 31.25G hbm" or, of the temporaries alone, "temporaries (58.99G) exceeds available HBM (31.24G)".
 _USED = re.compile(r"(?:[Uu]sed|temporaries) \(?([\d.]+)([KMG])\S* (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
@@ -33,11 +37,19 @@ class Option:
     capacity: bytes the compiler could use, or the chip's.
     tflops: 10^12 operations of the model, as MaxText counts them (rematerialisation does not count).
     bytes_moved: from and to the HBM.
+    collective_bytes: part of bytes_moved: what collectives read and write, where they are not fused with others.
+    reread_bytes: part of bytes_moved: what grouped products move because of their tiles.
     collectives: opcode -> (runs, bytes sent).
+    synchronous: those of them beside which nothing else runs.
     kernels: name of a Pallas kernel -> (runs, bytes from and to the HBM), part of bytes_moved.
-    compute_seconds: tflops at peak.
-    memory_seconds: bytes_moved at full bandwidth; for GLA's kernels, the time of their schedules if that is longer.
-    link_seconds: bytes sent at full bandwidth of all links.
+    model_seconds: tflops at peak.
+    compute_seconds: of kernels their schedules, else operations of matrix products at peak, recomputed ones too.
+    memory_seconds: bytes_moved at full bandwidth.
+    link_seconds: bytes sent, one direction, at the rate of all links.
+    pessimistic_seconds: nothing hidden, and links as of a device at the edge of the slice (`plan.bounds`).
+    edge_share: the links of such a device, of all that a chip has.
+    parts: of the model, the longest first.
+    assumed: which branches of conditionals count, and how many grouped products' cycles are not counted.
     tokens: tokens of a step, of all devices together.
     compile_seconds: what compiling took here.
     problem: why it does not fit.
@@ -53,38 +65,52 @@ class Option:
   temporaries: float | None = None
   tflops: float | None = None
   bytes_moved: float | None = None
+  collective_bytes: float | None = None
+  reread_bytes: float | None = None
   collectives: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+  synchronous: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
   kernels: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+  model_seconds: float = math.nan
   compute_seconds: float = math.nan
   memory_seconds: float = math.nan
   link_seconds: float = math.nan
+  pessimistic_seconds: float = math.nan
+  edge_share: float = math.nan
+  parts: tuple[Part, ...] = ()
+  assumed: tuple[str, ...] = ()
   tokens: int = 0
   compile_seconds: float = 0.0
   problem: str = ""
 
+  @classmethod
+  def from_json(cls, fields: Mapping[str, Any]) -> "Option":
+    """What `dataclasses.asdict` made of one, after JSON."""
+    parts = tuple(Part(**part) for part in fields["parts"])
+    return cls(**{**fields, "parts": parts, "assumed": tuple(fields["assumed"])})
+
   @property
   def lower_seconds(self) -> float:
-    """No step is faster: the slowest of computing, memory and links, the others hidden behind it."""
+    """Optimistic: the longest of computing, memory and links, the others hidden behind it."""
     return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
 
   @property
   def upper_seconds(self) -> float:
-    """Nothing hidden behind anything: one after the other."""
-    return self.compute_seconds + self.memory_seconds + self.link_seconds
+    """Pessimistic: nothing hidden behind anything."""
+    return self.pessimistic_seconds
 
   @property
   def tokens_per_second(self) -> tuple[float, float]:
-    """(without overlap, at most), of all devices together."""
+    """(pessimistic, optimistic), of all devices together."""
     return self.tokens / self.upper_seconds, self.tokens / self.lower_seconds
 
   @property
   def mfu(self) -> tuple[float, float]:
-    """(without overlap, at most): the share of the peak that the model's operations get."""
-    return self.compute_seconds / self.upper_seconds, self.compute_seconds / self.lower_seconds
+    """(pessimistic, optimistic): the share of the peak that the model's operations get."""
+    return self.model_seconds / self.upper_seconds, self.model_seconds / self.lower_seconds
 
   @property
   def device_seconds_per_token(self) -> float:
-    """What options are compared by, without overlap."""
+    """What options are compared by, the pessimistic."""
     return self.devices * self.upper_seconds / self.tokens
 
 
@@ -116,33 +142,53 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str])
     first = next((line for line in str(error).splitlines() if _USED.search(line)), str(error).splitlines()[0])
     seconds = time.perf_counter() - start
     return Option(topology, mesh, devices, False, used, capacity, compile_seconds=seconds, problem=first.strip())
-  seconds = time.perf_counter() - start
+  empty = Option(topology, mesh, devices, True, math.nan, chip.memory, compile_seconds=time.perf_counter() - start)
+  return _measured(empty, step, chip)
+
+
+def _measured(option: Option, step: CompiledStep, chip: Chip) -> Option:
+  """The option with all figures of its compiled step."""
+  config = step.config
+  shares = Shares.of(config, option.devices)
+  program = read_program(step.compiled.as_text(), routed_rows(config, shares))
+  edge = chip.edge_bandwidth(*grid_of(option.topology))
+  least = {name: one.seconds(chip) for name, one in floors(config, shares).items()} if is_ling2(config) else None
+  times = bounds(program.operations, chip, edge, least)
   memory = step.compiled.memory_analysis()
-  moved = hlo.traffic(step.compiled.as_text())
-  sent = sum(size for _, size in moved.collectives.values())
-  gla = sum(size for name, (_, size) in moved.kernels.items() if name.startswith("gla_"))
-  arguments = memory.argument_size_in_bytes
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that do not take the place of an argument
-  return Option(
-    topology,
-    mesh,
-    devices,
-    True,
-    arguments + temporaries + new,
-    chip.memory,
-    arguments,
-    temporaries,
-    step.tflops,
-    moved.memory,
-    moved.collectives,
-    moved.kernels,
-    step.tflops * 1e12 / chip.flops,
-    (moved.memory + (chip.gla_stretch - 1) * gla) / chip.memory_bandwidth,
-    sent / chip.link_bandwidth,
-    int(step.config.global_batch_size_to_train_on * step.config.max_target_length),
-    seconds,
+  return dataclasses.replace(
+    option,
+    memory=memory.argument_size_in_bytes + temporaries + new,
+    arguments=memory.argument_size_in_bytes,
+    temporaries=temporaries,
+    tflops=step.tflops,
+    tokens=int(config.global_batch_size_to_train_on * config.max_target_length),
+    model_seconds=step.tflops * 1e12 / chip.flops,
+    edge_share=edge / chip.link_bandwidth,
+    **_counted(program, times, chip),
   )
+
+
+def _counted(program: Program, times: Bounds, chip: Chip) -> dict[str, Any]:
+  """The fields of an option that come from its program."""
+  grouped = [one.grouped for one in program.operations if one.grouped is not None]
+  counted = sum(one.seconds(chip)[1] for one in grouped)
+  cycles = f"grouped products: cycles counted for {counted} of {len(grouped)}, else operations of visited tiles at peak"
+  return {
+    "bytes_moved": program.memory,
+    "collective_bytes": program.collective_memory,
+    "reread_bytes": program.reread,
+    "collectives": program.collectives,
+    "synchronous": program.synchronous_collectives,
+    "kernels": program.kernels,
+    "compute_seconds": times.compute_seconds,
+    "memory_seconds": times.memory_seconds,
+    "link_seconds": times.link_seconds,
+    "pessimistic_seconds": times.pessimistic_seconds,
+    "parts": times.parts,
+    "assumed": (*program.assumed, *([cycles] if grouped else [])),
+  }
 
 
 def _out_of_memory(text: str, chip: Chip) -> tuple[float, float]:

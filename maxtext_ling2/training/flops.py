@@ -44,10 +44,10 @@ def forward_flops(config: Any) -> ForwardFlops:
   total = _head(c)
   for layer in range(c.num_decoder_layers):
     mla = is_mla(layer, c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval)
-    total += _mla(c) if mla else _gla(c)
+    total += mla_layer(c) if mla else gla_layer(c)
     total += _dense(c) if is_dense(layer, c.first_num_dense_layers) else _experts(c)
   for _ in range(c.mtp_num_layers):
-    total += ForwardFlops(weights=4 * c.emb_dim**2) + _mla(c) + _experts(c) + _head(c)
+    total += ForwardFlops(weights=4 * c.emb_dim**2) + mla_layer(c) + _experts(c) + _head(c)
   return total
 
 
@@ -61,13 +61,15 @@ def training_tflops_per_device(config: Any) -> tuple[float, float, float]:
   return weights + attention + reference_model, weights, attention
 
 
-def _gla(c: Any) -> ForwardFlops:
+def gla_layer(c: Any) -> ForwardFlops:
+  """Of the linear attention of one layer, per token."""
   heads, dim = c.num_query_heads, c.head_dim
   operation = heads * (4 * min(chunk_size(c.max_target_length), c.max_target_length) * dim + 4 * dim**2)
   return ForwardFlops(weights=10 * c.emb_dim * heads * dim, gla=operation)
 
 
-def _mla(c: Any) -> ForwardFlops:
+def mla_layer(c: Any) -> ForwardFlops:
+  """Of the latent attention of one layer, per token."""
   embed, heads, rank, latent = c.emb_dim, c.num_query_heads, c.q_lora_rank, c.kv_lora_rank
   query_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
   query = embed * rank + rank * heads * query_dim if rank else embed * heads * query_dim

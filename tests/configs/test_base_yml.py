@@ -1,4 +1,4 @@
-"""A base yml of the user's against the model's yml: it wins where it says so, and is refused where it would be dropped."""
+"""A base yml of the user's against the model's: it wins where it says so, and is refused where it would be dropped."""
 
 import pytest
 

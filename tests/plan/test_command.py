@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,15 +10,19 @@ import sys
 import pytest
 from rich.console import Console
 
-from maxtext_ling2.plan import command, estimate
+from maxtext_ling2 import recipes
+from maxtext_ling2.plan import command, estimate, search
+from maxtext_ling2.plan.bounds import Part
 from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of
 from maxtext_ling2.plan.estimate import Option
+from maxtext_ling2.plan.search import Candidate
 
 GIB = 2**30
+WITHOUT_FLOOR = "copies to the chip's memory"
 
 
 def option(topology, mesh="", fits=True, devices=8):
-  """An option whose step computes 0.2 s, moves 0.1 s and sends 0.1 s."""
+  """An option whose step computes 0.2 s, of which the model's operations are 0.16 s, moves 0.1 s and sends 0.1 s."""
   if not fits:
     return Option(topology, mesh, devices, False, 40 * GIB, 31 * GIB, problem="Used 40G of 31G hbm")
   return Option(
@@ -29,10 +34,16 @@ def option(topology, mesh="", fits=True, devices=8):
     capacity=31 * GIB,
     tflops=100.0,
     bytes_moved=1e11,
-    collectives={"all-gather": (2, 1e9)},
+    collectives={"all-gather": (2, 3 * GIB)},
+    synchronous={"all-gather": (1, GIB)},
+    model_seconds=0.16,
     compute_seconds=0.2,
     memory_seconds=0.1,
     link_seconds=0.1,
+    pessimistic_seconds=0.5,
+    edge_share=0.5,
+    parts=(Part("experts", 9e10, 0.2, 0.1, 0.0, 0.25, 0.06), Part("collectives", 1e10, 0.0, 0.01, 0.2, 0.25)),
+    assumed=("conditional a.1: branch 0", "conditional a.2: branch 0"),
     tokens=4096 * devices,
   )
 
@@ -51,31 +62,33 @@ def made(monkeypatch, tmp_path):
   return calls
 
 
-def run(tmp_path, topologies, meshes=("",), words=(), cached=True, model="ling2"):
+def run(tmp_path, topologies, meshes=("",), words=(), cached=True, model="ling2", **more):
   console = Console(record=True, width=200, file=io.StringIO())
-  fits = command.run(console, model, topologies, meshes, words, tmp_path / "plan.json", tmp_path / "plan.png", cached)
+  request = command.Request(model, topologies, meshes, words, cached=cached, **more)
+  fits = command.run(console, request, tmp_path / "plan.json", tmp_path / "plan.png")
   return fits, console.export_text(), json.loads((tmp_path / "plan.json").read_text())
 
 
 def test_time_and_use():
   one = option("v6e-8")
   assert one.lower_seconds == 0.2
-  assert one.upper_seconds == pytest.approx(0.4)
-  assert one.mfu == (pytest.approx(0.5), 1.0)
-  assert one.tokens_per_second == (pytest.approx(81920.0), pytest.approx(163840.0))
-  assert one.device_seconds_per_token == pytest.approx(8 * 0.4 / 32768)
+  assert one.upper_seconds == 0.5
+  assert one.mfu == (pytest.approx(0.32), pytest.approx(0.8))
+  assert one.tokens_per_second == (pytest.approx(65536.0), pytest.approx(163840.0))
+  assert one.device_seconds_per_token == pytest.approx(8 * 0.5 / 32768)
 
 
 def test_report(made, tmp_path):
   fits, text, found = run(tmp_path, ["v6e-8", "v5e-8"], ["", "expert=8,context=2"], ["per_device_batch_size=2"])
   assert fits
-  assert "cheapest that fits (device seconds a token, no prices): v6e-8, fsdp" in text
+  assert "cheapest that fits (pessimistic device seconds per token, no prices): v6e-8, fsdp" in text
   assert "does not fit: Used 40G of 31G hbm" in text
   assert [(one["topology"], one["mesh"], one["fits"]) for one in found["options"]] == [
     *(("v6e-8", mesh, True) for mesh in ("", "expert=8,context=2")),
     *(("v5e-8", mesh, False) for mesh in ("", "expert=8,context=2")),
   ]
-  assert found["options"][0]["mfu"] == [0.5, 1.0]
+  assert found["options"][0]["mfu"] == pytest.approx([0.32, 0.8])
+  assert found["options"][0]["seconds"] == [0.2, 0.5]
   assert found["versions"]["maxtext"] == "0.2.5"
   assert (tmp_path / "plan.png").stat().st_size > 1000
   settings = made[1][2]
@@ -83,6 +96,56 @@ def test_report(made, tmp_path):
   assert settings["context_parallel_load_balance"] == "false"
   assert settings["per_device_batch_size"] == "2"
   assert "ici_expert_parallelism" not in made[0][2]
+
+
+def test_parts(made, tmp_path):
+  """A row each, with floor, bytes, times and what bounds it; what was assumed of several conditionals stands once."""
+  _, text, found = run(tmp_path, ["v6e-8"])
+  rows = [line.replace("│", " ").split() for line in text.splitlines()]
+  assert ["experts", "60.0", "90.0", "200.0", "100.0", "0.0", "250.0", "compute"] in rows
+  assert ["collectives", "10.0", "0.0", "10.0", "200.0", "250.0", "links"] in rows
+  assert "parts, pessimistic (links: 50% of a chip's)" in text
+  assert "2 x conditional: branch 0" in text
+  assert "3.0 (1.0)" in text  # GiB sent, synchronously
+  (experts, collectives) = found["options"][0]["parts"]
+  assert (experts["bound"], experts["floor_seconds"], experts["bytes_moved"]) == ("compute", 0.06, 9e10)
+  assert (collectives["bound"], collectives["floor_seconds"]) == ("links", None)  # no NaN in JSON
+
+
+def test_recipe(made, tmp_path):
+  """The recipe's own batch and mesh stay, and the command that trains with it is printed."""
+  _, text, found = run(tmp_path, ["v5p-64"], recipe="ling2-v5p-64", words=["steps=3"])
+  ((topology, mesh, settings),) = made
+  assert (topology, mesh) == ("v5p-64", "recipe ling2-v5p-64")
+  assert settings == {
+    "compile_topology_num_slices": "1",
+    "log_config": "false",
+    "jax_cache_dir": '""',
+    "model_name": "ling2",
+    "steps": "3",
+  }
+  file = recipes.file_of("ling2-v5p-64")
+  assert f"python -m maxtext.trainers.pre_train.train {file} model_name=ling2 steps=3" in text.replace("\n", "")
+  assert found["options"][0]["mesh"] == "recipe ling2-v5p-64"
+
+
+def test_recipe_of_another_model(made, tmp_path):
+  with pytest.raises(ValueError, match=r"--recipe ling2-v5p-64: it is for ling2, not for ling2\.6-flash"):
+    run(tmp_path, ["v5p-64"], model="ling2.6-flash", recipe="ling2-v5p-64")
+  with pytest.raises(ValueError, match="--recipe ling2-v9: no such recipe; use one of ling2-tpu7x-64"):
+    run(tmp_path, ["v5p-64"], recipe="ling2-v9")
+
+
+def test_search(made, tmp_path, monkeypatch):
+  """The best by arithmetic are compiled until two fit."""
+  ranked = [Candidate(mesh, "4", 0.1, GIB, 1e-6) for mesh in ("expert=16", "", "expert=8", "tensor=4")]
+  monkeypatch.setattr(search, "ranked", lambda *_: ranked)
+  monkeypatch.setattr(command, "make_option", lambda yml, topology, mesh, words: option(topology, mesh, "16" not in mesh))
+  _, text, found = run(tmp_path, ["v5p-64"], search=True)
+  assert [(one["mesh"], one["fits"]) for one in found["options"]] == [
+    *[("expert=16, 4 rows", False), ("fsdp, 4 rows", True), ("expert=8, 4 rows", True)],
+  ]
+  assert "ranked by arithmetic" in text and "tensor=4, 4 rows" in text
 
 
 def test_nothing_fits(made, tmp_path):
@@ -161,6 +224,16 @@ def test_a_real_program(tmp_path):
   assert one["memory"] < one["capacity"]
   assert one["bytes_moved"] > 2 * one["arguments"]  # every parameter and its two moments are read and written
   assert "all-gather" in one["collectives"]
+  assert one["edge_share"] == 0.5  # 2 x 2 chips, not closed to a ring: two of four links
+  parts = {part["name"]: part for part in one["parts"]}
+  assert math.fsum(part["bytes_moved"] for part in one["parts"]) == pytest.approx(one["bytes_moved"], rel=1e-12)
+  assert math.fsum(part["seconds"] for part in one["parts"]) == pytest.approx(one["pessimistic_seconds"], rel=1e-12)
+  assert {"GLA", "experts", "router", "MLA", "logits and loss", "collectives"} <= set(parts)
+  assert all(part["floor_seconds"] > 0 for name, part in parts.items() if name not in ("other", WITHOUT_FLOOR))
+  sent = sum(size for _, size in one["collectives"].values())
+  assert parts["collectives"]["link_seconds"] == pytest.approx(sent / 100e9)
+  assert one["link_seconds"] == pytest.approx(sent / 200e9)
+  assert one["collective_bytes"] <= parts["collectives"]["bytes_moved"]
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
-"""Bytes of a compiled program: by hand on written text, and on a program compiled here."""
+"""Operations of a compiled program: by hand on written text, and on a program compiled here."""
+
+import math
 
 import pytest
 
-from maxtext_ling2.plan.hlo import memory_by, traffic
+from maxtext_ling2.plan.operations import read_program
+from maxtext_ling2.plan.parts import COLLECTIVES, memory_by
 
 # A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
 # the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a Pallas kernel in the loop; an
@@ -91,17 +94,24 @@ ROUND = 3 * ARRAY + 4 + 9 + KERNEL  # a slice, the sum so far, the new sum; the 
 
 
 def test_by_hand():
-  found = traffic(TEXT)
+  found = read_program(TEXT)
   loop = 3 * ROUND
   others = ARRAY + ARRAY // 4 + (ARRAY + ARRAY // 2)  # negate reads; the scatter writes; convert
   copies = (2 * ARRAY + 8 * 4) + ARRAY + ARRAY + 2 * ARRAY  # rows and their numbers; a slice, an array fetched; a copy
-  assert found.memory == loop + others + copies
+  gathers = (ARRAY + 4 * ARRAY) + (ARRAY // 2 + 2 * ARRAY)  # each reads its piece and writes all; the scatter is a fusion
+  assert found.collective_memory == gathers
+  assert found.memory == loop + others + copies + gathers
   assert found.collectives == {
     "all-gather": (2, ARRAY * 3 + ARRAY / 2 * 3),
     "reduce-scatter": (1, ARRAY * 3 / 4),
   }
+  assert found.synchronous_collectives == {
+    "all-gather": (1, ARRAY / 2 * 3),  # the other one runs on the sparse cores
+    "reduce-scatter": (1, ARRAY * 3 / 4),
+  }
   assert found.kernels == {"gla": (3, 3 * KERNEL)}
   assert found.unknown_loops == 0
+  assert found.assumed == ()
 
 
 SOURCES = """HloModule m
@@ -129,26 +139,75 @@ def test_by_source():
   text = TEXT.replace("HloModule m\n", SOURCES).replace("negate(%out)", "negate(%out), metadata={stack_frame_id=2}")
   seen = {}
 
-  def part(name, frames):
-    seen[name] = tuple(frames)
-    return "layer" if any(frame == "/a/layer.py:Layer.__call__" for frame in frames) else "rest"
+  def part(name, sources):
+    seen[name] = tuple(sources)
+    return "layer" if any(source == "/a/layer.py:Layer.__call__" for source in sources) else "rest"
 
-  found = memory_by(text, part)
-  assert found == {"rest": traffic(TEXT).memory - ARRAY, "layer": ARRAY}  # negate reads, and writes into the chip
+  program = read_program(text)
+  found = memory_by(program.operations, part)
+  sent = program.collective_memory + ARRAY // 4  # the scatter is one, too: it reads what is on the chip, and writes
+  assert found == {"rest": program.memory - ARRAY - sent, "layer": ARRAY, COLLECTIVES: sent}
   assert seen["own.1"] == ("/a/layer.py:Layer.__call__", "/a/train.py:step") and seen["half"] == ()
 
 
 def test_a_loop_of_unknown_length_is_counted_once():
-  found = traffic(TEXT.replace("compare(%i.1, %c), direction=LT", "compare(%i.1, %c), direction=NE"))
+  found = read_program(TEXT.replace("compare(%i.1, %c), direction=LT", "compare(%i.1, %c), direction=NE"))
   assert found.unknown_loops == 1
-  assert found.memory == pytest.approx(traffic(TEXT).memory - 2 * ROUND)
+  assert found.memory == pytest.approx(read_program(TEXT).memory - 2 * ROUND)
+
+
+# A conditional whose branch 0 doubles [8,128] and whose branch 1 adds it to itself and writes 16 rows.
+CONDITIONAL = """HloModule m
+
+%capped (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %d = f32[8,128]{1,0} negate(%x)
+}
+
+%dropless (x.1: f32[8,128]) -> f32[8,128] {
+  %x.1 = f32[8,128]{1,0} parameter(0)
+  %more = f32[16,128]{1,0} pad(%x.1)
+  ROOT %s = f32[8,128]{1,0} slice(%more), slice={[0:8], [0:128]}
+}
+
+ENTRY %main (i: s32[], p: f32[8,128]) -> f32[8,128] {
+  %i = s32[] parameter(0)
+  %p = f32[8,128]{1,0} parameter(1)
+  ROOT %c = f32[8,128]{1,0} conditional(%i, %p, %p), BRANCHES, metadata={op_name="cond" stack_frame_id=2}
+}
+"""
+INDEXED = "branch_computations={%capped, %dropless}"
+TRUTH = "true_computation=%dropless, false_computation=%capped"
+
+
+@pytest.mark.parametrize("branches", [INDEXED, TRUTH])
+def test_the_capped_path_of_the_experts_counts(branches):
+  """MaxText's cond(overflow, dropless, capped): false, which is 0, is the capped one."""
+  sources = SOURCES.replace("/a/layer.py", "/m/layers/moe.py")
+  found = read_program(CONDITIONAL.replace("BRANCHES", branches).replace("HloModule m\n", sources))
+  assert found.memory == 2 * ARRAY
+  assert found.assumed == ("conditional c: branch 0, the capped path, assumed in 100 % of the steps",)
+
+
+@pytest.mark.parametrize("branches", [INDEXED, TRUTH])
+def test_of_another_conditional_the_larger_branch_counts(branches):
+  found = read_program(CONDITIONAL.replace("BRANCHES", branches))
+  assert found.memory == (ARRAY + 2 * ARRAY) + 2 * ARRAY  # pad reads and writes, of the slice the slice counts twice
+  assert found.assumed == ("conditional c: branch 1, of 2 the one that moves most, assumed in 100 % of the steps",)
 
 
 def test_against_xla_on_a_program_without_loops():
-  """XLA's own count of the bytes of a matrix product."""
+  """XLA's own count of the bytes and operations of a matrix product, and of a batched one."""
   import jax
   import jax.numpy as jnp
 
   x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
-  compiled = jax.jit(lambda a, b: a @ b.T).lower(x, x).compile()
-  assert traffic(compiled.as_text()).memory == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
+  y = jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)
+  for function, shape, products in (
+    (lambda a, b: a @ b.T, x, 256 * 256 * 512),
+    (lambda a, b: jnp.einsum("bij,bkj->bik", a, b), y, 4 * 64 * 64 * 128),
+  ):
+    compiled = jax.jit(function).lower(shape, shape).compile()
+    found, costs = read_program(compiled.as_text()), compiled.cost_analysis()
+    assert found.memory == pytest.approx(costs["bytes accessed"], rel=0.01)
+    assert math.fsum(one.flops for one in found.operations) == costs["flops"] == 2 * products

@@ -1,0 +1,152 @@
+"""What each part of a LING2 train step must compute, move and send at least: arithmetic from the config's shapes.
+
+Per device and step; C hidden, T tokens of a device, weights in the compute dtype (bfloat16: 2 bytes), p forward passes (2
+where the policy is to rematerialise everything), P a part's weights, a = 2 C bytes per token. What is left out is what
+perfect fusion saves. Where the compiler keeps arrays in the chip's memory, or fetches weights under the name of a copy, a
+part may count less than its floor.
+
+  products     2 P T (p + 2) operations; weights read p + 1 times and their gradient written; the shard cast p times, 6
+               bytes per weight
+  activations  of a layer's part: input and output in each forward pass, and in the backward pass input, its gradient and
+               the output's: a T (2 p + 3)
+  experts      of P a device has its share, computed are k experts per token; each token's rows read, and written and read
+               by the weighted sum: a T (3 k + 1) in each forward pass, a T (4 k + 1) + 8 k F T in the backward pass
+  logits       never written, never recomputed: 3 a T; twice with MTP
+  AdamW        32 bytes per weight of the shard: the norm reads gradients, the update four arrays and writes three
+  collectives  weights gathered p times and written, gradients reduced; with experts on E devices tokens sent there and
+               back in each pass: C values min(k (E - 1) / E, E - 1) times
+"""
+
+import dataclasses
+from typing import Any
+
+from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.plan.chips import Chip
+from maxtext_ling2.plan.parts import COLLECTIVES
+from maxtext_ling2.training import flops as model_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+  """Of one part, of one device and step: operations, bytes from and to the HBM, bytes sent."""
+
+  flops: float = 0.0
+  memory: float = 0.0
+  sent: float = 0.0
+
+  def seconds(self, chip: Chip) -> float:
+    """The longest of the three, at peak, full bandwidth, and the rate of all links."""
+    return max(self.flops / chip.flops, self.memory / chip.memory_bandwidth, self.sent / chip.link_bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """How a step is spread over devices.
+
+  Attributes:
+    devices: all of them.
+    expert: among how many the experts are divided.
+    tensor: among how many a product is divided.
+  """
+
+  devices: int
+  expert: int = 1
+  tensor: int = 1
+
+  @classmethod
+  def of(cls, config: Any, devices: int) -> "Shares":
+    """From MaxText's config."""
+
+    def along(axis: str) -> int:
+      sizes = [int(getattr(config, f"{net}_{axis}_parallelism", 1)) for net in ("ici", "dcn")]
+      return max(sizes[0], 1) * max(sizes[1], 1)  # -1, what is left of the devices, is FSDP's
+
+    tensor = along("tensor") * along("tensor_transpose") * along("tensor_sequence")
+    return cls(devices, along("expert"), tensor)
+
+
+def routed_rows(config: Any, shares: Shares) -> float:
+  """Rows that a device gives to its experts in a pass, all k of each token; as many are given to it on average."""
+  tokens = config.global_batch_size_to_train_on / config.gradient_accumulation_steps * config.max_target_length
+  return float(tokens * config.num_experts_per_tok * shares.tensor / shares.devices)
+
+
+def floors(config: Any, shares: Shares) -> dict[str, Floor]:
+  """The floor of each part that has one, by the names of `plan.parts`."""
+  c, arithmetic = config, _Arithmetic(config, shares)
+  layers = range(c.num_decoder_layers)
+  mla = sum(is_mla(i, len(layers), c.inhomogeneous_layer_cycle_interval) for i in layers)
+  dense = sum(is_dense(i, c.first_num_dense_layers) for i in layers)
+  gla, mla, moe = len(layers) - mla, mla + c.mtp_num_layers, len(layers) - dense + c.mtp_num_layers
+  shared = c.shared_experts * (c.moe_shared_expert_dim or c.moe_mlp_dim)
+  operation = model_flops.forward_flops(c)
+  found = {
+    "GLA": arithmetic.layers(gla, model_flops.gla_layer(c).weights / 2, operation.gla),
+    "MLA": arithmetic.layers(mla, model_flops.mla_layer(c).weights / 2, operation.mla),
+    "dense MLP": arithmetic.layers(dense, 3 * c.emb_dim * c.mlp_dim),
+    "router": arithmetic.layers(moe, c.emb_dim * c.num_experts),
+    "shared expert": arithmetic.layers(moe, 3 * c.emb_dim * shared),
+    "experts": arithmetic.experts(moe),
+    "MTP, besides": arithmetic.layers(c.mtp_num_layers, 2 * c.emb_dim**2),
+    "logits and loss": arithmetic.logits(1 + c.mtp_num_layers),
+    "norms, residuals": Floor(memory=2 * (len(layers) + c.mtp_num_layers) * arithmetic.in_and_out),
+  }
+  return found | arithmetic.update_and_collectives(moe)
+
+
+class _Arithmetic:
+  """The rules above, and the weights that were asked for so far."""
+
+  def __init__(self, config: Any, shares: Shares):
+    self.config, self.shares = config, shares
+    self.width = 4 if str(getattr(config.dtype, "name", config.dtype)) == "float32" else 2
+    self.passes = 2 if config.remat_policy == "full" else 1
+    self.steps = config.gradient_accumulation_steps
+    self.rows = routed_rows(config, shares) / config.num_experts_per_tok * self.steps  # tokens of a device
+    self.token = config.emb_dim * self.width
+    self.weights = float(config.emb_dim * config.vocab_size)  # of the whole model: the embedding, and all that follow
+    self.touched = 0.0  # weights that a device multiplies with
+
+  @property
+  def in_and_out(self) -> float:
+    """Bytes of a layer's part."""
+    return self.rows * self.token * (2 * self.passes + 3) / self.shares.tensor
+
+  def layers(self, count: int, weights: float, operation: float = 0.0) -> Floor:
+    """`count` layers with so many weights each, and further operations per token of all of them together."""
+    memory = self._products(count * weights, self.shares.tensor, self.passes) + count * self.in_and_out
+    products = 2 * count * weights + operation
+    return Floor(products * self.rows * (self.passes + 2) / self.shares.tensor, memory)
+
+  def experts(self, count: int) -> Floor:
+    c = self.config
+    one = 3 * c.emb_dim * c.moe_mlp_dim
+    k, inner = c.num_experts_per_tok, 4 * c.num_experts_per_tok * c.moe_mlp_dim * self.width
+    memory = self._products(count * one * c.num_experts, self.shares.tensor * self.shares.expert, self.passes)
+    read = self.passes * (3 * k + 1) * self.token + (4 * k + 1) * self.token + inner
+    memory += count * self.rows * read / self.shares.tensor
+    return Floor(2 * count * k * one * self.rows * (self.passes + 2) / self.shares.tensor, memory)
+
+  def logits(self, count: int) -> Floor:
+    weights = self.config.emb_dim * self.config.vocab_size
+    memory = count * (self._products(weights, self.shares.tensor, 1) + 3 * self.rows * self.token / self.shares.tensor)
+    self.weights -= (count - 1) * weights  # one matrix, multiplied with several times
+    return Floor(6 * count * weights * self.rows / self.shares.tensor, memory)
+
+  def update_and_collectives(self, moe: int) -> dict[str, Floor]:
+    """Once all weights are known: AdamW, and what is gathered, reduced and exchanged."""
+    c, expert = self.config, self.shares.expert
+    among = self.shares.devices / expert / self.shares.tensor
+    gathered = self.touched * self.width * self.steps * (self.passes if among > 1 else 0)
+    reduced = self.touched * self.width * self.steps * (among > 1)
+    exchanged = min(c.num_experts_per_tok * (expert - 1) / expert, expert - 1) * self.rows * self.token
+    sent = (gathered + reduced) * (among - 1) / among + 2 * moe * (self.passes + 1) * exchanged
+    update = 32 * self.weights / self.shares.devices
+    return {"gradient norms, AdamW": Floor(memory=update), COLLECTIVES: Floor(memory=gathered + reduced, sent=sent)}
+
+  def _products(self, weights: float, share: int, passes: int) -> float:
+    """Bytes of all weights of a kind: read in each pass, their gradient written, the shard cast."""
+    self.weights += weights
+    self.touched += weights / share
+    cast = passes * weights / self.shares.devices * (4 + self.width)
+    return self.steps * (weights / share * self.width * (passes + 2) + cast)

@@ -1,0 +1,115 @@
+"""What `plan --search` tries: meshes and batches, ranked by arithmetic before one of them is compiled."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maxtext_ling2 import overrides
+from maxtext_ling2.host.compile_step import PlanConfigError, devices_of, read_config
+from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of, grid_of
+from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
+
+MESHES = ("", "expert=4", "expert=8", "expert=16", "tensor=4")
+"""Meshes that are ranked; what is left of the devices is FSDP's."""
+RING_OF_EXPERTS = {
+  "use_ring_of_experts": True,
+  "use_ragged_sort": True,
+  "ragged_buffer_factor": 1.5,
+  "moe_dropless_fallback": "layer",
+  "moe_topk_before_ep_all_gather": True,
+}
+"""Goes with expert parallelism: tokens travel around a ring, in buffers of one and a half times their even share, and a
+layer whose tokens do not fit falls back to buffers that lose none."""
+BATCH = "per_device_batch_size"
+ROWS = ("1", "2", "4", "8")
+"""Rows per device that are ranked, unless the user gives them."""
+COMPILED = 2
+"""How many that fit are compiled in the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A mesh and a batch that has not been compiled.
+
+  Attributes:
+    mesh: such as expert=8.
+    rows: per_device_batch_size, as text.
+    seconds: per step: each part's floor, one after the other, and what is sent at the rate of a device at the edge.
+    memory: bytes of HBM, a rough sum of the largest arrays.
+    device_seconds_per_token: what candidates are ranked by.
+  """
+
+  mesh: str
+  rows: str
+  seconds: float
+  memory: float
+  device_seconds_per_token: float
+
+  @property
+  def name(self) -> str:
+    """For a report."""
+    return f"{self.mesh or 'fsdp'}, {self.rows} rows"
+
+
+def settings_of(mesh: str) -> dict[str, str]:
+  """Further settings that a mesh is ranked and compiled with."""
+  return overrides.texts(RING_OF_EXPERTS) if "expert" in mesh else {}
+
+
+def ranked(
+  yml: str, topology: str, meshes: Mapping[str, Mapping[str, str]], settings: Mapping[str, str], rows: Sequence[str]
+) -> list[Candidate]:
+  """Candidates whose arrays fit the chip, the fastest per token first.
+
+  Args:
+    yml: base yml.
+    topology: as MaxText's compile_topology.
+    meshes: MaxText's settings of each mesh, by its text.
+    settings: further settings, as text.
+    rows: per_device_batch_size of the candidates.
+
+  Raises:
+    TopologyError: the topology is not known.
+  """
+  chip, devices = chip_of(topology), devices_of(topology)
+  if devices is None:
+    raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
+  edge = chip.edge_bandwidth(*grid_of(topology))
+  found = []
+  for mesh, cut in meshes.items():
+    for batch in rows:
+      words = {**settings, **cut, "compile_topology": topology, BATCH: batch}
+      try:
+        config = read_config(yml, overrides.join(words))
+      except PlanConfigError:  # such as experts that this mesh cannot divide
+        continue
+      found.append(candidate(mesh, batch, config, chip, devices, edge))
+  return sorted((one for one in found if one.memory < chip.memory), key=lambda one: one.device_seconds_per_token)
+
+
+def candidate(mesh: str, rows: str, config: Any, chip: Chip, devices: int, edge_bandwidth: float) -> Candidate:
+  """The arithmetic of one config."""
+  shares = Shares.of(config, devices)
+  seconds = sum(_seconds(one, chip, edge_bandwidth) for one in floors(config, shares).values())
+  tokens = config.global_batch_size_to_train_on * config.max_target_length
+  return Candidate(mesh, rows, seconds, memory(config, shares), devices * seconds / tokens)
+
+
+def _seconds(floor: Floor, chip: Chip, edge_bandwidth: float) -> float:
+  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.sent / edge_bandwidth
+
+
+def memory(config: Any, shares: Shares) -> float:
+  """Bytes of the largest arrays: weights and AdamW's moments in float32, a layer's gathered experts and their gradients,
+  logits in float32 and their gradient in bfloat16, the input of each layer, and two layers' worth of sorted rows.
+  """
+  c = config
+  routed = routed_rows(c, shares)
+  tokens = routed / c.num_experts_per_tok
+  expert_weights = 3 * c.emb_dim * c.moe_mlp_dim * c.num_experts
+  layers = c.num_decoder_layers + c.mtp_num_layers
+  state = 12 * (layers * expert_weights + 2 * c.emb_dim * c.vocab_size) / shares.devices
+  gathered = 4 * expert_weights * 2 / (shares.expert * shares.tensor)
+  logits = 6 * tokens * c.vocab_size / max(c.num_vocab_tiling, 1) / shares.tensor
+  rows = 4 * routed * (2 * c.emb_dim + 3 * c.moe_mlp_dim) * max(c.ragged_buffer_factor, 1.0)
+  return float(state + gathered + logits + 2 * tokens * c.emb_dim * layers + rows)

@@ -1,0 +1,36 @@
+"""Recipes: base ymls of training runs whose step was compiled and counted for the chips in their names."""
+
+from pathlib import Path
+
+from maxtext_ling2.errors import Ling2Error
+
+FOLDER = Path(__file__).parent / "configs" / "recipes"
+
+
+class RecipeError(Ling2Error, ValueError):
+  """There is no recipe of this name, or it is for another model."""
+
+
+def names() -> list[str]:
+  """All recipes, MODEL-TOPOLOGY."""
+  return sorted(path.stem for path in FOLDER.glob("*.yml"))
+
+
+def file_of(recipe: str) -> Path:
+  """The yml of a recipe.
+
+  Args:
+    recipe: one of `names()`, or the path of a yml of the user's.
+
+  Raises:
+    RecipeError: neither.
+  """
+  path = Path(recipe) if recipe.endswith((".yml", ".yaml")) else FOLDER / f"{recipe}.yml"
+  if not path.is_file():
+    raise RecipeError(f"--recipe {recipe}: no such recipe; use one of {', '.join(names())}, or the file of your own yml")
+  return path
+
+
+def title(recipe: str) -> str:
+  """The first line of a recipe, what it is for."""
+  return file_of(recipe).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")

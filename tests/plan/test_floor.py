@@ -1,0 +1,102 @@
+"""Floors: all operations against MaxText's count of the model's, bytes and what is sent by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from maxtext_ling2.plan.chips import CHIPS
+from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
+from maxtext_ling2.training.flops import training_tflops_per_device
+
+LING2 = {
+  "num_decoder_layers": 20,
+  "inhomogeneous_layer_cycle_interval": 5,
+  "first_num_dense_layers": 1,
+  "mtp_num_layers": 1,
+  "shared_experts": 1,
+  "moe_shared_expert_dim": 2048,
+  "moe_mlp_dim": 512,
+  "emb_dim": 2048,
+  "mlp_dim": 5120,
+  "num_experts": 256,
+  "num_experts_per_tok": 8,
+  "vocab_size": 157184,
+  "num_query_heads": 16,
+  "head_dim": 128,
+  "q_lora_rank": 256,
+  "kv_lora_rank": 512,
+  "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64,
+  "v_head_dim": 128,
+  "max_target_length": 4096,
+  "dtype": "bfloat16",
+  "remat_policy": "full",
+  "gradient_accumulation_steps": 1,
+  "per_device_batch_size": 1,
+  "global_batch_size_to_train_on": 32,
+  "use_dpo": False,
+}
+EXPERTS = 20 * 256 * 3 * 2048 * 512  # weights of all routed experts, those of MTP's layer among them
+
+
+def config(**changes):
+  return SimpleNamespace(**{**LING2, **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"mtp_num_layers": 0, "num_decoder_layers": 10}])
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_without_rematerialisation_the_operations_are_the_models(changes, tensor):
+  found = floors(config(remat_policy="minimal", **changes), Shares(32, tensor=tensor))
+  expected = training_tflops_per_device(config(**changes))[0] * 1e12
+  assert sum(one.flops for one in found.values()) == pytest.approx(expected)
+
+
+def test_rematerialised_forward_passes_count_but_for_the_logits():
+  once, twice = (floors(config(remat_policy=policy), Shares(32)) for policy in ("minimal", "full"))
+  for name in ("GLA", "MLA", "experts", "router", "shared expert", "dense MLP"):
+    assert twice[name].flops == pytest.approx(4 / 3 * once[name].flops)
+  assert twice["logits and loss"] == once["logits and loss"]
+
+
+@pytest.mark.parametrize("expert", [1, 8])
+def test_weights_of_the_experts(expert):
+  """Read three times and their gradient written, and 1/32 of all cast twice; tokens the same wherever experts are."""
+  memory = floors(config(), Shares(32, expert))["experts"].memory
+  weights = EXPERTS / expert * 2 * 4 + 2 * EXPERTS / 32 * 6
+  rows = 20 * 4096 * (2 * (3 * 8 + 1) * 4096 + (4 * 8 + 1) * 4096 + 4 * 8 * 512 * 2)
+  assert memory == pytest.approx(weights + rows)
+
+
+def test_what_is_sent():
+  """FSDP: all weights gathered twice, gradients reduced; experts on 8 devices: 7 of 8 rows, both ways, three passes."""
+  fsdp, shared = (floors(config(), Shares(32, expert))["collectives"] for expert in (1, 8))
+  touched = fsdp.memory / 3
+  assert fsdp.sent == pytest.approx(3 * touched * 31 / 32)
+  assert touched == pytest.approx(2 * EXPERTS, rel=0.08)  # the rest are 2 x the head, and what is no expert
+  rows = 2 * 20 * 3 * 7 * 4096 * 4096
+  assert shared.sent == pytest.approx(3 * (touched - 2 * EXPERTS * 7 / 8) * 3 / 4 + rows)
+
+
+def test_rows_that_are_routed():
+  assert routed_rows(config(), Shares(32)) == 8 * 4096
+  assert routed_rows(config(), Shares(32, expert=8)) == 8 * 4096
+  assert routed_rows(config(), Shares(32, tensor=4)) == 4 * 8 * 4096
+  assert routed_rows(config(gradient_accumulation_steps=2), Shares(32)) == 8 * 2048
+
+
+def test_shares_of_a_config():
+  """-1 is what is left of the devices, for FSDP."""
+  axes = {
+    "ici_expert_parallelism": 4,
+    "dcn_expert_parallelism": 2,
+    "ici_tensor_parallelism": 2,
+    "dcn_tensor_parallelism": -1,
+  }
+  assert Shares.of(SimpleNamespace(**axes), 64) == Shares(64, expert=8, tensor=2)
+
+
+def test_the_longest_of_three_bounds_a_part():
+  chip = CHIPS["v5p"]
+  assert Floor(flops=459e12, memory=1.0).seconds(chip) == 1.0
+  assert Floor(memory=2765e9, flops=1.0).seconds(chip) == 1.0
+  assert Floor(sent=600e9).seconds(chip) == 1.0
