@@ -59,9 +59,12 @@ AT_RUN_TIME = {kind: list(cases(kind)) for kind in ("removed", "renamed", "resig
 IN_THE_SOURCE = {"renamed": one_each("renamed"), "resigned": one_each("resigned"), "moved": each_module()}
 
 
-def parametrize(found):
-  """The cases by their names."""
-  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in found])
+def parametrize(found, slow=()):
+  """The cases by their names; `slow` are the kinds of those that run only with `make test-all` and `pytest -m drift`."""
+  marks = {kind: [pytest.mark.slow] for kind in slow}
+  return pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=marks.get(case.kind, ())) for case in found]
+  )
 
 
 def refused(text, case):

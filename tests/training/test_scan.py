@@ -85,14 +85,15 @@ def without_remat():
   return run.step(batch(run.config))
 
 
-POLICIES = (
-  "full", "minimal", "minimal_with_context", "minimal_with_quantization", "minimal_with_context_and_quantization",
-  "save_dot_with_context_except_mlp", "save_dot_except_mlpwi", "save_dot_except_mlp", "save_qkv_proj", "save_out_proj",
-  "custom", "qkv_proj_offloaded", "minimal_offloaded",
+POLICIES = ("full", "minimal_with_context", "save_dot_except_mlp", "custom", "minimal_offloaded")
+SLOW_POLICIES = (
+  "minimal", "minimal_with_quantization", "minimal_with_context_and_quantization", "save_dot_with_context_except_mlp",
+  "save_dot_except_mlpwi", "save_qkv_proj", "save_out_proj", "qkv_proj_offloaded",
 )  # fmt: skip
+"""Of a kind with one that is not slow."""
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW_POLICIES)])
 def test_remat_changes_no_number(policy, without_remat):
   saved = {"query_proj": "device", "out_proj": "device"} if policy == "custom" else {}
   run = Run(remat_policy=policy, **REMAT, **saved)
