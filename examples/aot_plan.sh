@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles a train step for TPUs that need not be there: does it fit, and how long does a step take at least?
-#   examples/aot_plan.sh                   ling2 on v6e-64 and v5p-64, a small set of meshes; tens of minutes
+#   examples/aot_plan.sh                   ling2 on v6e-64 and v5p-64, the best two meshes and batches of each; tens of minutes
 #   MODEL=ling2.6-flash TOPOLOGIES="v5p-256" examples/aot_plan.sh [KEY=VALUE...]
 #   CPU=1 examples/aot_plan.sh             ling2-tiny on one small slice
 # Exit 1 if nothing fits. What has been compiled is kept in ~/.cache/maxtext-ling2/plan.
