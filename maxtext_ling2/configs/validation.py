@@ -9,14 +9,19 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from maxtext_ling2.configs import documents, numbers
+from maxtext_ling2.configs import documents, numbers, tiles
 from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
 
 logger = logging.getLogger("maxtext_ling2")
 
 DECODER_BLOCK = "ling2"
-INSTEAD_OF_BASE = {"mla_naive_kvcache": "false"}
-"""What a LING2 model takes where only MaxText's base.yml says otherwise; see `_mla`."""
+INSTEAD_OF_BASE = {
+  "mla_naive_kvcache": "false",  # see `_mla`
+  "moe_use_direct_token_gather": "true",  # no copy of each token for each of its experts
+  "router_topk_matmul_vjp": "true",  # a product in place of a serial scatter
+  **dict.fromkeys(tiles.TILES, str(tiles.BY_CHIP)),
+}
+"""What a LING2 model takes where only MaxText's base.yml says otherwise."""
 
 CUSTOM_MODEL = "ling2-custom"
 """The model whose sizes stand in the user's base yml, not in one of ours."""
@@ -261,6 +266,7 @@ _OFF = {
   "mhc_expansion_rate": 1,
   "engram_layers": [],
   "use_batch_split_schedule": False,
+  "use_gather_mosaic_kernel": False,
   "te_moe_block": False,
   "use_indexer": False,
   "first_num_hash_layers": 0,
@@ -288,7 +294,7 @@ def _unread(c: Any) -> Iterator[str]:
       )
 
 
-_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, documents.problems, _unsupported)
+_RULES = (_heads, _layers, _mla, _experts, _dtypes, numbers.problems, documents.problems, tiles.problems, _unsupported)
 
 LING2_ONLY = (
   "moe_z_loss_weight",

@@ -85,7 +85,7 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
     super().__init__(
-      config=DeepSeekRoutingView(config),
+      config=DeepSeekRoutingView(config, mesh),
       num_experts=config.num_experts,
       num_experts_per_tok=config.num_experts_per_tok,
       mesh=mesh,

@@ -60,6 +60,7 @@ RULES = [
   ({"mhc_expansion_rate": 4}, "leave it at 1"),
   ({"engram_layers": [1]}, "leave it at []"),
   ({"use_batch_split_schedule": True}, "leave it at False"),
+  ({"use_gather_mosaic_kernel": True}, "leave it at False"),
   ({"te_moe_block": True}, "leave it at False"),
   ({"use_indexer": True}, "leave it at False"),
   ({"first_num_hash_layers": 1}, "leave it at 0"),

@@ -1,0 +1,136 @@
+"""Tiles of the experts' grouped products: data, chosen for each TPU generation by counting cycles.
+
+Made by `python benchmarks/experts_tiles.py --table`: of the tiles that it compiles, those of the fastest twelve products
+of a layer. K is whole, so that each weight is read once. N is whole, too, or in two blocks on chips of two cores, which
+share them. What does not fit the VMEM is halved. More rows per tile suit experts with many rows: whatever the tile, each
+expert's rows end within one, which is computed whole.
+"""
+
+from typing import Final, NamedTuple
+
+AXES: Final = {
+  "wi_fwd": ("embed_dim", "mlp_dim"),
+  "wi_dlhs": ("mlp_dim", "embed_dim"),
+  "wi_drhs": ("embed_dim", "mlp_dim"),
+  "wo_fwd": ("mlp_dim", "embed_dim"),
+  "wo_dlhs": ("embed_dim", "mlp_dim"),
+  "wo_drhs": ("mlp_dim", "embed_dim"),
+}
+"""What K and N of each product are. fwd: [rows, K] x [K, N]; dlhs: gradient of the rows; drhs: of the weights, [K, N]."""
+
+
+class Tiles(NamedTuple):
+  """What one grid step of a kernel works on; for drhs rows are contracted."""
+
+  rows: int
+  k: int
+  n: int
+
+
+class Chip(NamedTuple):
+  """What decides where the table has no entry."""
+
+  cores: int  # that share the blocks of N
+  vmem: int  # bytes that a kernel may use unless it asks for more
+
+
+_CHIPS: Final = {
+  "TPU v4": Chip(2, 16 * 2**20),
+  "TPU v5 lite": Chip(1, 16 * 2**20),
+  "TPU v5": Chip(2, 16 * 2**20),
+  "TPU v6 lite": Chip(1, 32 * 2**20),
+  "TPU7x": Chip(1, 32 * 2**20),
+}
+"""By `device_kind`, the name JAX gives a generation."""
+
+_OTHER: Final = Chip(1, 16 * 2**20)
+
+_TABLE: Final[dict[str, dict[tuple[int, int], dict[int, tuple[tuple[int, int, int], ...]]]]] = {
+  "TPU v5": {
+    (2048, 512): {
+      128: ((128, 2048, 256), (128, 512, 1024), (128, 2048, 256), (128, 512, 1024), (128, 2048, 256), (128, 512, 1024)),
+      512: ((256, 2048, 256), (128, 512, 1024), (256, 2048, 256), (128, 512, 1024), (128, 2048, 256), (256, 512, 1024)),
+      1024: ((256, 2048, 256), (256, 512, 1024), (256, 2048, 256), (256, 512, 1024), (256, 2048, 256), (256, 512, 1024)),
+      4096: ((512, 2048, 256), (512, 512, 1024), (512, 2048, 256), (512, 512, 1024), (512, 2048, 256), (512, 512, 1024)),
+    },
+    (4096, 1024): {
+      128: ((128, 4096, 512), (128, 1024, 2048), (128, 2048, 512), (128, 1024, 2048), (128, 4096, 512), (128, 512, 2048)),
+      4096: (
+        (256, 4096, 512),
+        (256, 1024, 2048),
+        (256, 2048, 512),
+        (256, 1024, 2048),
+        (256, 4096, 512),
+        (256, 512, 2048),
+      ),
+    },
+  },
+  "TPU v6 lite": {
+    (2048, 512): {
+      128: ((256, 2048, 512), (256, 512, 2048), (256, 2048, 512), (128, 512, 2048), (256, 2048, 512), (256, 512, 2048)),
+      256: ((256, 2048, 512), (256, 512, 2048), (256, 2048, 512), (256, 512, 2048), (256, 2048, 512), (256, 512, 2048)),
+      4096: ((512, 2048, 512), (512, 512, 2048), (512, 2048, 512), (512, 512, 2048), (512, 2048, 512), (512, 512, 2048)),
+    },
+  },
+  "TPU7x": {
+    (2048, 512): {
+      128: ((256, 2048, 512), (256, 512, 2048), (256, 2048, 512), (128, 512, 2048), (256, 2048, 512), (256, 512, 2048)),
+      512: ((256, 2048, 512), (256, 512, 2048), (256, 2048, 512), (256, 512, 2048), (256, 2048, 512), (256, 512, 2048)),
+      1024: ((512, 2048, 512), (256, 512, 2048), (512, 2048, 512), (256, 512, 2048), (512, 2048, 512), (512, 512, 2048)),
+      4096: ((512, 2048, 512), (512, 512, 2048), (512, 2048, 512), (512, 512, 2048), (512, 2048, 512), (512, 512, 2048)),
+    },
+  },
+}
+"""Chip -> (width of the model, of an expert) -> least rows per expert -> (rows, K, N) of each product, in AXES' order."""
+
+_LANES: Final = 128
+
+
+def tiles(kind: str, product: str, k: int, n: int, rows: float) -> Tiles | None:
+  """Tiles of one product.
+
+  Args:
+    kind: the kind of device; for one that is no TPU there are none: None.
+    product: of AXES.
+    k: the product's K on a device.
+    n: the product's N on a device.
+    rows: tokens that an expert of the device is given.
+  """
+  if not kind.startswith("TPU"):
+    return None
+  widths = (k, n) if AXES[product][0] == "embed_dim" else (n, k)
+  if by_rows := _TABLE.get(kind, {}).get(widths):
+    return Tiles(*_at_least(by_rows, rows)[list(AXES).index(product)])
+  return _by_rule(_CHIPS.get(kind, _OTHER), product, k, n, rows)
+
+
+def vmem(product: str, tile: Tiles) -> int:
+  """Bytes of a grid step in bfloat16: its blocks, twice for the copies of the next one, and the float32 accumulator."""
+  result = tile.k * tile.n if product.endswith("drhs") else tile.rows * tile.n
+  return 4 * (tile.rows * tile.k + tile.k * tile.n + tile.rows * tile.n) + 4 * result
+
+
+def vmem_of(kind: str) -> int:
+  """Bytes of VMEM that a kernel may use on a kind of TPU."""
+  return _CHIPS.get(kind, _OTHER).vmem
+
+
+def _at_least(by_rows: dict[int, tuple[tuple[int, int, int], ...]], rows: float) -> tuple[tuple[int, int, int], ...]:
+  """The entry with the most rows that are not more than there are."""
+  return by_rows[max((least for least in by_rows if least <= rows), default=min(by_rows))]
+
+
+def _by_rule(chip: Chip, product: str, k: int, n: int, rows: float) -> Tiles:
+  """Whole K, and N in as many blocks as there are cores; halved until a step fits the VMEM. Rows are those of ling2."""
+  tile = Tiles(512 if rows >= 4096 else 256 if rows >= 1024 or chip.cores == 1 else 128, k, n)
+  if chip.cores > 1 and n % (chip.cores * _LANES) == 0:
+    tile = tile._replace(n=n // chip.cores)
+  while vmem(product, tile) > chip.vmem:
+    smaller = [
+      tile._replace(**{axis: size // 2}) for axis, size in (("n", tile.n), ("k", tile.k)) if size % (2 * _LANES) == 0
+    ]
+    if not smaller:
+      break
+    wide = product.endswith("drhs") and tile.k > tile.n  # of gmm K stays whole as long as N can be halved
+    tile = smaller[-1] if wide else smaller[0]
+  return tile
