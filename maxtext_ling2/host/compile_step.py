@@ -15,6 +15,10 @@ class OutOfMemoryError(Ling2Error):
   """The program does not fit the memory of a chip; the text is the compiler's."""
 
 
+class CompilerError(Ling2Error):
+  """XLA or Mosaic cannot compile the program for these chips; the text is the compiler's."""
+
+
 class PlanConfigError(Ling2Error, ValueError):
   """MaxText refuses the settings."""
 
@@ -51,6 +55,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
 
   Raises:
     OutOfMemoryError: it does not fit.
+    CompilerError: it cannot be compiled for these chips.
     PlanConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
   """
   import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
@@ -113,4 +118,6 @@ def _refusals(yml: str) -> Iterator[None]:
   except Exception as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():
       raise OutOfMemoryError(str(error)) from error
+    if type(error).__name__ == "JaxRuntimeError":  # no import of JAX for it: a refused config needs none
+      raise CompilerError(str(error)) from error
     raise

@@ -9,7 +9,7 @@ from typing import Any
 
 from maxtext_ling2 import overrides
 from maxtext_ling2.configs.validation import is_ling2
-from maxtext_ling2.host.compile_step import CompiledStep, OutOfMemoryError, compile_step, devices_of
+from maxtext_ling2.host.compile_step import CompiledStep, CompilerError, OutOfMemoryError, compile_step, devices_of
 from maxtext_ling2.plan.bounds import Bounds, Part, bounds
 from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of, grid_of
 from maxtext_ling2.plan.floor import Shares, floors, routed_rows
@@ -52,7 +52,7 @@ class Option:
     assumed: which branches of conditionals count, and how many grouped products' cycles are not counted.
     tokens: tokens of a step, of all devices together.
     compile_seconds: what compiling took here.
-    problem: why it does not fit.
+    problem: why it does not fit, or cannot be compiled; the memory is NaN then.
   """
 
   topology: str
@@ -142,6 +142,10 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str])
     first = next((line for line in str(error).splitlines() if _USED.search(line)), str(error).splitlines()[0])
     seconds = time.perf_counter() - start
     return Option(topology, mesh, devices, False, used, capacity, compile_seconds=seconds, problem=first.strip())
+  except CompilerError as error:
+    seconds = time.perf_counter() - start
+    problem = f"the compiler cannot make this program: {' '.join(str(error).split())[:500]}"
+    return Option(topology, mesh, devices, False, math.nan, chip.memory, compile_seconds=seconds, problem=problem)
   empty = Option(topology, mesh, devices, True, math.nan, chip.memory, compile_seconds=time.perf_counter() - start)
   return _measured(empty, step, chip)
 

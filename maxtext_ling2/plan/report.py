@@ -1,6 +1,7 @@
 """What `maxtext-ling2 plan` prints and draws."""
 
 import collections
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ ASSUMPTIONS = (
 def line(option: Option) -> str:
   """What is told of an option as soon as it is there."""
   where = f"{option.topology}, {option.mesh or 'fsdp'}: compiled in {option.compile_seconds / 60:.1f} min"
-  return where if option.fits else f"{where}; does not fit: {option.problem}"
+  if option.fits:
+    return where
+  return f"{where}; {option.problem}" if math.isnan(option.memory) else f"{where}; does not fit: {option.problem}"
 
 
 def ranking(topology: str, candidates: Sequence[Candidate]) -> Table:
@@ -57,7 +60,8 @@ def summary(options: Sequence[Option]) -> Table:
   table = Table(*columns, "MFU", title="a train step, per device; optimistic - pessimistic")
   for one in options:
     cells = [one.topology, one.mesh or "fsdp", str(one.devices), "yes" if one.fits else "NO"]
-    cells.append(f"{one.memory / 2**30:.1f} of {one.capacity / 2**30:.1f}")
+    needed = "?" if math.isnan(one.memory) else f"{one.memory / 2**30:.1f}"
+    cells.append(f"{needed} of {one.capacity / 2**30:.1f}")
     if one.fits and one.tflops is not None and one.bytes_moved is not None:
       sent, waited = (sum(size for _, size in kinds.values()) for kinds in (one.collectives, one.synchronous))
       cells += [f"{one.tflops:.1f}", f"{one.bytes_moved / 2**30:.0f}", f"{sent / 2**30:.1f} ({waited / 2**30:.1f})"]

@@ -17,9 +17,11 @@ RING_OF_EXPERTS = {
   "ragged_buffer_factor": 1.5,
   "moe_dropless_fallback": "layer",
   "moe_topk_before_ep_all_gather": True,
+  "ragged_gather_reduce_fallback": True,
 }
 """Goes with expert parallelism: tokens travel around a ring, in buffers of one and a half times their even share, and a
-layer whose tokens do not fit falls back to buffers that lose none."""
+layer whose tokens do not fit falls back to buffers that lose none. MaxText's SparseCore kernel for the sum over a token's
+experts does not compile for every chip and batch (configs/recipes)."""
 BATCH = "per_device_batch_size"
 ROWS = ("1", "2", "4", "8")
 """Rows per device that are ranked, unless the user gives them."""

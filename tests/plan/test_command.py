@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from maxtext_ling2 import recipes
+from maxtext_ling2.host.compile_step import CompilerError
 from maxtext_ling2.plan import command, estimate, search
 from maxtext_ling2.plan.bounds import Part
 from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of
@@ -146,6 +147,22 @@ def test_search(made, tmp_path, monkeypatch):
     *[("expert=16, 4 rows", False), ("fsdp, 4 rows", True), ("expert=8, 4 rows", True)],
   ]
   assert "ranked by arithmetic" in text and "tensor=4, 4 rows" in text
+
+
+def test_what_the_compiler_cannot_make(tmp_path, monkeypatch):
+  """Such as a SparseCore kernel that wants more memory than there is: named, and no traceback."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+  def refuse(yml, words):
+    raise CompilerError("INTERNAL: Failed to run MLO pass\npipeline sc_ragged_gather_reduce_v2.6")
+
+  monkeypatch.setattr(estimate, "compile_step", refuse)
+  for _ in range(2):  # the second time from the cache
+    fits, text, found = run(tmp_path, ["v6e-8"])
+    assert not fits and "nothing fits" in text
+    assert "the compiler cannot make this program: INTERNAL: Failed to run MLO pass pipeline sc_ragged" in text
+    assert "does not fit" not in text and "? of 32.0" in text
+    assert found["options"][0]["memory"] is None
 
 
 def test_nothing_fits(made, tmp_path):
