@@ -10,15 +10,13 @@ there are no options, the step is MaxText's own object.
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any
 from unittest import mock
 
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
-from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.patches import bound, running
 from maxtext_ling2.host.registry import Seam
 
 _TRAIN = "maxtext.utils.train_utils"
@@ -91,10 +89,10 @@ class CompilerOptionsSeam(Seam):
 
   def _parse_ahead_of_time(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     flags = original(*args, **kwargs)
-    compiling = _frame_of(_COMPILES, ("mesh", "config"))
-    if compiling is None or not self._concerns(compiling.f_locals["config"]):
+    compiling = running(_COMPILES, ("mesh", "config"))
+    if compiling is None or not self._concerns(compiling["config"]):
       return flags
-    return self.options(compiling.f_locals["config"], _device(compiling.f_locals["mesh"]), flags)
+    return self.options(compiling["config"], _device(compiling["mesh"]), flags)
 
   def _concerns(self, config: Any) -> bool:
     return getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block
@@ -179,13 +177,3 @@ def _device(mesh: Any) -> Any:
   devices = list(mesh.devices.flat)
   process = jax.process_index()
   return next((device for device in devices if device.process_index == process), devices[0])
-
-
-def _frame_of(function: str, names: tuple[str, ...]) -> FrameType | None:
-  """The frame of the innermost running function of a name, with these local variables."""
-  frame: FrameType | None = sys._getframe()
-  while frame is not None:
-    if frame.f_code.co_name == function and all(name in frame.f_locals for name in names):
-      return frame
-    frame = frame.f_back
-  return None

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 
@@ -71,6 +73,19 @@ class Patches:
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
   """The arguments of a call by the names of MaxText's parameters, which may have others between one day."""
   return inspect.signature(function).bind(*args, **kwargs)
+
+
+def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:
+  """Local variables of the innermost running function of this name that has them all, or None: none is running.
+
+  For MaxText's commands that may run as `__main__`, whose attributes cannot be replaced.
+  """
+  frame: FrameType | None = sys._getframe(1)
+  while frame is not None:
+    if frame.f_code.co_name == function and all(name in frame.f_locals for name in names):
+      return {name: frame.f_locals[name] for name in names}
+    frame = frame.f_back
+  return None
 
 
 class Conflict(Exception):

@@ -8,13 +8,12 @@ and the folder is checked before anything else happens.
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
-from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.patches import bound, running
 from maxtext_ling2.host.registry import Seam
 
 _HANDLERS = "orbax.checkpoint.type_handlers"
@@ -99,7 +98,7 @@ class ToMaxTextSeam(Seam):
   def _initialize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Configures, and checks the folder if it is the command that asks, for one of the plugin's models."""
     config = original(*args, **kwargs)
-    arguments = _arguments_of_the_command()
+    arguments = running("main", _ARGUMENTS)
     if arguments is not None:
       self.request = self._requested(arguments, config) if self._is_ours(config) else None
     return config
@@ -142,13 +141,3 @@ def _target(output: str, ocdbt: bool, zarr3: bool) -> Target:
   """MaxText saves a converted checkpoint as step 0."""
   output = output if "://" in output else os.path.abspath(output)
   return Target(os.path.join(output, "0"), ocdbt, zarr3)
-
-
-def _arguments_of_the_command() -> dict[str, Any] | None:
-  """The arguments of `to_maxtext.main`, if that is what is running."""
-  frame: Any = sys._getframe(1)
-  while frame is not None:
-    if frame.f_code.co_name == "main" and all(name in frame.f_locals for name in _ARGUMENTS):
-      return {name: frame.f_locals[name] for name in _ARGUMENTS}
-    frame = frame.f_back
-  return None
