@@ -3,6 +3,7 @@
 `python mesh_runs.py FILE` with a JSON list of {"kind", "settings"}; writes FILE.npz with arrays named RUN/NAME.
 """
 
+import functools
 import json
 import os
 import re
@@ -85,7 +86,21 @@ def gla_layer(settings):
     return output_and_gradients(**settings)
 
 
-KINDS = {"train": train, "decode": decode, "collectives": collectives, "gla_layer": gla_layer}
+def routed(settings, trains=True):
+  """Steps under two routings, one of which overflows a device."""
+  import routed_runs
+
+  return routed_runs.steps(trains, settings)
+
+
+KINDS = {
+  "train": train,
+  "decode": decode,
+  "collectives": collectives,
+  "gla_layer": gla_layer,
+  "routed": routed,
+  "scored": functools.partial(routed, trains=False),
+}
 
 
 def run(folder, devices, runs):

@@ -73,8 +73,11 @@ class Router(nnx.Module):
     return hasattr(self, "expert_counts")
 
   def count(self, counts: jax.Array) -> None:
-    """Adds the tokens [E] that this batch sent to each expert."""
-    self.expert_counts[...] += counts
+    """Adds the tokens that this batch sent to each expert: [E], or [..., E] of parts of the batch.
+
+    With defer_small_all_reduces MaxText's ring of experts returns parts: [devices, token chunks, E].
+    """
+    self.expert_counts[...] += jnp.sum(counts.reshape(-1, counts.shape[-1]), axis=0)
 
 
 class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
