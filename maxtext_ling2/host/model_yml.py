@@ -13,10 +13,10 @@ from typing import Any, get_args
 from urllib.parse import quote, unquote
 
 from maxtext_ling2 import overrides
-from maxtext_ling2.host.base_yml import over_model
+from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
-from maxtext_ling2.host.request import asks_for, explicit, requested
+from maxtext_ling2.host.request import asks_for, requested
 
 _PYCONFIG = "maxtext.configs.pyconfig"
 _TYPES = "maxtext.configs.types"
@@ -82,8 +82,9 @@ class ModelYmlSeam(Seam):
     path, words = original(argv, *rest, **kwargs)
     settings = requested(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
     self._refuse_environment(settings)
+    mine = settings_of_the_user(path, self._configs_folder) if asks_for(settings, self.names) else {}
     if asks_for(settings, self.names):
-      words = [*words, *self._unless_given(path, words, kwargs)]
+      words = [*words, *self._unless_given(mine, words, kwargs)]
     model_name = settings.get("model_name")
     if model_name in self.model_names:
       if not (self.folder / "models" / f"{model_name}.yml").is_file():
@@ -92,18 +93,14 @@ class ModelYmlSeam(Seam):
           "install maxtext-ling2 again"
         )
       model_yml = self.folder / "models" / f"{model_name}.yml"
-      words = [*words, *over_model(path, words, kwargs, model_yml, self._configs_folder)]
+      words = [*words, *over_model(path, mine, words, kwargs, model_yml, self._configs_folder)]
       path = str(self.folder / quote(path, safe=""))
     return path, words
 
-  def _unless_given(self, path: str, words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
+  def _unless_given(self, mine: dict[str, Any], words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
     """Words that replace what MaxText's own base yml says."""
     return overrides.join(
-      {
-        field: value
-        for field, value in self.instead_of_base.items()
-        if explicit(field, words, kwargs, path, self._configs_folder) is None
-      }
+      {field: value for field, value in self.instead_of_base.items() if not is_given(field, mine, words, kwargs)}
     )
 
   def _refuse_environment(self, settings: dict[str, str]) -> None:

@@ -45,31 +45,6 @@ def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder
   return settings
 
 
-def explicit(field: str, words: Sequence[str], kwargs: dict[str, Any], yml: str, configs_folder: str) -> str | None:
-  """The value that a user gives a field, as text, or None where only MaxText's own ymls name it.
-
-  Args:
-    field: name of the field.
-    words: `key=value` words of the command line.
-    kwargs: keyword arguments, which win over the words.
-    yml: the base yml.
-    configs_folder: MaxText's own ymls: what stands in them nobody has asked for.
-  """
-  if field in kwargs:
-    return str(kwargs[field])
-  given = dict(filter(None, map(overrides.split, words)))  # of two words for one field, MaxText takes the last
-  if field in given:
-    return given[field]
-  if f"M_{field.upper()}" in os.environ:
-    return os.environ[f"M_{field.upper()}"]
-  setting = _setting(field)
-  for text in chain(yml, configs_folder, skip=configs_folder):
-    match = setting.search(text)
-    if match:
-      return match["value"].strip()
-  return None
-
-
 def asks_for(settings: dict[str, str], names: Iterable[str]) -> bool:
   """Whether one of the settings is one of `names`."""
   return bool(set(settings.values()) & set(names))
@@ -83,11 +58,16 @@ def chain(yml: str | None, configs_folder: str, skip: str | None = None) -> Iter
     seen.add(path)
     with open(path, encoding="utf-8", errors="replace") as file:
       text = file.read()
-    if skip is None or os.path.commonpath([os.path.abspath(skip), path]) != os.path.abspath(skip):
+    if skip is None or not _within(path, skip):
       yield text
     match = _SETTING["base_config"].search(text)
     parent = match["value"].strip().strip("'\"") if match else None
     path = _existing(parent, [os.path.dirname(path), configs_folder]) if parent else None
+
+
+def _within(path: str, folder: str) -> bool:
+  path, folder = os.path.realpath(path), os.path.realpath(folder)
+  return os.path.commonpath([folder, path]) == folder
 
 
 def _existing(name: str, folders: Sequence[str]) -> str | None:

@@ -1,5 +1,8 @@
 """A base yml of the user's against the model's: it wins where it says so, and is refused where it would be dropped."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 import tiny  # noqa: F401  MaxText's environment
@@ -58,3 +61,41 @@ def test_a_word_can_say_so(write):
 
 def test_the_same_value_is_no_contradiction(write):
   assert load(write("base_config: base.yml\nscan_layers: false\n")).scan_layers is False
+
+
+def test_a_copy_of_maxtexts_base_yml(tmp_path):
+  """Of a copy only the lines that were changed are the user's; so with a path through a link."""
+  from maxtext.configs import pyconfig
+
+  stock = Path(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
+  copy = tmp_path / "base.yml"
+  copy.write_text(stock.read_text())
+  config = load(copy)
+  assert (config.base_emb_dim, config.scan_layers, config.wi_tile_fwd_batch_seq) == (2048, False, 0)
+  copy.write_text(re.sub("^wi_tile_fwd_batch_seq: 512$", "wi_tile_fwd_batch_seq: 256", stock.read_text(), flags=re.M))
+  assert load(copy).wi_tile_fwd_batch_seq == 256
+  copy.write_text(re.sub("^base_emb_dim: .*$", "base_emb_dim: 64", stock.read_text(), flags=re.M))
+  with pytest.raises(ValueError, match="base_emb_dim: 64"):
+    load(copy)
+  (tmp_path / "link").symlink_to(stock.parent)
+  assert load(tmp_path / "link" / "base.yml").wi_tile_fwd_batch_seq == 0
+
+
+def test_ymls_that_are_written_otherwise(write):
+  flow = "{base_config: base.yml, override_model_config: true, scan_layers: true, wi_tile_fwd_batch_seq: 256}\n"
+  config = load(write(flow))
+  assert (config.scan_layers, config.wi_tile_fwd_batch_seq) == (True, 256)
+
+
+def test_values_that_refer_to_others(write):
+  text = "base_config: base.yml\nmax_prefill_predict_length: ${max_target_length}\n"
+  assert load(write(text)).max_prefill_predict_length == 4096  # no contradiction: ling2.yml's own
+  text += "override_model_config: true\nmax_target_length: 1024\n"
+  assert load(write(text)).max_prefill_predict_length == 1024
+
+
+def test_a_variable_does_not_say_so_in_time(write, monkeypatch):
+  """MaxText applies M_* after it has merged the ymls."""
+  monkeypatch.setenv("M_OVERRIDE_MODEL_CONFIG", "true")
+  with pytest.raises(ValueError, match="add `override_model_config: true`"):
+    load(write("base_config: base.yml\nscan_layers: true\n"))
