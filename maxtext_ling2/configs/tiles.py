@@ -27,7 +27,7 @@ TILES: Final = {
 SMALLEST_ROWS: Final = 128
 """Every number of rows in the table is this times a power of two."""
 
-_LANES: Final = 8
+_SUBLANES: Final = 8
 """Rows of a register; a tile holds a multiple of them."""
 
 
@@ -44,7 +44,7 @@ def problems(config: Any) -> Iterator[str]:
   for field in TILES:
     if getattr(config, field, BY_CHIP) < 0:
       yield f"{field}={getattr(config, field)}: a tile cannot be negative; leave it out for the one that suits the chip"
-  if not (config.sparse_matmul and (config.megablox or config.use_tokamax_gmm)):
+  if not (config.sparse_matmul and config.megablox and not config.use_tokamax_gmm):  # others take any number of rows
     return
   for field, (_, axis) in TILES.items():
     if axis == "batch_seq" and (tile := getattr(config, field, BY_CHIP)) > 0:
@@ -55,8 +55,10 @@ def _rows(config: Any, field: str, tile: int) -> Iterator[str]:
   """A number of rows that the user has set."""
   whole = padding(field)
   if field == whole:
-    if math.gcd(tile, SMALLEST_ROWS) < _LANES:
-      yield f"{field}={tile}: the rows of the experts are padded to it and tiles hold {_LANES} at a time; use a multiple"
+    if math.gcd(tile, SMALLEST_ROWS) < _SUBLANES:
+      yield (
+        f"{field}={tile}: the rows of the experts are padded to it and tiles hold {_SUBLANES} at a time; use a multiple"
+      )
     return
   padded = getattr(config, whole, BY_CHIP)
   if (padded or SMALLEST_ROWS) % tile:

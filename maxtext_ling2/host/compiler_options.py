@@ -90,7 +90,7 @@ class CompilerOptionsSeam(Seam):
   def _parse_ahead_of_time(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     flags = original(*args, **kwargs)
     compiling = running(_COMPILES, ("mesh", "config"))
-    if compiling is None or not self._concerns(compiling["config"]):
+    if compiling is None or not self._concerns(compiling["config"]) or compiling["config"].enable_diloco:
       return flags
     return self.options(compiling["config"], _device(compiling["mesh"]), flags)
 

@@ -96,9 +96,9 @@ def _tile(config: Any, place: Placement, field: str) -> int:
   if tiles is None:
     from maxtext.configs import types
 
-    return int(types.MaxTextConfig.model_fields[field].default)
-  if axis != "batch_seq":
-    return tiles[1 if axis == k_axis else 2]
-  if field == (whole := padding(field)):
-    return tiles[0]
-  return math.gcd(tiles[0], getattr(config, whole) or _tile(config, place, whole))
+    found = int(types.MaxTextConfig.model_fields[field].default)
+  else:
+    found = tiles[("batch_seq", k_axis, n_axis).index(axis)]
+  if axis != "batch_seq" or field == (whole := padding(field)):
+    return found
+  return math.gcd(found, getattr(config, whole) or _tile(config, place, whole))

@@ -10,6 +10,7 @@ no SparseCore; on v4 the collectives stay synchronous.
 """
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -49,7 +50,7 @@ def compiler_options(config: Any, device: Any, given: Mapping[str, str]) -> dict
     given: the user's `compile_xla_flags`, parsed.
 
   Returns:
-    Flags by name. Off a TPU, or with `tuned_xla_flags=false`, only the user's.
+    Flags by name, without those in LIBTPU_INIT_ARGS. Off a TPU, or with `tuned_xla_flags=false`, only the user's.
 
   Raises:
     FlagError: XLA refuses one of the user's.
@@ -57,13 +58,23 @@ def compiler_options(config: Any, device: Any, given: Mapping[str, str]) -> dict
   for name, value in given.items():
     reason = refusal(device, name, value)
     if reason is not None:
-      raise FlagError(f"compile_xla_flags: XLA for {device.device_kind} refuses --{name}={value} ({reason})")
+      raise FlagError(
+        f"compile_xla_flags: XLA for {device.device_kind} refuses --{name}={value} ({reason}); remove it, or use the "
+        "name that this version of libtpu or XLA knows"
+      )
   tuned = _tuned(device) if config.tuned_xla_flags else {}
-  ours = {name: value for name, value in tuned.items() if name not in given}
+  by_user = {*given, *_in_environment()}
+  ours = {name: value for name, value in tuned.items() if name not in by_user}
   if ours:
     listed = ", ".join(f"{name}={value}" for name, value in ours.items())
     _log(f"LING2: XLA flags for {device.device_kind}: {listed} (tuned_xla_flags=false turns them off)")
   return ours | dict(given)
+
+
+def _in_environment() -> set[str]:
+  """Flags that the user gives to libtpu itself, which an option of the compiler would replace."""
+  words = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+  return {word.lstrip("-").partition("=")[0] for word in words}
 
 
 def _tuned(device: Any) -> dict[str, str]:
@@ -96,6 +107,8 @@ def _compile_with(device: Any, name: str, value: str) -> str | None:
   try:
     program.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile()
   except jax.errors.JaxRuntimeError as error:
+    if "INVALID_ARGUMENT" not in str(error) and "No such compile option" not in str(error):
+      raise  # not about the flag: a device that is lost, no memory
     return str(error).splitlines()[0]
   return None
 
