@@ -48,7 +48,7 @@ SHORT = ("max_target_length=2048",)
 
 ROWS = (
   *(Row(f"recipe-ling2-{chips}", "ling2", chips, recipe=f"ling2-{chips}") for chips in ("v5p-64", "v6e-64", "tpu7x-64")),
-  Row("recipe-flash-v5p-256", "ling2.6-flash", "v5p-256", recipe="ling2.6-flash-v5p-256"),
+  Row("recipe-flash-v5p-256", "ling2.6-flash", "v5p-256", settings=SHORT, recipe="ling2.6-flash-v5p-256"),
   *(Row(f"ling2-{chips}", "ling2", chips) for chips in ("v5p-64", "v6e-64", "tpu7x-64")),
   *(Row(f"ling2-{chips}-32k", "ling2", chips, "context=8", LONG) for chips in ("v5p-64", "v6e-64", "tpu7x-64")),
   Row("ling2-v6e-64-expert", "ling2", "v6e-64", "expert=8"),

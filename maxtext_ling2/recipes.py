@@ -1,4 +1,4 @@
-"""Recipes: base ymls of training runs whose step was compiled and counted for the chips in their names."""
+"""Recipes: base ymls of training runs, for the model and the slice in their names."""
 
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def file_of(recipe: str) -> Path:
   Raises:
     RecipeError: neither.
   """
-  path = Path(recipe) if recipe.endswith((".yml", ".yaml")) else FOLDER / f"{recipe}.yml"
+  path = Path(recipe) if recipe.endswith(".yml") else FOLDER / f"{recipe}.yml"
   if not path.is_file():
-    raise RecipeError(f"--recipe {recipe}: no such recipe; use one of {', '.join(names())}, or the file of your own yml")
+    raise RecipeError(f"{recipe}: no such recipe; use one of {', '.join(names())}, or the file of your own .yml")
   return path
 
 

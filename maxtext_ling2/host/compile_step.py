@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +22,10 @@ class CompilerError(Ling2Error):
 
 class PlanConfigError(Ling2Error, ValueError):
   """MaxText refuses the settings."""
+
+
+# "memory space hbm", "exceeds available HBM", "of 31.25G hbm"; not a kernel that overflows its own memory (vmem, smem).
+_OUT_OF_HBM = re.compile(r"space hbm|available hbm|[\d.]+[KMG] (?:of )?hbm", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _refusals(yml: str) -> Iterator[None]:
       f"{yml}: MaxText cannot read it and the ymls that it inherits from ({error}); correct it, base_config first"
     ) from error
   except Exception as error:
-    if "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error).lower():
+    if _OUT_OF_HBM.search(str(error)):
       raise OutOfMemoryError(str(error)) from error
     if type(error).__name__ == "JaxRuntimeError":  # no import of JAX for it: a refused config needs none
       raise CompilerError(str(error)) from error

@@ -81,7 +81,7 @@ def bounds(
   for one in operations:
     memory, compute, link = one.memory / chip.memory_bandwidth, compute_seconds(one, chip), 0.0
     if one.sent:
-      link = one.sent / edge_bandwidth
+      link = one.sent / (edge_bandwidth or chip.link_bandwidth)  # 0: both devices are on one chip
       sent += one.times * one.sent
     figures = (one.memory, compute, memory, link, max(compute, memory) + link)
     parts.setdefault(part_of_operation(one), []).append(tuple(one.times * figure for figure in figures))

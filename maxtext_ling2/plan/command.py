@@ -16,6 +16,7 @@ import maxtext_ling2
 from maxtext_ling2 import overrides, recipes
 from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.plan import report, search
 from maxtext_ling2.plan.estimate import Option, make_option
 from maxtext_ling2.plan.grouped import CYCLES
@@ -67,7 +68,7 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   for option, words in _options(console, request, yml, settings):
     options.append(option)
     chosen.append(words)
-    console.print(report.line(option))
+    console.print(report.line(option), markup=False)
   console.print(report.summary(options))
   for option in options:
     if option.fits:
@@ -106,22 +107,41 @@ def _options(
       yield _cached(yml, topology, f"recipe {Path(request.recipe).stem}", settings, request.cached), settings
     else:
       for mesh in request.meshes:
-        words = {**settings, **_mesh(mesh)}
+        words = _with_mesh(settings, mesh, _mesh(mesh))
         yield _cached(yml, topology, mesh, words, request.cached), words
+
+
+def _with_mesh(settings: Mapping[str, str], mesh: str, cut: Mapping[str, str]) -> dict[str, str]:
+  """Settings with those of a mesh.
+
+  Raises:
+    ValueError: the user sets one of them otherwise.
+  """
+  for key, value in cut.items():
+    if settings.get(key, value) != value:
+      raise ValueError(f"--mesh {mesh}, {key}={settings[key]}: the mesh says {value}; leave one of them out")
+  return {**settings, **cut}
 
 
 def _searched(
   console: Console, request: Request, yml: str, topology: str, settings: Mapping[str, str]
 ) -> Iterator[tuple[Option, Mapping[str, str]]]:
   """Compiles the first candidates that fit, in the order of their arithmetic."""
+  axes = [key for key in overrides.parse(request.words) if key.endswith("_parallelism")]
+  if axes:
+    raise ValueError(f"--search, {axes[0]}: the search chooses the mesh; leave one of them out")
   meshes = {mesh: _mesh(mesh) | search.settings_of(mesh) for mesh in search.MESHES}
   rows = search.ROWS if (given := overrides.parse(request.words).get(search.BATCH)) is None else [given]
   found = search.ranked(yml, topology, meshes, settings, rows)
   console.print(report.ranking(topology, found))
   fitting = 0
   for one in found:
-    words = {**settings, **meshes[one.mesh], search.BATCH: one.rows}
-    option = _cached(yml, topology, one.name, words, request.cached)
+    words = {**meshes[one.mesh], **settings, search.BATCH: one.rows}
+    try:
+      option = _cached(yml, topology, one.name, words, request.cached)
+    except PlanConfigError as error:  # such as a mesh that these chips cannot form
+      console.print(f"{topology}, {one.name}: {error}", markup=False)
+      continue
     yield option, words
     fitting += option.fits
     if fitting == search.COMPILED:
@@ -186,7 +206,9 @@ def _cached(yml: str, topology: str, mesh: str, settings: Mapping[str, str], use
   """The option, from the cache if the same program has been compiled before."""
   sources = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.py"))
   parts = [json.dumps([topology, mesh, settings, _versions()], sort_keys=True, default=str), Path(yml).read_text()]
-  parts += [path.read_text(encoding="utf-8") for path in (*sources, CYCLES) if path.is_file()]
+  models = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.yml"))
+  parts += [path.read_text(encoding="utf-8") for path in (*sources, *models, CYCLES) if path.is_file()]
+  parts += [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("M_", "LIBTPU_INIT_ARGS"))]
   key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
   folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxtext-ling2" / "plan"
   file = folder / f"{key}.json"

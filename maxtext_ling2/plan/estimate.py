@@ -179,6 +179,7 @@ def _counted(program: Program, times: Bounds, chip: Chip) -> dict[str, Any]:
   grouped = [one.grouped for one in program.operations if one.grouped is not None]
   counted = sum(one.seconds(chip)[1] for one in grouped)
   cycles = f"grouped products: cycles counted for {counted} of {len(grouped)}, else operations of visited tiles at peak"
+  unknown = f"{program.unknown_loops} loops of unknown length: their bodies are counted once"
   return {
     "bytes_moved": program.memory,
     "collective_bytes": program.collective_memory,
@@ -191,7 +192,7 @@ def _counted(program: Program, times: Bounds, chip: Chip) -> dict[str, Any]:
     "link_seconds": times.link_seconds,
     "pessimistic_seconds": times.pessimistic_seconds,
     "parts": times.parts,
-    "assumed": (*program.assumed, *([cycles] if grouped else [])),
+    "assumed": (*program.assumed, *([cycles] if grouped else []), *([unknown] if program.unknown_loops else [])),
   }
 
 

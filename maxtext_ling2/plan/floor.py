@@ -130,7 +130,6 @@ class _Arithmetic:
   def logits(self, count: int) -> Floor:
     weights = self.config.emb_dim * self.config.vocab_size
     memory = count * (self._products(weights, self.shares.tensor, 1) + 3 * self.rows * self.token / self.shares.tensor)
-    self.weights -= (count - 1) * weights  # one matrix, multiplied with several times
     return Floor(6 * count * weights * self.rows / self.shares.tensor, memory)
 
   def update_and_collectives(self, moe: int) -> dict[str, Floor]:

@@ -11,6 +11,7 @@ _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
+_LOOP = (r"condition=%?([\w.\-]+)", r"body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _COMPUTATIONS = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _BINARY = re.compile(r'"(?:body|debug_locations)":"[^"]*",?')  # a kernel's own program
@@ -74,13 +75,47 @@ class Module:
     return self._frames.get(int(found[1]), ()) if found else ()
 
   def rounds(self, loop: Instruction) -> int | None:
-    """How often the body of a loop runs, if its condition is that a counter (0, 1, 2 ...) is below a constant."""
-    name = loop.rest.partition("condition=%")[2].partition(",")[0]
-    condition, table = self.computations[name], self.tables[name]
-    compares = [one for one in condition if one.opcode == "compare" and "direction=LT" in one.rest]
-    limits = [table[name] for one in compares for name in one.operands if name in table]
-    values = [one.rest.partition(")")[0] for one in limits if one.opcode == "constant"]
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() else None
+    """How often the body of a loop runs, if a counter from a constant on is compared with a constant and grows by one.
+
+    A loop that XLA has unrolled counts in steps larger than 1. None: the text does not tell.
+    """
+    condition, body = (found[1] for found in map(functools.partial(re.search, string=loop.rest), _LOOP) if found)
+    table = self.tables[condition]
+    compares = [one for one in table.values() if one.opcode == "compare" and "direction=LT" in one.rest]
+    if len(compares) != 1 or len(compares[0].operands) != 2:
+      return None
+    counter, limit = (table.get(name) for name in compares[0].operands)
+    place = _place(counter)
+    last, step = _constant(limit), None if place is None else self._step(body, place)
+    if place is None or last is None or not step:
+      return None
+    return max(-(-(last - self._start(loop, place)) // step), 0)
+
+  def _step(self, body: str, place: int) -> int | None:
+    """What the body of a loop adds to its counter, which is at a place of the loop's values."""
+    root, table = self.computations[body][-1], self.tables[body]
+    one = table.get(root.operands[place]) if root.opcode == "tuple" and place < len(root.operands) else None
+    while one is not None and one.opcode in ("copy", "bitcast", "fusion"):
+      if one.opcode == "fusion":  # of scalars: its root is the sum
+        name = called(one)[0]
+        one, table = self.computations[name][-1], self.tables[name]
+      else:
+        one = table.get(one.operands[0])
+    if one is None or one.opcode != "add":
+      return None
+    steps = [_constant(table.get(name)) for name in one.operands]
+    return next((step for step in steps if step is not None), None)
+
+  def _start(self, loop: Instruction, place: int) -> int:
+    """The counter's first value; 0 where the text does not tell, as JAX's scans begin."""
+    for table in self.tables.values():
+      if table.get(loop.name) is loop:
+        values = table.get(loop.operands[0])
+        first = table.get(values.operands[place]) if values and place < len(values.operands) else None
+        while first is not None and first.opcode in ("copy", "bitcast"):
+          first = table.get(first.operands[0])
+        return _constant(first) or 0
+    return 0
 
   def fused(self, one: Instruction) -> Iterator[tuple[Instruction, Table]]:
     """The instructions within a fusion, with those beside them; fusions within it are opened, too."""
@@ -89,6 +124,18 @@ class Module:
         yield inner, self.tables[name]
         if inner.opcode == "fusion":
           yield from self.fused(inner)
+
+
+def _place(one: Instruction | None) -> int | None:
+  """The place of a loop's value that an instruction reads."""
+  found = re.search(r"index=(\d+)", one.rest) if one is not None and one.opcode == "get-tuple-element" else None
+  return int(found[1]) if found else None
+
+
+def _constant(one: Instruction | None) -> int | None:
+  """The value of a whole number."""
+  found = re.match(r"(-?\d+)\)", one.rest) if one is not None and one.opcode == "constant" else None
+  return int(found[1]) if found else None
 
 
 def called(one: Instruction) -> list[str]:

@@ -21,7 +21,8 @@ ASSUMPTIONS = (
   "operations of matrix products, recomputed ones and each pass of precise ones too; cycles of GLA's kernels and, where "
   "a table has them, of grouped products, from libtpu's schedules. Calculated: visits of tiles by grouped products and "
   "their rereads, for random routing; rows of a ragged all-to-all; bytes sent, by ring algorithms; floors, from shapes. "
-  "Not known: waiting, small transfers, the operations of the vector unit, the network between slices. Nothing has run "
+  "Not known: waiting, small transfers, the operations of the vector unit, the network between slices, which "
+  "links a ring over a part of the slice uses (one line, maybe). Nothing has run "
   "on these chips."
 )
 

@@ -67,25 +67,29 @@ def ranked(
     yml: base yml.
     topology: as MaxText's compile_topology.
     meshes: MaxText's settings of each mesh, by its text.
-    settings: further settings, as text.
+    settings: further settings, as text, which win.
     rows: per_device_batch_size of the candidates.
 
   Raises:
     TopologyError: the topology is not known.
+    PlanConfigError: MaxText refuses all candidates.
   """
   chip, devices = chip_of(topology), devices_of(topology)
   if devices is None:
     raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
   edge = chip.edge_bandwidth(*grid_of(topology))
-  found = []
+  found, refused = [], None
   for mesh, cut in meshes.items():
     for batch in rows:
-      words = {**settings, **cut, "compile_topology": topology, BATCH: batch}
+      words = {**cut, **settings, "compile_topology": topology, BATCH: batch}
       try:
         config = read_config(yml, overrides.join(words))
-      except PlanConfigError:  # such as experts that this mesh cannot divide
+      except PlanConfigError as error:  # such as experts that this mesh cannot divide
+        refused = error
         continue
       found.append(candidate(mesh, batch, config, chip, devices, edge))
+  if not found and refused is not None:
+    raise refused
   return sorted((one for one in found if one.memory < chip.memory), key=lambda one: one.device_seconds_per_token)
 
 
@@ -98,7 +102,8 @@ def candidate(mesh: str, rows: str, config: Any, chip: Chip, devices: int, edge_
 
 
 def _seconds(floor: Floor, chip: Chip, edge_bandwidth: float) -> float:
-  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.sent / edge_bandwidth
+  links = edge_bandwidth or chip.link_bandwidth  # 0: both devices are on one chip
+  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.sent / links
 
 
 def memory(config: Any, shares: Shares) -> float:

@@ -133,7 +133,7 @@ def test_recipe(made, tmp_path):
 def test_recipe_of_another_model(made, tmp_path):
   with pytest.raises(ValueError, match=r"--recipe ling2-v5p-64: it is for ling2, not for ling2\.6-flash"):
     run(tmp_path, ["v5p-64"], model="ling2.6-flash", recipe="ling2-v5p-64")
-  with pytest.raises(ValueError, match="--recipe ling2-v9: no such recipe; use one of ling2-tpu7x-64"):
+  with pytest.raises(ValueError, match="ling2-v9: no such recipe; use one of ling2-tpu7x-64"):
     run(tmp_path, ["v5p-64"], recipe="ling2-v9")
 
 

@@ -24,12 +24,14 @@ TEXT = """HloModule m
 
 %body (t: (s32[], f32[8,128], f32[3,8,128])) -> (s32[], f32[8,128], f32[3,8,128]) {
   %t = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%t), index=0
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%t), index=0
   %x = f32[8,128]{1,0} get-tuple-element(%t), index=1
   %w = f32[3,8,128]{2,1,0} get-tuple-element(%t), index=2
   %y = f32[8,128]{1,0:T(8,128)} fusion(%w, %x, %i), kind=kLoop, calls=%sliced
   %k = f32[8,128]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/gla/pallas_call"}
-  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %k, %w)
+  %one = s32[]{:T(128)S(6)} constant(1)
+  %next = s32[]{:T(128)S(6)} add(%i, %one)
+  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%next, %k, %w)
 }
 
 %condition (t.1: (s32[], f32[8,128], f32[3,8,128])) -> pred[] {
@@ -90,7 +92,7 @@ ENTRY %main (a0: f32[8,128], w0: f32[3,8,128]) -> f32[32,128] {
 """
 ARRAY = 8 * 128 * 4
 KERNEL = 2 * ARRAY
-ROUND = 3 * ARRAY + 4 + 9 + KERNEL  # a slice, the sum so far, the new sum; the counter; the condition's numbers and bit
+ROUND = 3 * ARRAY + 9 + KERNEL  # a slice, the sum so far, the new sum; the condition's numbers and bit
 
 
 def test_by_hand():
@@ -154,6 +156,15 @@ def test_a_loop_of_unknown_length_is_counted_once():
   found = read_program(TEXT.replace("compare(%i.1, %c), direction=LT", "compare(%i.1, %c), direction=NE"))
   assert found.unknown_loops == 1
   assert found.memory == pytest.approx(read_program(TEXT).memory - 2 * ROUND)
+
+
+@pytest.mark.parametrize(("start", "step", "rounds"), [(0, 1, 3), (0, 2, 2), (1, 1, 2), (1, 2, 1), (0, 4, 1)])
+def test_rounds_of_a_loop_follow_its_counter(start, step, rounds):
+  """XLA unrolls its windowed einsums: their counters grow by 2."""
+  text = TEXT.replace("%zero = s32[] constant(0)", f"%zero = s32[] constant({start})")
+  text = text.replace("%one = s32[]{:T(128)S(6)} constant(1)", f"%one = s32[]{{:T(128)S(6)}} constant({step})")
+  found = read_program(text)
+  assert (found.unknown_loops, found.kernels["gla"]) == (0, (rounds, rounds * KERNEL))
 
 
 # A conditional whose branch 0 doubles [8,128] and whose branch 1 adds it to itself and writes 16 rows.
