@@ -233,6 +233,7 @@ def plan_of_tiny(tmp_path, topology, *words):
   return one
 
 
+@pytest.mark.slow  # docs_test compiles one, too
 def test_a_real_program(tmp_path):
   """ling2-tiny for four v5e chips: GLA's kernels are in it, parameters with Adam are 12 bytes each, cut in four."""
   one = plan_of_tiny(tmp_path, "v5e-4", "scan_layers=false")
