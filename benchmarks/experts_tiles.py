@@ -1,6 +1,6 @@
 """Which tiles suit the grouped products of LING2's experts on each TPU generation: counted, on a machine without one.
 
-    python benchmarks/experts_tiles.py --quick                    # v5p and v6e, a few kernels counted anew
+    python benchmarks/experts_tiles.py --quick                    # v5p and v6e, recounts a few kernels
     python benchmarks/experts_tiles.py                            # counts what is not stored yet (hours), then all
     python benchmarks/experts_tiles.py --chip v5p --model ling2   # the same for one chip and model
     python benchmarks/experts_tiles.py --table                    # the table of maxtext_ling2/ops/experts/tiles.py
@@ -49,7 +49,7 @@ PRODUCTS = {
 }
 """The kernel that computes each product, and its K and N."""
 TIMES_PER_LAYER = {"wi_fwd": 4, "wi_dlhs": 2, "wi_drhs": 2, "wo_fwd": 2, "wo_dlhs": 1, "wo_drhs": 1}
-"""wi stands for two weights (gate, up), and the forward pass runs again for the backward one."""
+"""wi is two weights (gate, up), and the forward pass runs again for the backward one."""
 DEFAULT = (512, 1024, 1024)
 """MaxText's tiles."""
 SEARCHED = [(chip, "ling2") for chip in ("v5p", "v6e", "tpu7x")]
@@ -243,7 +243,7 @@ def everything(counts: Counts, models: Iterable[str], of_chips: Iterable[str]) -
 
 
 def quick() -> list[dict[str, Any]]:
-  """Counts a few kernels anew, and says where a stored count differs."""
+  """Recounts a few kernels and says where a stored count differs."""
   records = []
   with tempfile.TemporaryDirectory() as folder:
     stored, new = Counts(), Counts(Path(folder) / "counts.json", None)
@@ -281,7 +281,7 @@ def table(counts: Counts) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--quick", action="store_true", help="counts a few kernels anew; about two minutes on an idle core")
+  parser.add_argument("--quick", action="store_true", help="recount a few kernels; about two minutes on an idle core")
   parser.add_argument("--table", action="store_true", help="prints the table from the stored counts; counts nothing")
   parser.add_argument("--stored", action="store_true", help="counts nothing")
   parser.add_argument("--chip", choices=CHIPS, action="append", help="default: all")

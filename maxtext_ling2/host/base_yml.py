@@ -1,6 +1,6 @@
-"""What stands in the base yml of a user, and what it says against the model's own yml.
+"""The settings in a user's base yml, and where they contradict the model's own yml.
 
-MaxText merges base yml, model yml and command line in this order, so a key of the user's base yml that also stands in the
+MaxText merges base yml, model yml and command line in this order, so a key of the user's base yml that is also in the
 model's yml is dropped without a word. For the plugin's models it acts where the base yml says `override_model_config:
 true`, as the same key on the command line does, and is refused where it does not.
 """

@@ -1,6 +1,6 @@
 """The grouped products of the experts: what their tiles make them compute, read and write.
 
-A kernel's tiles (rows, K, N) stand in its custom call, as megablox, its second version (gmm_v2, tgmm_v2) and tokamax
+A kernel's tiles (rows, K, N) are in its custom call, as megablox, its second version (gmm_v2, tgmm_v2) and tokamax
 write them. `gmm` is [rows, K] by [groups, K, N], `tgmm` the gradient of the weights, [K, rows] by [rows, N] for each
 group. A grid step multiplies one tile of rows, which belongs to one group alone: a tile where a group ends is visited for
 both groups. Loops of the grid, the outermost first: gmm over blocks of N, visits, blocks of K; tgmm over blocks of N,
@@ -61,7 +61,7 @@ class GroupedProduct:
   def visits(self) -> float:
     """Tiles of rows in one pass over all groups.
 
-    First version: tiles begin at multiples of their rows, and every border of two groups is taken to lie within one.
+    First version: tiles begin at multiples of their rows, and every boundary of two groups is assumed to be inside one.
     Second version: tiles begin with their group, and the mean is taken over binomial sizes of groups.
     """
     if not self.kernel.endswith("_v2"):

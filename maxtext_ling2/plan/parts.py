@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from maxtext_ling2.plan.operations import Operation
 
-# The first whose words all stand in the sources of an operation, "file:function" of each frame, is its part.
+# The first whose words are all in the sources of an operation, "file:function" of each frame, is its part.
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   ("router", ("model/moe.py:Router",)),
   ("shared expert", ("model/moe.py:Ling2MoE", "linears.py:MlpBlock")),

@@ -4,7 +4,7 @@ import pytest
 
 from maxtext_ling2.plan.operations import read_program
 
-PIECE = 256 * 128 * 4  # of float32
+SHARD = 256 * 128 * 4  # of float32
 GROUPS = "replica_groups={{0,1,2,3}}"
 
 
@@ -17,29 +17,29 @@ def program(lines, more="", rows=None):
 @pytest.mark.parametrize(
   ("lines", "kind", "sent", "memory", "synchronous"),
   [
-    ([f"%r = f32[1024,128]{{1,0}} all-gather(%x), {GROUPS}"], "all-gather", 3 * PIECE, 5 * PIECE, True),
-    ([f"%r = f32[256,128]{{1,0}} all-reduce(%x), {GROUPS}"], "all-reduce", 1.5 * PIECE, 2 * PIECE, True),
-    ([f"%r = f32[64,128]{{1,0}} reduce-scatter(%x), {GROUPS}"], "reduce-scatter", 0.75 * PIECE, 1.25 * PIECE, True),
-    ([f"%r = f32[256,128]{{1,0}} all-to-all(%x), {GROUPS}"], "all-to-all", 0.75 * PIECE, 2 * PIECE, True),
+    ([f"%r = f32[1024,128]{{1,0}} all-gather(%x), {GROUPS}"], "all-gather", 3 * SHARD, 5 * SHARD, True),
+    ([f"%r = f32[256,128]{{1,0}} all-reduce(%x), {GROUPS}"], "all-reduce", 1.5 * SHARD, 2 * SHARD, True),
+    ([f"%r = f32[64,128]{{1,0}} reduce-scatter(%x), {GROUPS}"], "reduce-scatter", 0.75 * SHARD, 1.25 * SHARD, True),
+    ([f"%r = f32[256,128]{{1,0}} all-to-all(%x), {GROUPS}"], "all-to-all", 0.75 * SHARD, 2 * SHARD, True),
     # The result stays on the chip: it is read from the HBM and not written there.
-    ([f"%r = f32[1024,128]{{1,0:S(1)}} all-gather(%x), {GROUPS}"], "all-gather", 3 * PIECE, PIECE, True),
+    ([f"%r = f32[1024,128]{{1,0:S(1)}} all-gather(%x), {GROUPS}"], "all-gather", 3 * SHARD, SHARD, True),
     (
       [
         f"%s = (f32[256,128]{{1,0}}, f32[1024,128]{{1,0}}) all-gather-start(%x), {GROUPS}",
         "%r = f32[1024,128]{1,0} all-gather-done(%s)",
       ],
-      *("all-gather", 3 * PIECE, 5 * PIECE, False),
+      *("all-gather", 3 * SHARD, 5 * SHARD, False),
     ),
     (
       [f"%s = f32[256,128]{{1,0}} all-reduce-start(%x), {GROUPS}", "%r = f32[256,128]{1,0} all-reduce-done(%s)"],
-      *("all-reduce", 1.5 * PIECE, 2 * PIECE, False),
+      *("all-reduce", 1.5 * SHARD, 2 * SHARD, False),
     ),
     (
       [
         "%s = (f32[256,128]{1,0}, f32[256,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)",
         "%r = f32[256,128]{1,0} collective-permute-done(%s)",
       ],
-      *("collective-permute", PIECE, 2 * PIECE, False),
+      *("collective-permute", SHARD, 2 * SHARD, False),
     ),
   ],
 )
@@ -60,9 +60,9 @@ def test_a_started_computation_runs_beside_others():
 """
   lines = ["%s = ((f32[256,128]), f32[64,128]) async-start(%x), calls=%wrapped", "%r = f32[64,128]{1,0} async-done(%s)"]
   found = program(lines, wrapped)
-  assert found.collectives == {"reduce-scatter": (1, 0.75 * PIECE)}
+  assert found.collectives == {"reduce-scatter": (1, 0.75 * SHARD)}
   assert found.synchronous_collectives == {}
-  assert found.memory == found.collective_memory == 1.25 * PIECE
+  assert found.memory == found.collective_memory == 1.25 * SHARD
 
 
 @pytest.mark.parametrize(("fusion", "inner"), [("all-reduce-scatter.1", "scatter"), ("fusion.7", "all-reduce-scatter.2")])
@@ -76,9 +76,9 @@ def test_a_fused_reduce_scatter(fusion, inner):
 }}
 """
   found = program([f"%{fusion} = f32[64,128]{{1,0}} fusion(%x), kind=kCustom, calls=%{inner}"], fused)
-  assert found.collectives == found.synchronous_collectives == {"reduce-scatter": (1, 0.75 * PIECE)}
+  assert found.collectives == found.synchronous_collectives == {"reduce-scatter": (1, 0.75 * SHARD)}
   assert found.collective_memory == 0
-  assert found.memory == 1.25 * PIECE
+  assert found.memory == 1.25 * SHARD
 
 
 @pytest.mark.parametrize(("rows", "share"), [(None, 1.0), (64.0, 0.25), (1000.0, 1.0)])
@@ -86,5 +86,5 @@ def test_a_ragged_exchange_sends_what_is_routed(rows, share):
   """A buffer of 256 rows, of which 64 are routed: three quarters of these leave the device, all are read and written."""
   line = f"%r = f32[256,128]{{1,0}} ragged-all-to-all(%x, %x, %o, %o, %o, %o), {GROUPS}"
   found = program([line], rows=rows)
-  assert found.collectives == {"ragged-all-to-all": (1, 0.75 * share * PIECE)}
-  assert found.memory == 2 * share * PIECE
+  assert found.collectives == {"ragged-all-to-all": (1, 0.75 * share * SHARD)}
+  assert found.memory == 2 * share * SHARD
