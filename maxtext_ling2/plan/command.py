@@ -16,6 +16,8 @@ import maxtext_ling2
 from maxtext_ling2 import overrides, recipes
 from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.demo.data import maxtext_folder
+from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.plan import report, search
 from maxtext_ling2.plan.estimate import Option, make_option
@@ -157,30 +159,36 @@ def _training(yml: str, settings: Mapping[str, str]) -> str:
 def _recipe(model: str, recipe: str) -> tuple[str, dict[str, str]]:
   """(base yml, settings) of a recipe, whose own values stay."""
   file = recipes.file_of(recipe)
-  theirs = _settings_of(file).get("model_name", model)
+  given = _given(file)
+  theirs = given.get("model_name", model)
   if theirs != model:
     raise recipes.RecipeError(
       f"--recipe {recipe}: it is for {theirs}, not for {model}; name that model or another recipe"
     )
-  return str(file), overrides.texts({**QUIET, "model_name": model})
+  return str(file), _unless_given(QUIET, given, model)
 
 
 def _model(model: str) -> tuple[str, dict[str, str]]:
-  """(base yml, settings) of a model's name or yml."""
-  from maxtext_ling2.demo.data import maxtext_folder
-
-  if not model.endswith((".yml", ".yaml")):
-    return str(maxtext_folder() / "configs" / "base.yml"), overrides.texts({**DEFAULTS, "model_name": model})
+  """(base yml, settings) of a model's name, or of a yml, whose own values stay."""
+  if model.endswith(".yaml"):
+    raise ValueError(f"{model}: MaxText takes a base yml only under a name that ends in .yml; rename it")
+  if not model.endswith(".yml"):
+    return str(maxtext_folder() / "configs" / "base.yml"), _unless_given(DEFAULTS, {}, model)
   if not Path(model).is_file():
     raise ValueError(
       f"{model}: no such file; pass a model_name such as ling2, or the yml that `maxtext-ling2 config` writes"
     )
-  _settings_of(Path(model))
-  return model, overrides.texts({**DEFAULTS, "model_name": CUSTOM_MODEL})
+  given = _given(Path(model))
+  return model, _unless_given(DEFAULTS, given, str(given.get("model_name", CUSTOM_MODEL)))
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
-  """The settings that stand in a yml itself; raises ValueError if it holds none."""
+def _unless_given(defaults: Mapping[str, Any], given: Mapping[str, Any], model_name: str) -> dict[str, str]:
+  """Defaults, or a yml's own values for them, as text."""
+  return overrides.texts({key: given.get(key, value) for key, value in defaults.items()} | {"model_name": model_name})
+
+
+def _given(path: Path) -> dict[str, Any]:
+  """The settings of a user's yml and of those it inherits from; raises ValueError if it has none."""
   import yaml
 
   try:
@@ -190,7 +198,7 @@ def _settings_of(path: Path) -> dict[str, Any]:
   if not isinstance(settings, dict):
     found = "nothing" if settings is None else f"a {type(settings).__name__}"
     raise ValueError(f"{path}: holds {found} instead of settings; write it anew with `maxtext-ling2 config`")
-  return settings
+  return settings_of_the_user(str(path), str(maxtext_folder() / "configs"))
 
 
 def _mesh(text: str) -> dict[str, str]:

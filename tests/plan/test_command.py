@@ -130,6 +130,21 @@ def test_recipe(made, tmp_path):
   assert found["options"][0]["mesh"] == "recipe ling2-v5p-64"
 
 
+def test_a_yml_of_the_users_keeps_its_own_values(made, tmp_path):
+  """Also those that it inherits; plan's defaults are for what it does not say."""
+  (tmp_path / "parent.yml").write_text("base_config: base.yml\nscan_layers: false\ncompile_topology_num_slices: 2\n")
+  (tmp_path / "mine.yml").write_text("base_config: parent.yml\nmodel_name: ling2\nper_device_batch_size: 4\n")
+  run(tmp_path, ["v6e-8"], model=str(tmp_path / "mine.yml"))
+  settings = made[0][2]
+  own = {"scan_layers": "false", "compile_topology_num_slices": "2", "per_device_batch_size": "4", "model_name": "ling2"}
+  assert {key: settings[key] for key in own} == own and settings["override_model_config"] == "true"
+  (tmp_path / "recipe.yml").write_text("base_config: mine.yml\n")
+  with pytest.raises(ValueError, match=r"it is for ling2, not for ling2\.6-flash"):
+    run(tmp_path, ["v6e-8"], model="ling2.6-flash", recipe=str(tmp_path / "recipe.yml"))
+  with pytest.raises(ValueError, match=r"mine\.yaml: MaxText takes a base yml only under a name that ends in \.yml"):
+    run(tmp_path, ["v6e-8"], model="mine.yaml")
+
+
 def test_recipe_of_another_model(made, tmp_path):
   with pytest.raises(ValueError, match=r"--recipe ling2-v5p-64: it is for ling2, not for ling2\.6-flash"):
     run(tmp_path, ["v5p-64"], model="ling2.6-flash", recipe="ling2-v5p-64")
