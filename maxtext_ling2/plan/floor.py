@@ -13,8 +13,9 @@ part may count less than its floor.
                by the weighted sum: a T (3 k + 1) in each forward pass, a T (4 k + 1) + 8 k F T in the backward pass
   logits       never written, never recomputed: 3 a T; twice with MTP
   AdamW        32 bytes per weight of the shard: the norm reads gradients, the update four arrays and writes three
-  collectives  weights gathered p times and written, gradients reduced; with experts on E devices tokens sent there and
-               back in each pass: C values min(k (E - 1) / E, E - 1) times
+  collectives  weights gathered p times and written, gradients reduced; with experts on E devices tokens sent there p
+               times and back once, and the gradients of both: C values E - 1 times in a ring of experts, else
+               min(k (E - 1) / E, E - 1) times
 """
 
 import dataclasses
@@ -138,8 +139,10 @@ class _Arithmetic:
     among = self.shares.devices / expert / self.shares.tensor
     gathered = self.touched * self.width * self.steps * (self.passes if among > 1 else 0)
     reduced = self.touched * self.width * self.steps * (among > 1)
-    exchanged = min(c.num_experts_per_tok * (expert - 1) / expert, expert - 1) * self.rows * self.token
-    sent = (gathered + reduced) * (among - 1) / among + 2 * moe * (self.passes + 1) * exchanged
+    ring = getattr(c, "use_ring_of_experts", False)
+    copies = expert - 1 if ring else min(c.num_experts_per_tok * (expert - 1) / expert, expert - 1)
+    exchanged = (self.passes + 3) * moe * copies * self.rows * self.token  # to the experts and back, and both gradients
+    sent = (gathered + reduced) * (among - 1) / among + exchanged
     update = 32 * self.weights / self.shares.devices
     return {"gradient norms, AdamW": Floor(memory=update), COLLECTIVES: Floor(memory=gathered + reduced, sent=sent)}
 

@@ -68,13 +68,32 @@ def test_weights_of_the_experts(expert):
 
 
 def test_what_is_sent():
-  """FSDP: all weights gathered twice, gradients reduced; experts on 8 devices: 7 of 8 rows, both ways, three passes."""
+  """FSDP: all weights gathered twice, gradients reduced; experts on 8 devices: 7 of 8 rows, five times per layer."""
   fsdp, shared = (floors(config(), Shares(32, expert))["collectives"] for expert in (1, 8))
   touched = fsdp.memory / 3
   assert fsdp.sent == pytest.approx(3 * touched * 31 / 32)
   assert touched == pytest.approx(2 * EXPERTS, rel=0.08)  # the rest are 2 x the head, and what is no expert
-  rows = 2 * 20 * 3 * 7 * 4096 * 4096
+  rows = 20 * 5 * 7 * 4096 * 4096
   assert shared.sent == pytest.approx(3 * (touched - 2 * EXPERTS * 7 / 8) * 3 / 4 + rows)
+
+
+@pytest.mark.parametrize(("ring", "copies"), [(True, 15), (False, 7.5)])
+def test_a_ring_of_experts_sends_each_token_to_every_device(ring, copies):
+  """Experts on 16 of 32 devices; without rematerialisation tokens go there and back, and the gradients of both."""
+  sent = [
+    floors(config(remat_policy="minimal", use_ring_of_experts=ring), Shares(32, expert))["collectives"].sent
+    for expert in (16, 1)
+  ]
+  touched = sent[1] / (2 * 31 / 32)
+  assert sent[0] - 2 * (touched - 2 * EXPERTS * 15 / 16) / 2 == pytest.approx(20 * 4 * copies * 4096 * 4096)
+
+
+def test_adamw_updates_every_weight_once():
+  """Two moments and the weight read and written, the gradient read twice: 32 bytes; the head once, MTP or not."""
+  gla, mla = 5 * 2048**2, 2048 * (256 + 576 + 16 * 128) + 256 * 16 * 192 + 512 * 16 * 256
+  layers = 16 * gla + 5 * mla + 20 * 3 * 2048 * 2048 + 20 * 2048 * 256 + 3 * 2048 * 5120 + 2 * 2048**2
+  weights = EXPERTS + layers + 2 * 2048 * 157184
+  assert floors(config(), Shares(32))["gradient norms, AdamW"].memory == pytest.approx(32 * weights / 32)
 
 
 def test_rows_that_are_routed():
