@@ -15,7 +15,8 @@ part may count less than its floor.
   AdamW        32 bytes per weight of the shard: the norm reads gradients, the update four arrays and writes three
   collectives  weights gathered p times and written, gradients reduced; with experts on E devices tokens sent there p
                times and back once, and the gradients of both: C values E - 1 times in a ring of experts, else
-               min(k (E - 1) / E, E - 1) times
+               min(k (E - 1) / E, E - 1) times; with products divided among devices C values all-reduced twice per layer
+               in each forward pass and in the backward pass (Shoeybi et al. 2019, Megatron-LM, section 3)
 """
 
 import dataclasses
@@ -142,7 +143,9 @@ class _Arithmetic:
     ring = getattr(c, "use_ring_of_experts", False)
     copies = expert - 1 if ring else min(c.num_experts_per_tok * (expert - 1) / expert, expert - 1)
     exchanged = (self.passes + 3) * moe * copies * self.rows * self.token  # to the experts and back, and both gradients
-    sent = (gathered + reduced) * (among - 1) / among + exchanged
+    layers, tensor = c.num_decoder_layers + c.mtp_num_layers, self.shares.tensor
+    summed = 2 * (self.passes + 1) * layers * 2 * (tensor - 1) / tensor * self.rows * self.token
+    sent = (gathered + reduced) * (among - 1) / among + exchanged + summed
     update = 32 * self.weights / self.shares.devices
     return {"gradient norms, AdamW": Floor(memory=update), COLLECTIVES: Floor(memory=gathered + reduced, sent=sent)}
 

@@ -88,6 +88,15 @@ def test_a_ring_of_experts_sends_each_token_to_every_device(ring, copies):
   assert sent[0] - 2 * (touched - 2 * EXPERTS * 15 / 16) / 2 == pytest.approx(20 * 4 * copies * 4096 * 4096)
 
 
+def test_tensor_parallelism_sums_activations():
+  """Twice per layer, forward, again and backward: an all-reduce among 4 sends 1.5 times the tokens of the group."""
+  cut, whole = (floors(config(), Shares(32, tensor=tensor))["collectives"] for tensor in (4, 1))
+  touched = whole.memory / 3
+  assert cut.memory == pytest.approx(3 * touched / 4)
+  sums = 21 * 2 * 3 * 1.5 * (4 * 4096) * 4096
+  assert cut.sent == pytest.approx(3 * touched / 4 * 7 / 8 + sums)
+
+
 def test_adamw_updates_every_weight_once():
   """Two moments and the weight read and written, the gradient read twice: 32 bytes; the head once, MTP or not."""
   gla, mla = 5 * 2048**2, 2048 * (256 + 576 + 16 * 128) + 256 * 16 * 192 + 512 * 16 * 256
