@@ -41,8 +41,9 @@ def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, 
   from benchmarks.layer_cases import PlainComposition
   from maxtext_ling2 import overrides
   from maxtext_ling2.demo.data import maxtext_folder
-  from maxtext_ling2.host.compile_step import compile_step, devices_of
+  from maxtext_ling2.host.compile_step import compile_step
   from maxtext_ling2.model import layer
+  from maxtext_ling2.plan.chips import slice_of
   from maxtext_ling2.plan.floor import Shares, routed_rows
   from maxtext_ling2.plan.operations import read_program
   from maxtext_ling2.plan.parts import memory_by
@@ -54,7 +55,7 @@ def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, 
   attention = PlainComposition if form == "plain" else layer.GatedLinearAttention
   with mock.patch.object(layer, "GatedLinearAttention", attention):
     step = compile_step(str(maxtext_folder() / "configs" / "base.yml"), words)
-  rows = routed_rows(step.config, Shares.of(step.config, devices_of(topology) or 1))
+  rows = routed_rows(step.config, Shares.of(step.config, slice_of(topology).devices))
   return memory_by(read_program(step.compiled.as_text(), rows).operations, part)
 
 

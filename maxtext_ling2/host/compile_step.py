@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,7 @@ class OutOfMemoryError(Ling2Error):
 
 
 class CompilerError(Ling2Error):
-  """XLA or Mosaic cannot compile the program for these chips; the text is the compiler's."""
+  """The program cannot be traced or compiled for these chips; the text is MaxText's, a kernel's, XLA's or Mosaic's."""
 
 
 class PlanConfigError(Ling2Error, ValueError):
@@ -43,14 +43,6 @@ class CompiledStep:
   tflops: float
 
 
-def devices_of(topology: str) -> int | None:
-  """How many devices a slice of MaxText's compile_topology has; None: it has no such topology."""
-  from maxtext.utils import accelerator_to_spec_map
-
-  found = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
-  return None if found is None else int(found.devices_per_slice)
-
-
 def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
   """Compiles a train step; what MaxText prints goes to stderr.
 
@@ -74,7 +66,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
 
   def keep(*args: Any) -> Any:
     *_, config, _ = args
-    compiled = original(*args)
+    compiled = _made(original, args)
     seen.append((config, compiled))
     return compiled
 
@@ -101,6 +93,16 @@ def read_config(yml: str, words: Sequence[str]) -> Any:
 
   with contextlib.redirect_stdout(sys.stderr), _refusals(yml):
     return pyconfig.initialize(["train_compile", yml, *words])
+
+
+def _made(compile_program: Callable[..., Any], args: Sequence[Any]) -> Any:
+  """What `compile_program` returns; that it refuses the program, not the settings, is a CompilerError."""
+  try:
+    return compile_program(*args)
+  except Ling2Error:
+    raise
+  except (ValueError, AssertionError, NotImplementedError) as error:  # such as a kernel that does not know a width
+    raise CompilerError(str(error) or type(error).__name__) from error
 
 
 @contextlib.contextmanager

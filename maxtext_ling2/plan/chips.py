@@ -7,7 +7,7 @@ and 90 as reached. For tpu7x they name both directions, 1200 GB/s per chip.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from maxtext_ling2.errors import Ling2Error
 
@@ -89,16 +89,51 @@ def edge_links(grid: Sequence[int], wrap: Sequence[bool]) -> int:
   return sum((2 if closed else 1) for size, closed in zip(grid, wrap, strict=False) if size > 1)
 
 
-def grid_of(topology: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-  """(chips along each dimension, whether the slice is closed to a ring along it), by MaxText's table of topologies.
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """What MaxText's table of topologies says of one.
+
+  Attributes:
+    chip: its devices.
+    devices: how many.
+    grid: chips along each dimension.
+    wrap: whether it is closed to a ring along each.
+  """
+
+  chip: Chip
+  devices: int
+  grid: tuple[int, ...]
+  wrap: tuple[bool, ...]
+
+  @property
+  def edge_bandwidth(self) -> float:
+    """As `Chip.edge_bandwidth`."""
+    return self.chip.edge_bandwidth(self.grid, self.wrap)
+
+
+def slice_of(topology: str) -> Slice:
+  """A slice of MaxText's compile_topology.
 
   Raises:
     TopologyError: MaxText has no such topology.
   """
   from maxtext.utils import accelerator_to_spec_map
 
+  chip = chip_of(topology)
   found = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
   if found is None or found.topology_name is None:
     raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
   sizes = found.topology_name.partition(":")[2].split("x")
-  return tuple(map(int, sizes)), tuple(found.wrap[: len(sizes)])
+  return Slice(chip, int(found.devices_per_slice), tuple(map(int, sizes)), tuple(found.wrap[: len(sizes)]))
+
+
+def slices_of(settings: Mapping[str, str]) -> int:
+  """How many slices a step is compiled for, from settings of MaxText as text.
+
+  Raises:
+    TopologyError: it is no number of slices.
+  """
+  slices = settings.get("compile_topology_num_slices", "1")
+  if not slices.isdecimal() or int(slices) < 1:
+    raise TopologyError(f"compile_topology_num_slices={slices}: not a number of slices; pass at least 1")
+  return int(slices)

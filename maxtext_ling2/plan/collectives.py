@@ -50,7 +50,7 @@ def collectives_of(
       all-to-all sends. Its operand is as large as the worst case needs.
   """
   if is_collective(one):
-    sent = _sent(one, one.kind, table, routed_rows)
+    sent = _sent(module, one, one.kind, table, routed_rows)
     yield Collective(one.kind, sent, _memory(one, table, routed_rows), not (beside or one.opcode.endswith("-start")))
   elif one.opcode == "fusion":
     # The TPU compiler's name for a reduce-scatter: of the fusion, or of what it calls.
@@ -58,12 +58,14 @@ def collectives_of(
     for inner, inner_table in module.fused(one):
       if is_collective(inner):
         kind = "reduce-scatter" if scatters else inner.kind
-        yield Collective(kind, _sent(inner, kind, inner_table, routed_rows), 0.0, not (beside or "async" in one.name))
+        yield Collective(
+          kind, _sent(module, inner, kind, inner_table, routed_rows), 0.0, not (beside or "async" in one.name)
+        )
 
 
-def _sent(one: Instruction, kind: str, table: Table, routed_rows: float | None) -> float:
+def _sent(module: Module, one: Instruction, kind: str, table: Table, routed_rows: float | None) -> float:
   """Bytes that a device sends, by the ring algorithms."""
-  group = _group(one.rest)
+  group = _group(module, one.rest)
   share = (group - 1) / group
   if kind == "ragged-all-to-all":
     return _ragged_rows(one, table, routed_rows) * share
@@ -93,11 +95,11 @@ def _ragged_rows(one: Instruction, table: Table, routed_rows: float | None) -> f
   return size(shape) * (1.0 if routed_rows is None else min(routed_rows / rows, 1.0))
 
 
-def _group(rest: str) -> int:
-  """Devices that take part in a collective together; 2 where the text does not tell."""
+def _group(module: Module, rest: str) -> int:
+  """Devices that take part in a collective together; all of the program where none are named."""
   found = _GROUPS.search(rest)
   if not found:
-    return 2
+    return module.devices
   if found[4]:
     sizes = dict(_MESH_AXIS.findall(found[4]))
     return math.prod(int(part or sizes[axis]) for axis, part in _GROUP_AXIS.findall(found[5]))

@@ -20,7 +20,7 @@ from maxtext_ling2.demo.data import maxtext_folder
 from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.plan import report, search
-from maxtext_ling2.plan.estimate import Option, make_option
+from maxtext_ling2.plan.estimate import Option, make_option, refused
 from maxtext_ling2.plan.grouped import CYCLES
 
 QUIET: dict[str, Any] = {"compile_topology_num_slices": 1, "log_config": False, "jax_cache_dir": ""}
@@ -110,7 +110,13 @@ def _options(
     else:
       for mesh in request.meshes:
         words = _with_mesh(settings, mesh, _mesh(mesh))
-        yield _cached(yml, topology, mesh, words, request.cached), words
+        try:
+          option = _cached(yml, topology, mesh, words, request.cached)
+        except PlanConfigError as error:
+          if len(request.topologies) * len(request.meshes) == 1:
+            raise
+          option = refused(topology, mesh, words, str(error))
+        yield option, words
 
 
 def _with_mesh(settings: Mapping[str, str], mesh: str, cut: Mapping[str, str]) -> dict[str, str]:
@@ -136,7 +142,7 @@ def _searched(
   rows = search.ROWS if (given := overrides.parse(request.words).get(search.BATCH)) is None else [given]
   found = search.ranked(yml, topology, meshes, settings, rows)
   console.print(report.ranking(topology, found))
-  fitting = 0
+  fitting = tried = 0
   for one in found:
     words = {**meshes[one.mesh], **settings, search.BATCH: one.rows}
     try:
@@ -146,7 +152,8 @@ def _searched(
       continue
     yield option, words
     fitting += option.fits
-    if fitting == search.COMPILED:
+    tried += 1
+    if fitting == search.COMPILED or tried == search.TRIES:
       return
 
 
@@ -213,7 +220,8 @@ def _mesh(text: str) -> dict[str, str]:
 def _cached(yml: str, topology: str, mesh: str, settings: Mapping[str, str], use: bool) -> Option:
   """The option, from the cache if the same program has been compiled before."""
   sources = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.py"))
-  parts = [json.dumps([topology, mesh, settings, _versions()], sort_keys=True, default=str), Path(yml).read_text()]
+  given = settings_of_the_user(yml, str(maxtext_folder() / "configs"))  # those of inherited ymls, too
+  parts = [json.dumps([topology, mesh, settings, given, _versions()], sort_keys=True, default=str), Path(yml).read_text()]
   models = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.yml"))
   parts += [path.read_text(encoding="utf-8") for path in (*sources, *models, CYCLES) if path.is_file()]
   parts += [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("M_", "LIBTPU_INIT_ARGS"))]

@@ -9,9 +9,9 @@ from typing import Any
 
 from maxtext_ling2 import overrides
 from maxtext_ling2.configs.validation import is_ling2
-from maxtext_ling2.host.compile_step import CompiledStep, CompilerError, OutOfMemoryError, compile_step, devices_of
+from maxtext_ling2.host.compile_step import CompiledStep, CompilerError, OutOfMemoryError, compile_step
 from maxtext_ling2.plan.bounds import Bounds, Part, bounds
-from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of, grid_of
+from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
 from maxtext_ling2.plan.floor import Shares, floors, routed_rows
 from maxtext_ling2.plan.operations import Program, read_program
 
@@ -127,13 +127,8 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str])
     PlanConfigError: MaxText refuses the settings.
     TopologyError: the topology is not known.
   """
-  chip, devices = chip_of(topology), devices_of(topology)
-  if devices is None:
-    raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
-  slices = settings.get("compile_topology_num_slices", "1")
-  if not slices.isdecimal() or int(slices) < 1:
-    raise TopologyError(f"compile_topology_num_slices={slices}: not a number of slices; pass at least 1")
-  devices *= int(slices)
+  place = slice_of(topology)
+  chip, devices = place.chip, place.devices * slices_of(settings)
   start = time.perf_counter()
   try:
     step = compile_step(yml, overrides.join({**settings, "compile_topology": topology}))
@@ -143,19 +138,24 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str])
     seconds = time.perf_counter() - start
     return Option(topology, mesh, devices, False, used, capacity, compile_seconds=seconds, problem=first.strip())
   except CompilerError as error:
-    seconds = time.perf_counter() - start
-    problem = f"the compiler cannot make this program: {' '.join(str(error).split())[:500]}"
-    return Option(topology, mesh, devices, False, math.nan, chip.memory, compile_seconds=seconds, problem=problem)
+    problem = f"this program cannot be compiled: {' '.join(str(error).split())[:500]}"
+    return dataclasses.replace(refused(topology, mesh, settings, problem), compile_seconds=time.perf_counter() - start)
   empty = Option(topology, mesh, devices, True, math.nan, chip.memory, compile_seconds=time.perf_counter() - start)
-  return _measured(empty, step, chip)
+  return _measured(empty, step, place)
 
 
-def _measured(option: Option, step: CompiledStep, chip: Chip) -> Option:
+def refused(topology: str, mesh: str, settings: Mapping[str, str], problem: str) -> Option:
+  """One that has no program; `problem` says why."""
+  place = slice_of(topology)
+  devices = place.devices * slices_of(settings)
+  return Option(topology, mesh, devices, False, math.nan, place.chip.memory, problem=problem)
+
+
+def _measured(option: Option, step: CompiledStep, place: Slice) -> Option:
   """The option with all figures of its compiled step."""
-  config = step.config
-  shares = Shares.of(config, option.devices)
+  config, chip, edge = step.config, place.chip, place.edge_bandwidth
+  shares = Shares.of(config, option.devices, option.devices // place.devices)
   program = read_program(step.compiled.as_text(), routed_rows(config, shares))
-  edge = chip.edge_bandwidth(*grid_of(option.topology))
   least = {name: one.seconds(chip) for name, one in floors(config, shares).items()} if is_ling2(config) else None
   times = bounds(program.operations, chip, edge, least)
   memory = step.compiled.memory_analysis()

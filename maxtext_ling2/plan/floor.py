@@ -16,10 +16,12 @@ part may count less than its floor.
   collectives  weights gathered p times and written, gradients reduced; with experts on E devices tokens sent there p
                times and back once, and the gradients of both: C values E - 1 times in a ring of experts, else
                min(k (E - 1) / E, E - 1) times; with products divided among devices C values all-reduced twice per layer
-               in each forward pass and in the backward pass (Shoeybi et al. 2019, Megatron-LM, section 3)
+               in each forward pass and in the backward pass (Shoeybi et al. 2019, Megatron-LM, section 3); devices that
+               hold the same weights all-reduce their shard's gradient
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from maxtext_ling2.model.layout import is_dense, is_mla
@@ -49,22 +51,37 @@ class Shares:
     devices: all of them.
     expert: among how many the experts are divided.
     tensor: among how many a product is divided.
+    data: how many hold the same weights and moments.
   """
 
   devices: int
   expert: int = 1
   tensor: int = 1
+  data: int = 1
+
+  @property
+  def shards(self) -> int:
+    """Among how many devices all weights and moments are divided."""
+    return self.devices // self.data
 
   @classmethod
-  def of(cls, config: Any, devices: int) -> "Shares":
-    """From MaxText's config."""
+  def of(cls, config: Any, devices: int, slices: int = 1) -> "Shares":
+    """From MaxText's config, for so many devices of all slices together."""
+    whole = {"ici": devices // slices, "dcn": slices}
 
-    def along(axis: str) -> int:
-      sizes = [int(getattr(config, f"{net}_{axis}_parallelism", 1)) for net in ("ici", "dcn")]
-      return max(sizes[0], 1) * max(sizes[1], 1)  # -1, what is left of the devices, is FSDP's
+    def along(*axes: str) -> int:
+      return math.prod(_size(config, net, axis, whole[net]) for net in whole for axis in axes)
 
-    tensor = along("tensor") * along("tensor_transpose") * along("tensor_sequence")
-    return cls(devices, along("expert"), tensor)
+    tensor = along("tensor", "tensor_transpose", "tensor_sequence")
+    return cls(devices, along("expert"), tensor, along("data", "diloco"))
+
+
+def _size(config: Any, net: str, axis: str, whole: int) -> int:
+  """Devices along an axis of the mesh; -1 is what the other axes leave."""
+  size = getattr(config, f"{net}_{axis}_parallelism", 1)
+  if size != -1:
+    return int(size)
+  return whole // math.prod(other for other in getattr(config, f"{net}_parallelism") if other != -1)
 
 
 def routed_rows(config: Any, shares: Shares) -> float:
@@ -137,7 +154,7 @@ class _Arithmetic:
   def update_and_collectives(self, moe: int) -> dict[str, Floor]:
     """Once all weights are known: AdamW, and what is gathered, reduced and exchanged."""
     c, expert = self.config, self.shares.expert
-    among = self.shares.devices / expert / self.shares.tensor
+    among, data = self.shares.shards / expert / self.shares.tensor, self.shares.data
     gathered = self.touched * self.width * self.steps * (self.passes if among > 1 else 0)
     reduced = self.touched * self.width * self.steps * (among > 1)
     ring = getattr(c, "use_ring_of_experts", False)
@@ -145,13 +162,14 @@ class _Arithmetic:
     exchanged = (self.passes + 3) * moe * copies * self.rows * self.token  # to the experts and back, and both gradients
     layers, tensor = c.num_decoder_layers + c.mtp_num_layers, self.shares.tensor
     summed = 2 * (self.passes + 1) * layers * 2 * (tensor - 1) / tensor * self.rows * self.token
-    sent = (gathered + reduced) * (among - 1) / among + exchanged + summed
-    update = 32 * self.weights / self.shares.devices
+    replicas = 2 * (data - 1) / data * self.touched * self.width / among  # once per step, whatever it accumulates
+    sent = (gathered + reduced) * (among - 1) / among + exchanged + summed + replicas
+    update = 32 * self.weights / self.shares.shards
     return {"gradient norms, AdamW": Floor(memory=update), COLLECTIVES: Floor(memory=gathered + reduced, sent=sent)}
 
   def _products(self, weights: float, share: int, passes: int) -> float:
     """Bytes of all weights of a kind: read in each pass, their gradient written, the shard cast."""
     self.weights += weights
     self.touched += weights / share
-    cast = passes * weights / self.shares.devices * (4 + self.width)
+    cast = passes * weights / self.shares.shards * (4 + self.width)
     return self.steps * (weights / share * self.width * (passes + 2) + cast)

@@ -101,12 +101,11 @@ class GroupedProduct:
     has no second one to give work to, because it is one block of N wide or of the second version.
     """
     over_n = self.blocks[1]
+    cores = 1 if self.kernel.endswith("_v2") else chip.cores
+    share = math.ceil(over_n / cores) / over_n if over_n else 1.0  # of the steps, what one core does
     record = _cycles().get((chip.name, self.kernel, self.k, self.n, self.dtype, self.tiles))
     if record is None:
-      used = 1 if over_n == 1 or self.kernel.endswith("_v2") else chip.cores
-      return self.visited_flops / (chip.flops * used / chip.cores), False
-    cores = int(record["cores"])
-    share = math.ceil(over_n / cores) / over_n if over_n >= cores else 1 / cores
+      return self.visited_flops * share * chip.cores / chip.flops, False
     once = record.get("per_group", 0)  # of a tgmm's cycles: those of a group's first and last visit alone
     cycles = self.steps * (record["cycles"] - once) + self.groups * math.prod(self.blocks) * once
     return cycles * share / chip.clock, True

@@ -49,11 +49,15 @@ class Module:
   Attributes:
     computations: by name.
     entry: name of the computation that is run.
+    devices: that run it together.
   """
 
   def __init__(self, text: str):
     self.computations: dict[str, Computation] = {}
     self.entry = ""
+    first = text.partition("\n")[0]
+    counts = [re.search(rf"{key}=(\d+)", first) for key in ("replica_count", "num_partitions")]
+    self.devices = math.prod(int(found[1]) for found in counts if found)
     self._frames = _frames(text)
     current: Computation = []
     for line in _lines(text):

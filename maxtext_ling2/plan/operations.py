@@ -136,15 +136,14 @@ class _Walk:
 
   def __init__(self, module: Module, routed_rows: float | None):
     self.module, self.routed_rows = module, routed_rows
-    self.taken: dict[str, str] = {}  # conditional: the computation that counts
-    self.assumed: list[str] = []
+    self.taken: dict[str, tuple[str, str]] = {}  # conditional: (the computation that counts, what is assumed)
 
   def program(self) -> Program:
     operations = list(self._operations(self.module.entry))
-    runs = (name for name, _, _ in self._runs(self.module.entry, 1, False))
-    loops = (one for name in runs for one in self.module.computations[name] if one.opcode == "while")
-    unknown = sum(self.module.rounds(one) is None for one in loops)
-    return Program(operations, tuple(self.assumed), unknown)
+    runs = [one for name, _, _ in self._runs(self.module.entry, 1, False) for one in self.module.computations[name]]
+    unknown = sum(self.module.rounds(one) is None for one in runs if one.opcode == "while")
+    assumed = dict.fromkeys(self.taken[one.name][1] for one in runs if one.opcode == "conditional")
+    return Program(operations, tuple(assumed), unknown)
 
   def _operations(self, entry: str) -> Iterator[Operation]:
     for name, times, beside in self._runs(entry, 1, False):
@@ -178,9 +177,9 @@ class _Walk:
       else:
         index = max(range(len(names)), key=lambda place: self._cost(names[place]))
         what = f"of {len(names)} the one that moves most"
-      self.taken[one.name] = names[index]
-      self.assumed.append(f"conditional {one.name}: branch {index}, {what}, assumed in 100 % of the steps")
-    return self.taken[one.name]
+      assumed = f"conditional {one.name}: branch {index}, {what}, assumed in 100 % of the steps"
+      self.taken[one.name] = names[index], assumed
+    return self.taken[one.name][0]
 
   def _cost(self, name: str) -> float:
     """Bytes that a computation moves and sends."""
@@ -204,6 +203,8 @@ class _Walk:
   def _moved(self, one: Instruction, table: Table) -> float:
     """Bytes that an instruction reads from and writes to the HBM, operands and results once."""
     if one.opcode in (*_FREE, *_ASYNC) or one.opcode.endswith(("-done", "-update")) or is_collective(one):
+      return 0.0
+    if 'custom_call_target="AllocateBuffer"' in one.rest:  # room, which others write
       return 0.0
     operands = [table[name].bytes_in_hbm if name in table else 0 for name in one.operands]
     result: float = one.bytes_in_hbm

@@ -29,10 +29,12 @@ ASSUMPTIONS = (
 
 def line(option: Option) -> str:
   """What is told of an option as soon as it is there."""
-  where = f"{option.topology}, {option.mesh or 'fsdp'}: compiled in {option.compile_seconds / 60:.1f} min"
+  where, minutes = f"{option.topology}, {option.mesh or 'fsdp'}", f"{option.compile_seconds / 60:.1f} min"
   if option.fits:
-    return where
-  return f"{where}; {option.problem}" if math.isnan(option.memory) else f"{where}; does not fit: {option.problem}"
+    return f"{where}: compiled in {minutes}"
+  if math.isnan(option.memory):  # there is no program
+    return f"{where}: {option.problem}"
+  return f"{where}: compiled in {minutes}; does not fit: {option.problem}"
 
 
 def ranking(topology: str, candidates: Sequence[Candidate]) -> Table:
@@ -58,7 +60,7 @@ def summary(options: Sequence[Option]) -> Table:
     "step s",
     "tokens/s",
   )
-  table = Table(*columns, "MFU", title="a train step, per device; optimistic - pessimistic")
+  table = Table(*columns, "MFU", title="a train step, per device (tokens/s: of all); optimistic - pessimistic")
   for one in options:
     cells = [one.topology, one.mesh or "fsdp", str(one.devices), "yes" if one.fits else "NO"]
     needed = "?" if math.isnan(one.memory) else f"{one.memory / 2**30:.1f}"

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from maxtext_ling2 import overrides
-from maxtext_ling2.host.compile_step import PlanConfigError, devices_of, read_config
-from maxtext_ling2.plan.chips import Chip, TopologyError, chip_of, grid_of
+from maxtext_ling2.configs.validation import is_ling2
+from maxtext_ling2.host.compile_step import PlanConfigError, read_config
+from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
 from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
 
 MESHES = ("", "expert=4", "expert=8", "expert=16", "tensor=4")
@@ -27,6 +30,8 @@ ROWS = ("1", "2", "4", "8")
 """Rows per device that are ranked, unless the user gives them."""
 COMPILED = 2
 """How many that fit are compiled in the end."""
+TRIES = 6
+"""How many are compiled at most: the arithmetic of the memory is rough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +77,10 @@ def ranked(
 
   Raises:
     TopologyError: the topology is not known.
-    PlanConfigError: MaxText refuses all candidates.
+    PlanConfigError: MaxText refuses all candidates, or the model is not of LING2.
   """
-  chip, devices = chip_of(topology), devices_of(topology)
-  if devices is None:
-    raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")
-  edge = chip.edge_bandwidth(*grid_of(topology))
+  place = slice_of(topology)
+  devices = place.devices * slices_of(settings)
   found, refused = [], None
   for mesh, cut in meshes.items():
     for batch in rows:
@@ -87,16 +90,18 @@ def ranked(
       except PlanConfigError as error:  # such as experts that this mesh cannot divide
         refused = error
         continue
-      found.append(candidate(mesh, batch, config, chip, devices, edge))
+      if not is_ling2(config):
+        raise PlanConfigError(f"--search, model_name={config.model_name}: its arithmetic is LING2's; pass --mesh instead")
+      found.append(candidate(mesh, batch, config, place, devices))
   if not found and refused is not None:
     raise refused
-  return sorted((one for one in found if one.memory < chip.memory), key=lambda one: one.device_seconds_per_token)
+  return sorted((one for one in found if one.memory < place.chip.memory), key=lambda one: one.device_seconds_per_token)
 
 
-def candidate(mesh: str, rows: str, config: Any, chip: Chip, devices: int, edge_bandwidth: float) -> Candidate:
-  """The arithmetic of one config."""
-  shares = Shares.of(config, devices)
-  seconds = sum(_seconds(one, chip, edge_bandwidth) for one in floors(config, shares).values())
+def candidate(mesh: str, rows: str, config: Any, place: Slice, devices: int) -> Candidate:
+  """The arithmetic of one config, on so many devices of one or more slices."""
+  shares = Shares.of(config, devices, devices // place.devices)
+  seconds = sum(_seconds(one, place.chip, place.edge_bandwidth) for one in floors(config, shares).values())
   tokens = config.global_batch_size_to_train_on * config.max_target_length
   return Candidate(mesh, rows, seconds, memory(config, shares), devices * seconds / tokens)
 
@@ -107,16 +112,27 @@ def _seconds(floor: Floor, chip: Chip, edge_bandwidth: float) -> float:
 
 
 def memory(config: Any, shares: Shares) -> float:
-  """Bytes of the largest arrays: weights and AdamW's moments in float32, a layer's gathered experts and their gradients,
-  logits in float32 and their gradient in bfloat16, the input of each layer, and two layers' worth of sorted rows.
+  """Bytes of the largest arrays: weights and AdamW's moments, a layer's gathered experts and their gradients, logits in
+  float32 and their gradient in bfloat16, the input of each layer, and two layers' worth of sorted rows. A policy of
+  rematerialisation other than "full" saves more, which is not calculated.
   """
   c = config
   routed = routed_rows(c, shares)
   tokens = routed / c.num_experts_per_tok
   expert_weights = 3 * c.emb_dim * c.moe_mlp_dim * c.num_experts
   layers = c.num_decoder_layers + c.mtp_num_layers
-  state = 12 * (layers * expert_weights + 2 * c.emb_dim * c.vocab_size) / shares.devices
+  state = _state_bytes(c) * (layers * expert_weights + 2 * c.emb_dim * c.vocab_size) / shares.shards
   gathered = 4 * expert_weights * 2 / (shares.expert * shares.tensor)
   logits = 6 * tokens * c.vocab_size / max(c.num_vocab_tiling, 1) / shares.tensor
   rows = 4 * routed * (2 * c.emb_dim + 3 * c.moe_mlp_dim) * max(c.ragged_buffer_factor, 1.0)
-  return float(state + gathered + logits + 2 * tokens * c.emb_dim * layers + rows)
+  inputs = 0 if c.decoder_layer_input == "offload" else 2 * tokens * c.emb_dim * layers
+  return float(state + gathered + logits + inputs + rows)
+
+
+def _state_bytes(config: Any) -> int:
+  """Bytes per weight that a device holds between steps: the weight, and the moments of AdamW, of which the second has its
+  dtype; those that are kept in the host's memory do not count.
+  """
+  weight = jnp.dtype(config.weight_dtype).itemsize
+  moments = jnp.dtype(config.mu_dtype or config.weight_dtype).itemsize + weight
+  return weight * (not config.parameter_memory_host_offload) + moments * (not config.optimizer_memory_host_offload)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of, edge_links, grid_of
+from maxtext_ling2.plan.chips import CHIPS, TopologyError, edge_links, slice_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_chip_at_the_edge(grid, wrap, links):
   ],
 )
 def test_rates(topology, gigabytes):
-  assert chip_of(topology).edge_bandwidth(*grid_of(topology)) == pytest.approx(gigabytes * 1e9)
+  assert slice_of(topology).edge_bandwidth == pytest.approx(gigabytes * 1e9)
 
 
 def test_published_links():
@@ -48,4 +48,4 @@ def test_published_links():
 def test_no_such_topology():
   for topology in ("v5p-63", "a3"):
     with pytest.raises(TopologyError, match=f"--topology {topology}"):
-      grid_of(topology)
+      slice_of(topology)

@@ -50,6 +50,13 @@ def test_one(lines, kind, sent, memory, synchronous):
   assert found.memory == found.collective_memory == memory
 
 
+def test_no_groups_are_all_devices():
+  line = "  %r = f32[2048,128]{1,0} all-gather(%x), replica_groups={}, dimensions={0}"
+  head = "HloModule m, replica_count=2, num_partitions=4\n\nENTRY %main (x: f32[256,128]) -> f32[256,128] {\n"
+  found = read_program(f"{head}  %x = f32[256,128]{{1,0}} parameter(0)\n{line}\n}}\n")
+  assert found.collectives == {"all-gather": (1, 7 * SHARD)}
+
+
 def test_a_started_computation_runs_beside_others():
   """As XLA wraps a reduce-scatter: the start moves nothing, what it runs counts once."""
   wrapped = f"""

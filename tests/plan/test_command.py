@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from maxtext_ling2 import recipes
-from maxtext_ling2.host.compile_step import CompilerError
+from maxtext_ling2.host.compile_step import CompilerError, PlanConfigError
 from maxtext_ling2.plan import command, estimate, search
 from maxtext_ling2.plan.bounds import Part
 from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of
@@ -175,9 +175,28 @@ def test_what_the_compiler_cannot_make(tmp_path, monkeypatch):
   for _ in range(2):  # the second time from the cache
     fits, text, found = run(tmp_path, ["v6e-8"])
     assert not fits and "nothing fits" in text
-    assert "the compiler cannot make this program: INTERNAL: Failed to run MLO pass pipeline sc_ragged" in text
+    assert "this program cannot be compiled: INTERNAL: Failed to run MLO pass pipeline sc_ragged" in text
     assert "does not fit" not in text and "? of 32.0" in text
     assert found["options"][0]["memory"] is None
+
+
+def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch):
+  """Named in its row; alone it is an error."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+  def make(yml, topology, mesh, settings):
+    if mesh == "expert=8":
+      raise PlanConfigError("MaxText refuses this configuration: Failed to find assignment")
+    return option(topology, mesh, True)
+
+  monkeypatch.setattr(command, "make_option", make)
+  fits, text, found = run(tmp_path, ["v6e-16"], meshes=["expert=8", "expert=4"])
+  assert fits and "expert=8: MaxText refuses this configuration: Failed" in text
+  assert [(one["mesh"], one["fits"], one["devices"]) for one in found["options"]] == [
+    *[("expert=8", False, 16), ("expert=4", True, 8)],
+  ]
+  with pytest.raises(PlanConfigError, match="Failed to find assignment"):
+    run(tmp_path, ["v6e-16"], meshes=["expert=8"])
 
 
 def test_nothing_fits(made, tmp_path):

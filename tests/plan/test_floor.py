@@ -97,6 +97,15 @@ def test_tensor_parallelism_sums_activations():
   assert cut.sent == pytest.approx(3 * touched / 4 * 7 / 8 + sums)
 
 
+def test_devices_that_hold_the_same_weights_reduce_their_gradients():
+  """32 devices as 4 x FSDP 8: gathered among 8, a gradient all-reduced among 4, AdamW on four times the shard."""
+  replicas, whole = (floors(config(), Shares(32, data=data)) for data in (4, 1))
+  touched = whole["collectives"].memory / 3
+  assert replicas["collectives"].sent == pytest.approx(3 * touched * 7 / 8 + 1.5 * touched / 8)
+  update = "gradient norms, AdamW"
+  assert replicas[update].memory == pytest.approx(4 * whole[update].memory)
+
+
 def test_adamw_updates_every_weight_once():
   """Two moments and the weight read and written, the gradient read twice: 32 bytes; the head once, MTP or not."""
   gla, mla = 5 * 2048**2, 2048 * (256 + 576 + 16 * 128) + 256 * 16 * 192 + 512 * 16 * 256
@@ -113,14 +122,15 @@ def test_rows_that_are_routed():
 
 
 def test_shares_of_a_config():
-  """-1 is what is left of the devices, for FSDP."""
+  """-1 is what the other axes leave of a slice's devices, or of the slices."""
   axes = {
     "ici_expert_parallelism": 4,
-    "dcn_expert_parallelism": 2,
-    "ici_tensor_parallelism": 2,
-    "dcn_tensor_parallelism": -1,
+    "ici_tensor_parallelism": -1,
+    "dcn_data_parallelism": -1,
+    "dcn_expert_parallelism": 1,
   }
-  assert Shares.of(SimpleNamespace(**axes), 64) == Shares(64, expert=8, tensor=2)
+  lists = {"ici_parallelism": [4, -1, 2, 1], "dcn_parallelism": [-1, 1, 1, 1]}
+  assert Shares.of(SimpleNamespace(**axes, **lists), 64, slices=2) == Shares(64, expert=4, tensor=4, data=2)
 
 
 def test_the_longest_of_three_bounds_a_part():

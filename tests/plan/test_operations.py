@@ -200,6 +200,15 @@ def test_the_capped_path_of_the_experts_counts(branches):
   assert found.assumed == ("conditional c: branch 0, the capped path, assumed in 100 % of the steps",)
 
 
+def test_room_is_no_write():
+  """What others write into it counts there."""
+  text = CONDITIONAL.replace("negate(%x)", 'custom-call(), custom_call_target="AllocateBuffer"').replace(
+    "BRANCHES", INDEXED
+  )
+  sources = SOURCES.replace("/a/layer.py", "/m/layers/moe.py")
+  assert read_program(text.replace("HloModule m\n", sources)).memory == 0
+
+
 @pytest.mark.parametrize("branches", [INDEXED, TRUTH])
 def test_of_another_conditional_the_larger_branch_counts(branches):
   found = read_program(CONDITIONAL.replace("BRANCHES", branches))

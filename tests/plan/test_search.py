@@ -3,9 +3,9 @@
 import pytest
 
 from maxtext_ling2 import overrides, recipes
-from maxtext_ling2.host.compile_step import PlanConfigError, devices_of, read_config
+from maxtext_ling2.host.compile_step import PlanConfigError, read_config
 from maxtext_ling2.plan import command, search
-from maxtext_ling2.plan.chips import chip_of, grid_of
+from maxtext_ling2.plan.chips import chip_of, slice_of
 
 
 def rank(topology, model, rows=search.ROWS, **settings):
@@ -18,8 +18,8 @@ def arithmetic(recipe, topology):
   """(config, candidate) of a recipe."""
   words = overrides.texts({**command.QUIET, "compile_topology": topology})
   config = read_config(str(recipes.file_of(recipe)), overrides.join(words))
-  chip, edge = chip_of(topology), chip_of(topology).edge_bandwidth(*grid_of(topology))
-  return config, search.candidate("", "", config, chip, devices_of(topology), edge)
+  place = slice_of(topology)
+  return config, search.candidate("", "", config, place, place.devices)
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -42,6 +42,37 @@ def test_the_search_finds_what_is_faster_than_the_recipe():
   (same,) = (one for one in found if one.name == "expert=8, 4 rows")
   assert recipe.device_seconds_per_token == pytest.approx(same.device_seconds_per_token)
   assert found[0].device_seconds_per_token < recipe.device_seconds_per_token
+
+
+def test_two_slices_hold_the_weights_once_each():
+  """The same rows per device, twice the tokens; between the slices gradients are reduced, and memory is the same."""
+  (one,), (two,) = (
+    [found for found in rank("v5p-64", "ling2", rows=["4"], **slices) if found.mesh == "expert=8"]
+    for slices in ({}, {"compile_topology_num_slices": 2, "dcn_data_parallelism": 2, "dcn_fsdp_parallelism": 1})
+  )
+  assert two.memory == pytest.approx(one.memory)
+  assert two.device_seconds_per_token == pytest.approx(two.seconds / (4 * 4096))
+  assert one.seconds < two.seconds < 1.2 * one.seconds
+
+
+@pytest.mark.parametrize(
+  ("settings", "bytes_per_weight"),
+  [
+    ({}, 12),
+    ({"weight_dtype": "bfloat16"}, 6),
+    ({"mu_dtype": "bfloat16"}, 10),
+    ({"optimizer_memory_host_offload": True}, 4),
+  ],
+)
+def test_memory_follows_the_dtypes_of_the_state(settings, bytes_per_weight):
+  yml, words = command._model("ling2")
+  config = read_config(yml, overrides.join({**words, "compile_topology": "v5p-64", **overrides.texts(settings)}))
+  assert search._state_bytes(config) == bytes_per_weight
+
+
+def test_the_search_is_for_ling2():
+  with pytest.raises(PlanConfigError, match="--search, model_name=llama3-8b"):
+    rank("v6e-64", "llama3-8b", rows=["1"])
 
 
 def test_a_setting_that_all_candidates_refuse_is_named():
