@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks.grouped_counts import PLAN, Counts
 from benchmarks.grouped_cycles import TWO_CORES, Case
+from maxtext_ling2.ops.experts import tiles as expert_tiles
 from maxtext_ling2.plan import chips
 from maxtext_ling2.plan.grouped import GroupedProduct
 
@@ -95,10 +96,8 @@ def second_version(chip: str, name: str, model: str) -> Iterator[Case]:
 
 
 def vmem(case: Case) -> int:
-  """Bytes of a step's blocks, twice for the copies of the next one, and of the float32 accumulator."""
-  tm, tk, tn = case.tiles
-  result = tk * tn if case.kernel.startswith("tgmm") else tm * tn
-  return 2 * 2 * (tm * tk + tk * tn + tm * tn) + 4 * result
+  """Bytes of a grid step."""
+  return expert_tiles.vmem("wi_drhs" if case.kernel.startswith("tgmm") else "wi_fwd", expert_tiles.Tiles(*case.tiles))
 
 
 def room(chip: str) -> int:

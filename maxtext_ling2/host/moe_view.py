@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import jax
 
 from maxtext_ling2.configs.tiles import BY_CHIP, TILES, padding
+from maxtext_ling2.ops.devices import device_kind, kind_of
 from maxtext_ling2.ops.experts import tiles as expert_tiles
-from maxtext_ling2.ops.gla.tiles import device_kind
 
 _HIDDEN_AXES = ("tensor", "tensor_sequence", "autoregressive")
 """Mesh axes over which MaxText splits the experts' hidden width in `sparse_matmul` (mlp_no_fsdp); others split tokens."""
+
+_CONTEXT_IS_EXPERT = "cp-as-ep"
+"""The custom_mesh_and_rule with which MaxText's MoE divides the experts along the context axis."""
 
 
 class Placement(NamedTuple):
@@ -26,15 +29,22 @@ class Placement(NamedTuple):
   devices: int
   hidden: int  # devices that share the hidden width of an expert
   experts: int  # devices that share the experts
+  same: int  # devices that hold the same tokens and weights
 
 
-def placement(mesh: Any) -> Placement:
-  """Of a mesh whose devices need not be there, or of an abstract one."""
+def placement(mesh: Any, context_is_expert: bool = False) -> Placement:
+  """Of a mesh whose devices need not be there, or of an abstract one.
+
+  Args:
+    mesh: JAX's.
+    context_is_expert: whether MaxText divides the experts among the devices of the context axis, too.
+  """
   sizes = dict(mesh.shape)
   device = (mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh).abstract_device
-  kind = str(device.device_kind) if device else device_kind()
+  kind = kind_of(device) if device else device_kind()
   hidden = math.prod(sizes.get(axis, 1) for axis in _HIDDEN_AXES)
-  return Placement(kind, math.prod(sizes.values()), hidden, sizes.get("expert", 1))
+  experts = sizes.get("expert", 1) * (sizes.get("context", 1) if context_is_expert else 1)
+  return Placement(kind, math.prod(sizes.values()), hidden, experts, sizes.get("tensor_transpose", 1))
 
 
 class DeepSeekRoutingView:
@@ -51,7 +61,7 @@ class DeepSeekRoutingView:
   def __init__(self, config: Any, mesh: Any):
     config = config._config if isinstance(config, DeepSeekRoutingView) else config
     object.__setattr__(self, "_config", config)
-    object.__setattr__(self, "_placement", placement(mesh))
+    object.__setattr__(self, "_placement", placement(mesh, _context_is_expert(config)))
 
   def __getattr__(self, name: str) -> Any:
     if name == "model_name":
@@ -79,20 +89,27 @@ class DeepSeekRoutingView:
     return hash((DeepSeekRoutingView, id(self._config), self._placement))
 
 
+def _context_is_expert(config: Any) -> bool:
+  rule = config.custom_mesh_and_rule
+  return getattr(rule, "value", rule) == _CONTEXT_IS_EXPERT
+
+
 def rows_per_expert(config: Any, place: Placement, evaluation: bool) -> float:
   """Rows that an expert of a device is given by a balanced router: those of all devices that share the experts."""
   batch = config.micro_batch_size_to_eval_on if evaluation else config.micro_batch_size_to_train_on
   routed = batch * config.max_target_length * config.num_experts_per_tok
-  return float(routed * place.hidden * place.experts / (place.devices * config.num_experts))
+  return float(routed * place.hidden * place.experts * place.same / (place.devices * config.num_experts))
 
 
 def _tile(config: Any, place: Placement, field: str) -> int:
   """The tile of a field that nobody has set: the chip's, or MaxText's own where there is no TPU."""
   product, axis = TILES[field]
   rows = rows_per_expert(config, place, evaluation=field.startswith("eval_"))
-  widths = {"embed_dim": config.emb_dim, "mlp_dim": config.moe_mlp_dim // place.hidden}
+  chunks = config.num_moe_emb_chunks if product.startswith("wi") else 0  # gate and up are summed over parts of the width
+  widths = {"embed_dim": config.emb_dim // max(chunks, 1), "mlp_dim": config.moe_mlp_dim // place.hidden}
   k_axis, n_axis = expert_tiles.AXES[product]
-  tiles = expert_tiles.tiles(place.kind, product, widths[k_axis], widths[n_axis], rows)
+  itemsize = jax.numpy.dtype(config.dtype).itemsize
+  tiles = expert_tiles.tiles(place.kind, product, widths[k_axis], widths[n_axis], rows, itemsize)
   if tiles is None:
     from maxtext.configs import types
 

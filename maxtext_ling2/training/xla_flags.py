@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.ops.devices import kind_of
 
 _OFFLOAD: Final = "xla_tpu_enable_sparse_core_collective_offload_"
 
@@ -80,7 +81,7 @@ def _in_environment() -> set[str]:
 def _tuned(device: Any) -> dict[str, str]:
   """The flags of the device's generation that this libtpu accepts; another one is named in the log and dropped."""
   accepted = {}
-  for name, value in _FLAGS.get(device.device_kind, {}).items():
+  for name, value in _FLAGS.get(kind_of(device), {}).items():
     reason = refusal(device, name, value)
     if reason is None:
       accepted[name] = value

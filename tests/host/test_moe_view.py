@@ -43,6 +43,9 @@ class Config:
   max_target_length: int = 4096
   micro_batch_size_to_train_on: int = 64
   micro_batch_size_to_eval_on: int = 256
+  dtype: str = "bfloat16"
+  num_moe_emb_chunks: int = 0
+  custom_mesh_and_rule: str = ""
 
   def __getattr__(self, name):
     if name in tiles.TILES:
@@ -158,10 +161,38 @@ def test_rows_per_expert_are_those_of_all_devices_that_share_the_experts():
   assert rows(fsdp=64) == 128 and rows(fsdp=8, expert=8) == 1024
   assert rows(fsdp=64, evaluation=True) == 512
   assert rows(fsdp=16, tensor=4) == 512 and rows(fsdp=16, context=4) == 128
+  assert rows(fsdp=16, tensor_transpose=4) == 512  # these hold the same tokens
+
+
+def test_experts_along_the_context_axis():
+  """MaxText's cp-as-ep: four devices of a sequence hold a quarter of the experts each."""
+  assert placement(mesh("TPU v5", fsdp=8, context=4, expert=2), True).experts == 8
+  config = Config(custom_mesh_and_rule=SimpleNamespace(value="cp-as-ep"))
+  views = [DeepSeekRoutingView(one, mesh("TPU v5", fsdp=16, context=4)) for one in (config, Config())]
+  assert [view.wi_tile_fwd_batch_seq for view in views] == [256, 128]  # 512 and 128 rows per expert
+
+
+def test_a_width_in_parts_is_looked_up_as_the_kernel_gets_it():
+  view = DeepSeekRoutingView(Config(num_moe_emb_chunks=4), mesh("TPU v5", fsdp=64))
+  assert (view.wi_tile_fwd_embed_dim, view.wo_tile_fwd_embed_dim) == (512, 1024)
+
+
+def test_float32_products_get_tiles_that_fit():
+  """Twice the bytes: of flash's on v5p the columns are halved."""
+  widths = {"emb_dim": 4096, "moe_mlp_dim": 1024}
+  views = [
+    DeepSeekRoutingView(Config(dtype=dtype, **widths), mesh("TPU v5", fsdp=64)) for dtype in ("bfloat16", "float32")
+  ]
+  assert [(view.wi_tile_fwd_embed_dim, view.wi_tile_fwd_mlp_dim) for view in views] == [(4096, 512), (4096, 256)]
+
+
+def test_other_names_of_a_generation():
+  for alias, kind in (("TPU v5p", "TPU v5"), ("TPU v5e", "TPU v5 lite"), ("TPU v6e", "TPU v6 lite")):
+    assert placement(mesh(alias, fsdp=1)).kind == kind
 
 
 def test_a_shared_hidden_width_is_looked_up_as_it_is_on_a_device():
-  assert placement(mesh("TPU v5", fsdp=16, tensor=4)) == Placement("TPU v5", 64, 4, 1)
+  assert placement(mesh("TPU v5", fsdp=16, tensor=4)) == Placement("TPU v5", 64, 4, 1, 1)
   view = DeepSeekRoutingView(Config(), mesh("TPU v5", fsdp=16, tensor=4))
   assert (view.wi_tile_fwd_embed_dim, view.wi_tile_fwd_mlp_dim) == (2048, 128)
 

@@ -20,22 +20,22 @@ CHIPS = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
 WIDTHS = {"ling2": (2048, 512), "ling2.6-flash": (4096, 1024), "ling2.5-1t": (8192, 2048)}
 
 
-def lookup(chip, model, product, rows):
+def lookup(chip, model, product, rows, itemsize=2):
   width, hidden = WIDTHS[model]
   sizes = {"embed_dim": width, "mlp_dim": hidden}
   k, n = (sizes[axis] for axis in expert_tiles.AXES[product])
-  return k, n, expert_tiles.tiles(chip, product, k, n, rows)
+  return k, n, expert_tiles.tiles(chip, product, k, n, rows, itemsize)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("model", WIDTHS)
 def test_tiles_are_blocks_that_the_kernels_take_and_that_fit(chip, model):
-  for product, rows in itertools.product(expert_tiles.AXES, (16, 128, 300, 1024, 4096)):
-    k, n, tile = lookup(chip, model, product, rows)
-    padded = lookup(chip, model, "wi_fwd", rows)[2].rows
+  for product, rows, itemsize in itertools.product(expert_tiles.AXES, (16, 128, 300, 1024, 4096), (2, 4)):
+    k, n, tile = lookup(chip, model, product, rows, itemsize)
+    padded = lookup(chip, model, "wi_fwd", rows, itemsize)[2].rows
     assert k % tile.k == n % tile.n == 0 and tile.k % 128 == tile.n % 128 == 0
     assert padded % tile.rows == 0 and tile.rows % SMALLEST_ROWS == 0
-    assert expert_tiles.vmem(product, tile) <= expert_tiles.vmem_of(chip)
+    assert expert_tiles.vmem(product, tile, itemsize) <= expert_tiles.vmem_of(chip)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

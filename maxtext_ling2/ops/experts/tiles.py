@@ -86,7 +86,7 @@ _TABLE: Final[dict[str, dict[tuple[int, int], dict[int, tuple[tuple[int, int, in
 _LANES: Final = 128
 
 
-def tiles(kind: str, product: str, k: int, n: int, rows: float) -> Tiles | None:
+def tiles(kind: str, product: str, k: int, n: int, rows: float, itemsize: int = 2) -> Tiles | None:
   """Tiles of one product.
 
   Args:
@@ -95,19 +95,23 @@ def tiles(kind: str, product: str, k: int, n: int, rows: float) -> Tiles | None:
     k: the product's K on a device.
     n: the product's N on a device.
     rows: tokens that an expert of the device is given.
+    itemsize: bytes of an element.
   """
   if not kind.startswith("TPU"):
     return None
+  chip = _CHIPS.get(kind, _OTHER)
   widths = (k, n) if AXES[product][0] == "embed_dim" else (n, k)
   if by_rows := _TABLE.get(kind, {}).get(widths):
-    return Tiles(*_at_least(by_rows, rows)[list(AXES).index(product)])
-  return _by_rule(_CHIPS.get(kind, _OTHER), product, k, n, rows)
+    tile = Tiles(*_at_least(by_rows, rows)[list(AXES).index(product)])
+  else:
+    tile = _by_rule(chip, k, n, rows)
+  return _fit(chip, product, tile, itemsize)
 
 
-def vmem(product: str, tile: Tiles) -> int:
-  """Bytes of a grid step in bfloat16: its blocks, twice for the copies of the next one, and the float32 accumulator."""
+def vmem(product: str, tile: Tiles, itemsize: int = 2) -> int:
+  """Bytes of a grid step: its blocks, twice for the copies of the next one, and the float32 accumulator."""
   result = tile.k * tile.n if product.endswith("drhs") else tile.rows * tile.n
-  return 4 * (tile.rows * tile.k + tile.k * tile.n + tile.rows * tile.n) + 4 * result
+  return 2 * itemsize * (tile.rows * tile.k + tile.k * tile.n + tile.rows * tile.n) + 4 * result
 
 
 def vmem_of(kind: str) -> int:
@@ -120,12 +124,17 @@ def _at_least(by_rows: dict[int, tuple[tuple[int, int, int], ...]], rows: float)
   return by_rows[max((least for least in by_rows if least <= rows), default=min(by_rows))]
 
 
-def _by_rule(chip: Chip, product: str, k: int, n: int, rows: float) -> Tiles:
-  """Whole K, and N in as many blocks as there are cores; halved until a step fits the VMEM. Rows are those of ling2."""
+def _by_rule(chip: Chip, k: int, n: int, rows: float) -> Tiles:
+  """Whole K, and N in as many blocks as there are cores. Rows are those of ling2."""
   tile = Tiles(512 if rows >= 4096 else 256 if rows >= 1024 or chip.cores == 1 else 128, k, n)
   if chip.cores > 1 and n % (chip.cores * _LANES) == 0:
     tile = tile._replace(n=n // chip.cores)
-  while vmem(product, tile) > chip.vmem:
+  return tile
+
+
+def _fit(chip: Chip, product: str, tile: Tiles, itemsize: int) -> Tiles:
+  """The tile with N and K halved until a step fits the VMEM."""
+  while vmem(product, tile, itemsize) > chip.vmem:
     smaller = [
       tile._replace(**{axis: size // 2}) for axis, size in (("n", tile.n), ("k", tile.k)) if size % (2 * _LANES) == 0
     ]

@@ -7,7 +7,7 @@ pipeline's start less often, and a longer chunk reads and writes fewer states bu
 
 from typing import Final, NamedTuple
 
-import jax
+from maxtext_ling2.ops.devices import device_kind
 
 
 class Tile(NamedTuple):
@@ -40,12 +40,6 @@ _OTHER: Final = Tiles(Tile(128, 4, 4), Tile(128, 4, 4))
 _LANES: Final = 128
 _ROW_BYTES: Final = 256
 """Bytes of a token and head in the shape the tiles were chosen for."""
-
-
-def device_kind() -> str:
-  """The kind of device a program is traced for: that of the mesh in use, else that of the first device."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return str(jax.devices()[0].device_kind if device is None else device.device_kind)
 
 
 def chunk_size(length: int, kind: str | None = None) -> int:
