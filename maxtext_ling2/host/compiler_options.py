@@ -37,6 +37,10 @@ def _calls_jit(function: Any) -> bool:
   return {"jax", "jit"} <= set(inspect.unwrap(function).__code__.co_names)
 
 
+def _asks_for_flags(function: Any) -> bool:
+  return "parse_libtpu_flags_to_dict" in function.__code__.co_names
+
+
 class CompilerOptionsSeam(Seam):
   """Compiles the steps of runs of the plugin's decoder block with options.
 
@@ -57,7 +61,12 @@ class CompilerOptionsSeam(Seam):
     ),
     Expectation(f"{_TRAIN}:jax", holds=_is_jax, meaning="the module jax"),
     Expectation(f"{_FLAGS}:parse_libtpu_flags_to_dict", parameters=("flags_str",)),
-    CommandExpectation(f"{_AHEAD_OF_TIME}:{_COMPILES}", parameters=("mesh", "config")),
+    CommandExpectation(
+      f"{_AHEAD_OF_TIME}:{_COMPILES}",
+      parameters=("mesh", "config"),
+      holds=_asks_for_flags,
+      meaning="which calls parse_libtpu_flags_to_dict",
+    ),
   )
 
   def __init__(self, decoder_block: str, options: Options):
@@ -103,30 +112,33 @@ class StepWithOptions:
 
   Args:
     step: what `jax.jit(compiler_options=...)` returned.
+    options: those options.
   """
 
-  def __init__(self, step: Any):
+  def __init__(self, step: Any, options: Mapping[str, str]):
     self._step = step
+    self._options = options
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     return self._step(*args, **kwargs)
 
   def lower(self, *args: Any, **kwargs: Any) -> "_Lowered":
-    return _Lowered(self._step.lower(*args, **kwargs))
+    return _Lowered(self._step.lower(*args, **kwargs), self._options)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._step, name)
 
 
 class _Lowered:
-  """A lowered step. Options given to `compile` would make another program than the one that the step's call looks for."""
+  """A lowered step. Its own options given to `compile` once more would make another program than its call looks for."""
 
-  def __init__(self, lowered: Any):
+  def __init__(self, lowered: Any, options: Mapping[str, str]):
     self._lowered = lowered
+    self._options = options
 
-  def compile(self, compiler_options: Any = None, **kwargs: Any) -> Any:
-    del compiler_options  # parsed from compile_xla_flags: the step's own options hold them
-    return self._lowered.compile(**kwargs)
+  def compile(self, compiler_options: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    more = {name: value for name, value in (compiler_options or {}).items() if self._options.get(name) != value}
+    return self._lowered.compile(**kwargs, **({"compiler_options": more} if more else {}))
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._lowered, name)
@@ -167,7 +179,7 @@ def _jit_with(options: Mapping[str, str], original: Callable[..., Any], args: An
       f"MaxText's {original.__name__} called jax.jit {with_options.jitted} times, not once: the step would be compiled "
       f"without the XLA flags {', '.join(options)}; set tuned_xla_flags=false and remove compile_xla_flags to run without"
     )
-  return StepWithOptions(step)
+  return StepWithOptions(step, options)
 
 
 def _device(mesh: Any) -> Any:

@@ -66,7 +66,10 @@ class CommandExpectation(Expectation):
   """
 
   def resolved(self) -> Any:
-    """A function with the parameters of the one in the source, and no body; `_Missing` if there is none."""
+    """A function with the parameters of the one in the source, whose body only names what that one calls.
+
+    `_Missing` if there is none.
+    """
     module, _, name = self.target.partition(":")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -75,8 +78,12 @@ class CommandExpectation(Expectation):
     for node in tree.body:
       if isinstance(node, ast.FunctionDef) and node.name == name:
         parameters = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
+        called = sorted(
+          {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls} - {""}
+        )
         namespace: dict[str, Any] = {}
-        exec(f"def {name}({', '.join(parameters)}): pass", namespace)
+        exec(f"def {name}({', '.join(parameters)}):\n return ({''.join(f'{call}, ' for call in called)})", namespace)
         return namespace[name]
     return _Missing
 

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.ops.devices import kind_of
@@ -66,10 +68,28 @@ def compiler_options(config: Any, device: Any, given: Mapping[str, str]) -> dict
   tuned = _tuned(device) if config.tuned_xla_flags else {}
   by_user = {*given, *_in_environment()}
   ours = {name: value for name, value in tuned.items() if name not in by_user}
+  if config.tuned_xla_flags:
+    ours = _agreed(_FLAGS.get(kind_of(device), {}), ours)
   if ours:
     listed = ", ".join(f"{name}={value}" for name, value in ours.items())
     _log(f"LING2: XLA flags for {device.device_kind}: {listed} (tuned_xla_flags=false turns them off)")
   return ours | dict(given)
+
+
+def _agreed(flags: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+  """Those of `ours` that every process of the run takes: with other options each would compile another program.
+
+  Args:
+    flags: all of the generation, the same in every process.
+    ours: what this process takes of them.
+  """
+  if not flags or jax.process_count() == 1:
+    return dict(ours)
+  taken = multihost_utils.process_allgather(np.array([name in ours for name in flags])).all(axis=0)
+  agreed = {name: value for (name, value), everywhere in zip(flags.items(), taken, strict=True) if everywhere}
+  for name in ours.keys() - agreed.keys():
+    _log(f"LING2: without the XLA flag {name}={ours[name]}: another process of this run refuses it or has its own value")
+  return agreed
 
 
 def _in_environment() -> set[str]:

@@ -89,6 +89,15 @@ def test_what_is_compiled_to_print_memory_is_what_runs(compiled):
   assert metrics["sum"] == 10 and state.is_deleted()  # donated, as in MaxText
 
 
+def test_further_options_of_the_caller_act(compiled):
+  steps = Steps(config())
+  with jax.set_mesh(steps.mesh):
+    steps.train.lower(steps.array(5), steps.shape(5)).compile(
+      compiler_options=FLAGS | {"xla_backend_optimization_level": "2"}
+    )
+  assert compiled == [FLAGS | {"xla_backend_optimization_level": "2"}]
+
+
 def test_another_shape_is_compiled_with_the_same_options(compiled):
   steps = Steps(config())
   with jax.set_mesh(steps.mesh):

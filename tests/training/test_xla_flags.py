@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import socket
 import subprocess
 import sys
 import types
@@ -105,3 +107,39 @@ def test_no_windowed_einsum(topology):
 def test_v6e_makes_none():
   for program in compiled("v6e-64")["product"]:
     assert "while" not in program and "collective-permute-start" not in program
+
+
+def test_two_processes_take_the_same_flags():
+  """The second one has a flag of the user's in LIBTPU_INIT_ARGS, which the first does not know: neither takes ours."""
+  script = Path(__file__).with_name("flags_of_two_processes.py")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+  root = str(Path(__file__).parents[2])
+  own = ({}, {"LIBTPU_INIT_ARGS": "--xla_backend_optimization_level=3"})
+  started = [
+    subprocess.Popen(
+      [sys.executable, script, str(number), port],
+      env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), **more},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number, more in enumerate(own)
+  ]
+  outputs = [process.communicate(timeout=300) for process in started]
+  found = []
+  for process, (printed, errors) in zip(started, outputs, strict=True):
+    assert process.returncode == 0, errors[-3000:]
+    (line,) = (line for line in printed.splitlines() if line.startswith("FOUND "))
+    found.append(json.loads(line.removeprefix("FOUND ")))
+  devices = sum(1 for _ in jax.devices())
+  for options, total, _ in found:
+    assert options == {"xla_cpu_prefer_vector_width": "128"}
+    assert total == devices * (1 + 2)
+  lost = "LING2: without the XLA flag xla_backend_optimization_level=1: another process of this run"
+  assert [any(line.startswith(lost) for line in lines) for _, _, lines in found] == [True, False]
+  for _, _, lines in found:
+    assert any(
+      line.startswith("LING2: without the XLA flag xla_of_another_version=1: this libtpu refuses") for line in lines
+    )
