@@ -11,6 +11,7 @@ time of their Python. "both" is forward and backward.
 
 import argparse
 import importlib.util
+import itertools
 import os
 import statistics
 import sys
@@ -143,7 +144,8 @@ def errors(found: Sequence[Any], expected: Sequence[Any], heads: Sequence[int]) 
 
   pairs = []
   for x, y in zip(found, expected, strict=True):
-    difference = torch.from_dlpack(x)[0][:, list(heads)].double() - y
+    array = x.detach() if isinstance(x, torch.Tensor) else torch.from_dlpack(x)
+    difference = array[0][:, list(heads)].double() - y
     pairs.append((float(difference.norm() / y.norm()), float(difference.abs().max() / y.abs().max())))
   return pairs
 
@@ -219,7 +221,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--quick", action="store_true", help="only T = 4096")
   parser.add_argument("--repeats", type=int, default=20)
-  parser.add_argument("--chunks", type=int, nargs="*", default=[], help="other sizes of our chunks to time, first case")
+  parser.add_argument("--chunks", type=int, nargs="*", default=[], help="sizes of our chunks to time, too")
   args = parser.parse_args()
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is for both
   lacking = missing()
@@ -251,8 +253,7 @@ def main() -> None:
   print(f"\nMicroseconds a call, median of {args.repeats}\n")
   print("| | passes | chunked | fla | fla, graph | chunked / fla | chunked / graph |\n|---|---|---|---|---|---|---|")
   print("\n".join(rows), flush=True)
-  for chunk in args.chunks:
-    case = cases[0]
+  for case, chunk in itertools.product((CASES[0], CASES[3]), args.chunks):
     inputs = make_inputs(case, "cuda")
     torch.cuda.synchronize()
     times = medians({name: ours(case, inputs, g, chunk) for name, g in PASSES.items()}, wait, args.repeats)

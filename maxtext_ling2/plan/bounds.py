@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from maxtext_ling2.plan.chips import Chip
-from maxtext_ling2.plan.operations import Operation
+from maxtext_ling2.plan.operations import Operation, is_gla
 from maxtext_ling2.plan.parts import part_of_operation
 
 RESOURCES = ("compute", "HBM", "links")
@@ -99,7 +99,7 @@ def compute_seconds(one: Operation, chip: Chip) -> float:
   """Of one run: a kernel's schedule where it was counted, else its operations at peak."""
   if one.grouped is not None:
     return one.grouped.seconds(chip)[0]
-  if one.kernel.startswith("gla_"):
+  if is_gla(one):
     return chip.gla_stretch * one.memory / chip.memory_bandwidth
   return one.flops / chip.flops
 

@@ -6,11 +6,13 @@ perfect fusion saves. Where the compiler keeps arrays in the chip's memory, or f
 part may count less than its floor.
 
   products     2 P T (p + 2) operations; weights read p + 1 times and their gradient written; the shard cast p times, 6
-               bytes per weight
+               bytes per weight. The down product of an MLP or an expert is not among those that are rematerialised: no
+               gradient needs its result
   activations  of a layer's part: input and output in each forward pass, and in the backward pass input, its gradient and
                the output's: a T (2 p + 3)
   experts      of P a device has its share, computed are k experts per token; each token's rows read, and written and read
-               by the weighted sum: a T (3 k + 1) in each forward pass, a T (4 k + 1) + 8 k F T in the backward pass
+               by the weighted sum: a T (3 k + 1) in the forward pass, a T k where it is rematerialised, a T (4 k + 1) +
+               8 k F T in the backward pass
   logits       never written, never recomputed: 3 a T; twice with MTP
   AdamW        32 bytes per weight of the shard: the norm reads gradients, the update four arrays and writes three
   collectives  weights gathered p times and written, gradients reduced; with experts on E devices tokens sent there p
@@ -102,9 +104,9 @@ def floors(config: Any, shares: Shares) -> dict[str, Floor]:
   found = {
     "GLA": arithmetic.layers(gla, model_flops.gla_layer(c).weights / 2, operation.gla),
     "MLA": arithmetic.layers(mla, model_flops.mla_layer(c).weights / 2, operation.mla),
-    "dense MLP": arithmetic.layers(dense, 3 * c.emb_dim * c.mlp_dim),
+    "dense MLP": arithmetic.layers(dense, 3 * c.emb_dim * c.mlp_dim, again=2 / 3),
     "router": arithmetic.layers(moe, c.emb_dim * c.num_experts),
-    "shared expert": arithmetic.layers(moe, 3 * c.emb_dim * shared),
+    "shared expert": arithmetic.layers(moe, 3 * c.emb_dim * shared, again=2 / 3),
     "experts": arithmetic.experts(moe),
     "MTP, besides": arithmetic.layers(c.mtp_num_layers, 2 * c.emb_dim**2),
     "logits and loss": arithmetic.logits(1 + c.mtp_num_layers),
@@ -131,20 +133,25 @@ class _Arithmetic:
     """Bytes of a layer's part."""
     return self.rows * self.token * (2 * self.passes + 3) / self.shares.tensor
 
-  def layers(self, count: int, weights: float, operation: float = 0.0) -> Floor:
-    """`count` layers with so many weights each, and further operations per token of all of them together."""
-    memory = self._products(count * weights, self.shares.tensor, self.passes) + count * self.in_and_out
+  def layers(self, count: int, weights: float, operation: float = 0.0, again: float = 1.0) -> Floor:
+    """`count` layers with so many weights each, and further operations per token of all of them together.
+
+    `again`: the share of the products that are rematerialised.
+    """
+    passes = 1 + (self.passes - 1) * again
+    memory = self._products(count * weights, self.shares.tensor, passes) + count * self.in_and_out
     products = 2 * count * weights + operation
-    return Floor(products * self.rows * (self.passes + 2) / self.shares.tensor, memory)
+    return Floor(products * self.rows * (passes + 2) / self.shares.tensor, memory)
 
   def experts(self, count: int) -> Floor:
     c = self.config
     one = 3 * c.emb_dim * c.moe_mlp_dim
     k, inner = c.num_experts_per_tok, 4 * c.num_experts_per_tok * c.moe_mlp_dim * self.width
-    memory = self._products(count * one * c.num_experts, self.shares.tensor * self.shares.expert, self.passes)
-    read = self.passes * (3 * k + 1) * self.token + (4 * k + 1) * self.token + inner
+    passes = 1 + (self.passes - 1) * 2 / 3
+    memory = self._products(count * one * c.num_experts, self.shares.tensor * self.shares.expert, passes)
+    read = (3 * k + 1 + (self.passes - 1) * k + 4 * k + 1) * self.token + inner
     memory += count * self.rows * read / self.shares.tensor
-    return Floor(2 * count * k * one * self.rows * (self.passes + 2) / self.shares.tensor, memory)
+    return Floor(2 * count * k * one * self.rows * (passes + 2) / self.shares.tensor, memory)
 
   def logits(self, count: int) -> Floor:
     weights = self.config.emb_dim * self.config.vocab_size
@@ -167,7 +174,7 @@ class _Arithmetic:
     update = 32 * self.weights / self.shares.shards
     return {"gradient norms, AdamW": Floor(memory=update), COLLECTIVES: Floor(memory=gathered + reduced, sent=sent)}
 
-  def _products(self, weights: float, share: int, passes: int) -> float:
+  def _products(self, weights: float, share: int, passes: float) -> float:
     """Bytes of all weights of a kind: read in each pass, their gradient written, the shard cast."""
     self.weights += weights
     self.touched += weights / share

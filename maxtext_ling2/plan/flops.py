@@ -9,6 +9,7 @@ it, and count as often: 3 at "high", 6 at "highest" (jax.lax.Precision).
 import functools
 import math
 import re
+from typing import Final
 
 import numpy as np
 
@@ -25,6 +26,33 @@ def flops(module: Module, one: Instruction, table: Table) -> float:
   if one.opcode == "fusion":
     return sum(_product(inner, inner_table) for inner, inner_table in module.fused(one))
   return _product(one, table)
+
+
+_SPLASH: Final = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+"""Kernel of MaxText's splash attention -> its products over the width of q and k, and over that of v.
+
+Forward: q k^T; p v. dq: q k^T and ds k; do v^T. dkv: q k^T and ds^T q; do v^T and p^T do.
+"""
+
+
+def splash_flops(kernel: str, one: Instruction) -> float | None:
+  """Operations of a kernel of splash attention, which states none; None: it is another one.
+
+  Calculated: a causal mask, of whose blocks those are computed that hold a pair of tokens. Its first operand has one
+  number for each block, [1, blocks of queries, blocks of keys].
+  """
+  found = re.match(r"splash_mha_([a-z]+)", kernel)
+  layouts = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", one.rest)
+  if not found or found[1] not in _SPLASH or not layouts:
+    return None
+  shapes = [shape for _, shape, _ in arrays(layouts[1])]
+  q, k, v = [shape for shape in shapes if len(shape) == 4][:3]
+  blocks = shapes[0][-2:]
+  rows, columns = q[2] // blocks[0], k[2] // blocks[1]
+  seen = [min(blocks[1], -(-(block + 1) * rows // columns)) for block in range(blocks[0])]
+  pairs = rows * columns * (sum(seen) if q[2] == k[2] else math.prod(blocks))  # part of the queries: all keys
+  over_k, over_v = _SPLASH[found[1]]
+  return 2.0 * q[0] * q[1] * pairs * (over_k * q[3] + over_v * v[3])
 
 
 def _product(one: Instruction, table: Table) -> float:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from maxtext_ling2.plan.collectives import Collective, collectives_of, is_collective
-from maxtext_ling2.plan.flops import flops
+from maxtext_ling2.plan.flops import flops, splash_flops
 from maxtext_ling2.plan.grouped import GroupedProduct, grouped_product
 from maxtext_ling2.plan.hlo import Instruction, Module, Table, arrays, bits, branches, called, size
 
@@ -120,6 +120,11 @@ class Program:
     return dict(sorted(found.items()))
 
 
+def is_gla(one: Operation) -> bool:
+  """Whether it is a kernel of linear attention, whose cycles are counted (docs/kernels.md)."""
+  return one.kernel.startswith("gla_")
+
+
 def read_program(text: str, routed_rows: float | None = None) -> Program:
   """Counts a compiled program.
 
@@ -143,6 +148,9 @@ class _Walk:
     runs = [one for name, _, _ in self._runs(self.module.entry, 1, False) for one in self.module.computations[name]]
     unknown = sum(self.module.rounds(one) is None for one in runs if one.opcode == "while")
     assumed = dict.fromkeys(self.taken[one.name][1] for one in runs if one.opcode == "conditional")
+    silent = {one.kernel for one in operations if one.kernel and not (one.flops or one.grouped or is_gla(one))}
+    if silent:
+      assumed[f"kernels of which nothing but the bytes is known: {', '.join(sorted(silent))}"] = None
     return Program(operations, tuple(assumed), unknown)
 
   def _operations(self, entry: str) -> Iterator[Operation]:
@@ -197,6 +205,8 @@ class _Walk:
     products = flops(self.module, one, table)
     if kernel and (cost := _COST.search(one.rest)):
       products = float(cost[1])
+    elif kernel and grouped is None:
+      products = splash_flops(kernel, one) or 0.0
     sources = self.module.sources(one)
     return Operation(one.name, sources, times, memory + reread, products, kernel, grouped, reread, sent)
 

@@ -53,17 +53,19 @@ def test_without_rematerialisation_the_operations_are_the_models(changes, tensor
 
 def test_rematerialised_forward_passes_count_but_for_the_logits():
   once, twice = (floors(config(remat_policy=policy), Shares(32)) for policy in ("minimal", "full"))
-  for name in ("GLA", "MLA", "experts", "router", "shared expert", "dense MLP"):
+  for name in ("GLA", "MLA", "router"):
     assert twice[name].flops == pytest.approx(4 / 3 * once[name].flops)
+  for name in ("experts", "shared expert", "dense MLP"):  # of three products two: none needs what the third one gives
+    assert twice[name].flops == pytest.approx(11 / 9 * once[name].flops)
   assert twice["logits and loss"] == once["logits and loss"]
 
 
 @pytest.mark.parametrize("expert", [1, 8])
 def test_weights_of_the_experts(expert):
-  """Read three times and their gradient written, and 1/32 of all cast twice; tokens the same wherever experts are."""
+  """Read three times, down twice, and their gradient written; 1/32 is cast; tokens the same wherever experts are."""
   memory = floors(config(), Shares(32, expert))["experts"].memory
-  weights = EXPERTS / expert * 2 * 4 + 2 * EXPERTS / 32 * 6
-  rows = 20 * 4096 * (2 * (3 * 8 + 1) * 4096 + (4 * 8 + 1) * 4096 + 4 * 8 * 512 * 2)
+  weights = EXPERTS / expert * 2 * (4 - 1 / 3) + (2 - 1 / 3) * EXPERTS / 32 * 6
+  rows = 20 * 4096 * ((3 * 8 + 1 + 8) * 4096 + (4 * 8 + 1) * 4096 + 4 * 8 * 512 * 2)
   assert memory == pytest.approx(weights + rows)
 
 

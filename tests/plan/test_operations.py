@@ -113,7 +113,7 @@ def test_by_hand():
   }
   assert found.kernels == {"gla": (3, 3 * KERNEL)}
   assert found.unknown_loops == 0
-  assert found.assumed == ()
+  assert found.assumed == ("kernels of which nothing but the bytes is known: gla",)
 
 
 SOURCES = """HloModule m
@@ -198,6 +198,41 @@ def test_the_capped_path_of_the_experts_counts(branches):
   found = read_program(CONDITIONAL.replace("BRANCHES", branches).replace("HloModule m\n", sources))
   assert found.memory == 2 * ARRAY
   assert found.assumed == ("conditional c: branch 0, the capped path, assumed in 100 % of the steps",)
+
+
+ATTENTION = ", ".join(
+  f"{array}{{2,1,0}}"
+  for array in ("s8[1,4,4]", "s8[1,4,4]", "bf16[2,4,2048,192]", "bf16[2,4,KEYS,192]", "bf16[2,4,KEYS,128]")
+)
+SPLASH = f"""HloModule m
+
+ENTRY %main (q: bf16[2,4,2048,192]) -> bf16[2,4,2048,128] {{
+  %q = bf16[2,4,2048,192]{{3,2,1,0}} parameter(0)
+  ROOT %s = bf16[2,4,2048,128]{{3,2,1,0}} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={{{ATTENTION}}}, metadata={{op_name="jit(step)/KERNEL/pallas_call"}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  ("kernel", "widths"),
+  [
+    ("splash_mha_fwd_segmented_residuals", 192 + 128),
+    ("splash_mha_dq_segmented_no_residuals", 2 * 192 + 128),
+    ("splash_mha_dkv_segmented_no_residuals", 2 * 192 + 2 * 128),
+  ],
+)
+def test_kernels_of_splash_attention(kernel, widths):
+  """4 x 4 blocks of 512: the lower triangle's 10; with a part of the queries, all."""
+  for keys, blocks in ((2048, 10 * 512 * 512), (4096, 16 * 512 * 1024)):
+    found = read_program(SPLASH.replace("KERNEL", kernel).replace("KEYS", str(keys)))
+    assert [one.flops for one in found.operations] == [2 * 2 * 4 * blocks * widths]
+    assert found.assumed == ()
+
+
+def test_a_kernel_that_states_nothing_is_named():
+  found = read_program(SPLASH.replace("KERNEL", "mine").replace("KEYS", "2048"))
+  assert found.assumed == ("kernels of which nothing but the bytes is known: mine",)
 
 
 def test_room_is_no_write():
