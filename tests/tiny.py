@@ -110,16 +110,21 @@ class Run:
       train.train_step, None, None, self.graph, self.config, shardings
     )
     evaluate, *_ = maxtext_utils.get_functional_eval_with_signature(train.eval_step, None, None, self.graph, self.config)
-    self.step_function, self._step, self._evaluate = step, jax.jit(step), jax.jit(evaluate)
+    self.step_function, self._step = step, jax.jit(step)
+    self.evaluate_function, self._evaluate = evaluate, jax.jit(evaluate)
+
+  def context(self):
+    """In which MaxText traces the steps."""
+    return session.model_context(self.config, self.mesh)
 
   def step(self, data):
     """One optimizer step; returns the scalar metrics."""
-    with session.model_context(self.config, self.mesh):
+    with self.context():
       self.state, metrics = self._step(self.state, dict(data))
     return {name: np.asarray(value) for name, value in metrics["scalar"].items()}
 
   def evaluate(self, data):
-    with session.model_context(self.config, self.mesh):
+    with self.context():
       metrics = self._evaluate(self.state, dict(data))
     return {name: np.asarray(value) for name, value in metrics["scalar"].items()}
 

@@ -16,6 +16,7 @@ from maxtext.utils import maxtext_utils
 
 from maxtext_ling2.host.moe_view import DeepSeekRoutingView
 from maxtext_ling2.host.weight_variables import MARK
+from maxtext_ling2.model.precision import matmul_precision
 
 Z_LOSS_NAME = "moe_z_loss"
 """Under this name a router sows its raw z-loss."""
@@ -123,6 +124,7 @@ class Ling2MoE(nnx.Module):
   """Routed experts plus shared experts: x [B, T, C] -> (y [B, T, C], load balance loss or None)."""
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
+    self.config = config
     # MaxText's checkpoint conversion recognises expert weights by "MoeBlock" in their path.
     self.MoeBlock_0 = RoutedMoE(config, mesh, quant, rngs)
     self.shared_experts = self._shared(config, mesh, quant, rngs) if config.shared_experts else None
@@ -146,7 +148,8 @@ class Ling2MoE(nnx.Module):
     self, x: jax.Array, deterministic: bool, intermediate_sharding: Any = None, out_sharding: Any = None
   ) -> tuple[jax.Array, jax.Array | None]:
     """Applies the experts; the shared ones are neither scaled nor gated."""
-    y, load_balance_loss, counts = self.MoeBlock_0(x, out_sharding=out_sharding)
+    with matmul_precision(self.config):
+      y, load_balance_loss, counts = self.MoeBlock_0(x, out_sharding=out_sharding)
     if counts is not None:
       self.MoeBlock_0.gate.count(counts)
     if self.shared_experts is not None:

@@ -26,6 +26,11 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
   the target is masked, as at the end of a row.
   """
 
+  def __init__(self, config: Any, mesh: Any, transformer_layer_module: Any, decoder: Any, rngs: nnx.Rngs):
+    super().__init__(config, mesh, transformer_layer_module, decoder, rngs)
+    for depth in range(1, config.mtp_num_layers + 1):
+      getattr(self, f"mtp_layer_{depth}").projection_layer.matmul_precision = config.matmul_precision
+
   def __call__(
     self,
     shared_embedding: Any,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext_ling2.model.layout import ScanLayout
+from maxtext_ling2.model.precision import matmul_precision
 from maxtext_ling2.training import objective, statistics
 from maxtext_ling2.training.balancing import bias_axis, load_metrics, updated_bias
 from maxtext_ling2.training.statistics import RouterStatistics
@@ -26,7 +27,8 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     graph, state = statistics.attach(model, state, config)
     accumulates = config.gradient_accumulation_steps > 1
     total = objective.totals(data, config) if accumulates else None
-    with objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, [])):
+    installed = objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, []))
+    with installed, matmul_precision(config):  # the experts' gradients are traced here, outside of their layer
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
     state, routers = statistics.detach(state)
     scalars = metrics["scalar"]

@@ -7,6 +7,7 @@ from gla_suite import GlaSuite, assert_close, jit
 
 from maxtext_ling2.ops.gla import gla
 from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.tiles import chunk_size
 
 
 class TestChunked(GlaSuite):
@@ -53,3 +54,11 @@ def temporary_bytes(length: int, gradient: bool, segments: bool) -> int:
 
   function = jax.grad(objective, (0, 1, 2)) if gradient else objective
   return jit(function).lower(x, x, x, ids).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_chunks_by_device():
+  """No chunk is longer than a row rounded up to 128 tokens."""
+  sizes = {
+    kind: [chunk_size(length, kind) for length in (1, 130, 4096)] for kind in ("cpu", "NVIDIA H200", "TPU v6 lite")
+  }
+  assert sizes == {"cpu": [128, 128, 128], "NVIDIA H200": [128, 256, 512], "TPU v6 lite": [128, 256, 256]}

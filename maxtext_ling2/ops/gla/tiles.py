@@ -35,7 +35,10 @@ _TILES: Final = {
 """By `device_kind`, the name JAX gives a generation."""
 
 _OTHER: Final = Tiles(Tile(128, 4, 4), Tile(128, 4, 4))
-"""For devices that are not listed, and CPUs and GPUs, for which only the chunk counts."""
+"""For devices that are not listed, and CPUs, for which only the chunk counts."""
+
+_GPU_CHUNK: Final = 512
+"""For NVIDIA's GPUs, which have no kernels here: of 128, 256, 512 and 1024 the fastest on an H200 (docs/kernels.md)."""
 
 _LANES: Final = 128
 _ROW_BYTES: Final = 256
@@ -44,7 +47,9 @@ _ROW_BYTES: Final = 256
 
 def chunk_size(length: int, kind: str | None = None) -> int:
   """Tokens of a chunk for a sequence of `length` tokens on a kind of device (None: `device_kind()`)."""
-  return _LANES if length <= _LANES else _TILES.get(kind or device_kind(), _OTHER).forward.chunk
+  kind = kind or device_kind()
+  chunk = _GPU_CHUNK if kind.startswith("NVIDIA") else _TILES.get(kind, _OTHER).forward.chunk
+  return min(chunk, -(-length // _LANES) * _LANES)
 
 
 def tiles_for(length: int, heads: int, width: int, itemsize: int, kind: str | None = None) -> Tiles:
