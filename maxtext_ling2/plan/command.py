@@ -29,6 +29,10 @@ DEFAULTS: dict[str, Any] = {**QUIET, "override_model_config": True, "scan_layers
 """And what is compiled where no recipe says it."""
 
 
+Made = tuple[Option, str, Mapping[str, str]]
+"""An option, and the base yml and settings that it was compiled with."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """What to compile.
@@ -39,7 +43,7 @@ class Request:
     meshes: such as "expert=8", for each topology; "" is FSDP over all devices.
     words: further settings of MaxText, KEY=VALUE.
     recipe: name or file of a recipe, which has its own mesh and batch; or None.
-    search: whether to rank meshes and batches by arithmetic and to compile the best.
+    search: whether to rank meshes and batches by arithmetic, and to compile the best and the topology's recipe.
     cached: whether to take what the same program gave before.
   """
 
@@ -66,10 +70,10 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   """
   yml, settings = _model(request.model) if request.recipe is None else _recipe(request.model, request.recipe)
   settings |= overrides.parse(request.words)
-  options, chosen = [], []
-  for option, words in _options(console, request, yml, settings):
+  options, commands = [], []
+  for option, base, words in _options(console, request, yml, settings):
     options.append(option)
-    chosen.append(words)
+    commands.append(_training(base, words))
     console.print(report.line(option), markup=False)
   console.print(report.summary(options))
   for option in options:
@@ -82,7 +86,7 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
     console.print(
       f"cheapest that fits (pessimistic device seconds per token, no prices): {best.topology}, {best.mesh or 'fsdp'}"
     )
-    console.print(f"its training command: {_training(yml, chosen[options.index(best)])}", markup=False)
+    console.print(f"its training command: {commands[options.index(best)]}", markup=False)
   else:
     console.print("nothing fits: take more chips, another mesh, or remat_policy=full, or weight_dtype=bfloat16")
   if json_file is not None:
@@ -98,15 +102,13 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   return bool(fitting)
 
 
-def _options(
-  console: Console, request: Request, yml: str, settings: Mapping[str, str]
-) -> Iterator[tuple[Option, Mapping[str, str]]]:
-  """All options, each as soon as it is there, with its settings."""
+def _options(console: Console, request: Request, yml: str, settings: Mapping[str, str]) -> Iterator[Made]:
+  """All options, each as soon as it is there."""
   for topology in request.topologies:
     if request.search:
       yield from _searched(console, request, yml, topology, settings)
     elif request.recipe is not None:
-      yield _cached(yml, topology, f"recipe {Path(request.recipe).stem}", settings, request.cached), settings
+      yield _cached(yml, topology, _titled(request.recipe), settings, request.cached), yml, settings
     else:
       for mesh in request.meshes:
         words = _with_mesh(settings, mesh, _mesh(mesh))
@@ -116,7 +118,12 @@ def _options(
           if len(request.topologies) * len(request.meshes) == 1:
             raise
           option = refused(topology, mesh, words, str(error))
-        yield option, words
+        yield option, yml, words
+
+
+def _titled(recipe: str) -> str:
+  """What stands for the mesh in a report."""
+  return f"recipe {Path(recipe).stem}"
 
 
 def _with_mesh(settings: Mapping[str, str], mesh: str, cut: Mapping[str, str]) -> dict[str, str]:
@@ -131,10 +138,8 @@ def _with_mesh(settings: Mapping[str, str], mesh: str, cut: Mapping[str, str]) -
   return {**settings, **cut}
 
 
-def _searched(
-  console: Console, request: Request, yml: str, topology: str, settings: Mapping[str, str]
-) -> Iterator[tuple[Option, Mapping[str, str]]]:
-  """Compiles the first candidates that fit, in the order of their arithmetic."""
+def _searched(console: Console, request: Request, yml: str, topology: str, settings: Mapping[str, str]) -> Iterator[Made]:
+  """Compiles the recipe for model and topology, if there is one, and the first candidates by arithmetic that fit."""
   axes = [key for key in overrides.parse(request.words) if key.endswith("_parallelism")]
   if axes:
     raise ValueError(f"--search, {axes[0]}: the search chooses the mesh; leave one of them out")
@@ -142,6 +147,11 @@ def _searched(
   rows = search.ROWS if (given := overrides.parse(request.words).get(search.BATCH)) is None else [given]
   found = search.ranked(yml, topology, meshes, settings, rows)
   console.print(report.ranking(topology, found))
+  name = f"{request.model}-{topology}"
+  if name in recipes.names():
+    base, words = _recipe(request.model, name)
+    words |= overrides.parse(request.words)
+    yield _cached(base, topology, _titled(name), words, request.cached), base, words
   fitting = tried = 0
   for one in found:
     words = {**meshes[one.mesh], **settings, search.BATCH: one.rows}
@@ -150,7 +160,7 @@ def _searched(
     except PlanConfigError as error:  # such as a mesh that these chips cannot form
       console.print(f"{topology}, {one.name}: {error}", markup=False)
       continue
-    yield option, words
+    yield option, yml, words
     fitting += option.fits
     tried += 1
     if fitting == search.COMPILED or tried == search.TRIES:

@@ -153,14 +153,17 @@ def test_recipe_of_another_model(made, tmp_path):
 
 
 def test_search(made, tmp_path, monkeypatch):
-  """The best by arithmetic are compiled until two fit."""
+  """The topology's recipe, then the best by arithmetic until two fit."""
   ranked = [Candidate(mesh, "4", 0.1, GIB, 1e-6) for mesh in ("expert=16", "", "expert=8", "tensor=4")]
   monkeypatch.setattr(search, "ranked", lambda *_: ranked)
   monkeypatch.setattr(command, "make_option", lambda yml, topology, mesh, words: option(topology, mesh, "16" not in mesh))
   _, text, found = run(tmp_path, ["v5p-64"], search=True)
   assert [(one["mesh"], one["fits"]) for one in found["options"]] == [
+    ("recipe ling2-v5p-64", True),
     *[("expert=16, 4 rows", False), ("fsdp, 4 rows", True), ("expert=8, 4 rows", True)],
   ]
+  _, _, found = run(tmp_path, ["v5p-128"], search=True)  # has no recipe
+  assert len(found["options"]) == 3
   assert "ranked by arithmetic" in text and "tensor=4, 4 rows" in text
 
 

@@ -24,12 +24,14 @@ def arithmetic(recipe, topology):
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_is_a_config_of_its_model(name):
-  """MaxText accepts it; its ring of experts is the search's; by the same arithmetic its arrays fit."""
+  """MaxText accepts it; a ring of experts loses no token; by the search's arithmetic its arrays fit."""
   start = next(place for chip in ("v5p", "v6e", "tpu7x") if (place := name.find(chip)) > 0)
   model, topology = name[: start - 1], name[start:]
   config, one = arithmetic(name, topology)
   assert (config.model_name, config.scan_layers) == (model, True)
-  assert {key: getattr(config, key) for key in search.RING_OF_EXPERTS} == search.RING_OF_EXPERTS
+  if config.ici_expert_parallelism > 1:
+    ring = {key: value for key, value in search.RING_OF_EXPERTS.items() if key != "ragged_gather_reduce_fallback"}
+    assert {key: getattr(config, key) for key in ring} == ring
   assert one.memory < chip_of(topology).memory
 
 
@@ -39,7 +41,7 @@ def test_the_search_finds_what_is_faster_than_the_recipe():
   assert [one.name for one in found[: search.COMPILED]] == ["expert=4, 8 rows", "expert=4, 4 rows"]
   assert found[-1].name == "fsdp, 4 rows"
   _, recipe = arithmetic("ling2-v5p-64", "v5p-64")
-  (same,) = (one for one in found if one.name == "expert=8, 4 rows")
+  (same,) = (one for one in found if one.name == "fsdp, 4 rows")
   assert recipe.device_seconds_per_token == pytest.approx(same.device_seconds_per_token)
   assert found[0].device_seconds_per_token < recipe.device_seconds_per_token
 
