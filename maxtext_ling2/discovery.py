@@ -106,7 +106,7 @@ def _load(offer: _Offer, complaints: list[str]) -> None:
   """Import and call one plugin."""
   try:
     offer.entry.load()()
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     record = offer.record("failed", f"{type(error).__name__}: {error}")
     plugins.append(record)
     if getattr(error, "fatal", False) is True:

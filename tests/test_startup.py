@@ -319,6 +319,8 @@ def test_unknown_names_in_the_allow_list_are_named(installed: Environment) -> No
     ("import what_is_not_there", "ModuleNotFoundError: No module named 'what_is_not_there'"),
     ("raise ValueError('at import')", "ValueError: at import"),
     ("def register(): raise LookupError('when called')", "LookupError: when called"),
+    ("raise SystemExit(3)", "SystemExit: 3"),
+    ("def register(): raise SystemExit('no licence')", "SystemExit: no licence"),
     ("register = None", "TypeError: 'NoneType' object is not callable"),
     ("def register(needed): pass", "TypeError: register() missing 1 required positional argument: 'needed'"),
     ("def register(:", "SyntaxError: invalid syntax (broken_plugin.py, line 1)"),

@@ -25,6 +25,7 @@ INSTEAD_OF_BASE = {
 
 CUSTOM_MODEL = "ling2-custom"
 """The model whose sizes stand in the user's base yml, not in one of ours."""
+DTYPES = ("bfloat16", "float32")
 BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -211,6 +212,9 @@ def _groups(c: Any) -> Iterator[str]:
 
 
 def _dtypes(c: Any) -> Iterator[str]:
+  dtype = str(getattr(c.dtype, "value", c.dtype))
+  if dtype not in DTYPES:
+    yield f"dtype={dtype}: linear attention computes in {' and '.join(DTYPES)}; use one of them"
   if c.routed_bias_dtype not in BIAS_DTYPES:
     yield (
       f"routed_bias_dtype={c.routed_bias_dtype!r}: not a dtype for a router bias; use one of "
@@ -280,6 +284,19 @@ _OFF = {
   "mlp_bias": False,
   "use_untrainable_positional_embedding": False,
   "trainable_position_size": -1,
+  # Which MaxText's other decoders read.
+  "rope_linear_scaling_factor": 1.0,
+  "local_rope_max_timescale": -1,
+  "interleave_moe_layer_step": 1,
+  "nope_layer_interval": -1,
+  "attention_bias": False,
+  "sliding_window_size": 0,
+  "chunk_attn_window_size": 0,
+  "moba": False,
+  "temperature_tuning": False,
+  "use_post_attn_norm": False,
+  "use_post_ffw_norm": False,
+  "mlp_activations_limit": -1.0,  # clips routed experts, never dense and shared ones
 }
 
 

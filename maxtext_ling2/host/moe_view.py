@@ -64,6 +64,8 @@ class DeepSeekRoutingView:
     object.__setattr__(self, "_placement", placement(mesh, _context_is_expert(config)))
 
   def __getattr__(self, name: str) -> Any:
+    if name.startswith("__"):  # copy and pickle ask for what they may call: the config's own would give a config
+      raise AttributeError(name)
     if name == "model_name":
       return "deepseek3-ling2"
     if name == "decoder_block":
@@ -85,8 +87,25 @@ class DeepSeekRoutingView:
       isinstance(other, DeepSeekRoutingView) and other._config is self._config and other._placement == self._placement
     )
 
+  def __copy__(self) -> "DeepSeekRoutingView":
+    return self
+
+  def __deepcopy__(self, memo: Any) -> "DeepSeekRoutingView":
+    return self  # it cannot be changed
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return _restored, (self._config, self._placement)
+
   def __hash__(self) -> int:
     return hash((DeepSeekRoutingView, id(self._config), self._placement))
+
+
+def _restored(config: Any, place: Placement) -> DeepSeekRoutingView:
+  """A view that was pickled."""
+  view = object.__new__(DeepSeekRoutingView)
+  object.__setattr__(view, "_config", config)
+  object.__setattr__(view, "_placement", place)
+  return view
 
 
 def _context_is_expert(config: Any) -> bool:

@@ -17,20 +17,34 @@ def updated_bias(bias: jax.Array, counts: jax.Array, rate: float, zero_mean: boo
 
   Args:
     bias: [..., E], any float dtype.
-    counts: [..., E] integer, tokens sent to each expert.
+    counts: [..., E] int32, tokens sent to each expert.
     rate: step of the bias.
     zero_mean: whether the bias is recentred to mean 0 over the experts.
 
   Returns:
     [..., E] in the dtype of `bias`.
   """
-  experts = counts.shape[-1]
-  # mean - counts, times E, in integers: exact for any number of tokens that int32 holds.
-  direction = jnp.sign(jnp.sum(counts, axis=-1, keepdims=True) - counts * experts)
-  moved = bias.astype(jnp.float32) + rate * direction.astype(jnp.float32)
+  moved = bias.astype(jnp.float32) + rate * _below_mean(counts).astype(jnp.float32)
   if zero_mean:
     moved -= jnp.mean(moved, axis=-1, keepdims=True)
   return moved.astype(bias.dtype)
+
+
+def _below_mean(counts: jax.Array) -> jax.Array:
+  """sign(mean(counts) - counts), [..., E] int32, exact for any counts and up to 2^15 experts.
+
+  Their sum, and E times a count, may be larger than int32 holds: both are compared as (high, low) with 16 bits in low.
+  """
+  experts = counts.shape[-1]
+  high, low = counts >> 16, counts & 0xFFFF
+
+  def parts(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return high + (low >> 16), low & 0xFFFF
+
+  total_high, total_low = parts(*(jnp.sum(x, axis=-1, keepdims=True) for x in (high, low)))
+  own_high, own_low = parts(experts * high, experts * low)
+  of_high = jnp.sign(total_high - own_high)
+  return jnp.where(of_high == 0, jnp.sign(total_low - own_low), of_high)
 
 
 def load_metrics(counts: jax.Array) -> dict[str, jax.Array]:

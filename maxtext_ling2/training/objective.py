@@ -89,11 +89,10 @@ def _accumulated(aux: dict[str, Any], z_loss: Any, total: Totals, config: Any) -
   aux = dict(aux)
   if config.calculate_per_token_loss:
     aux["mtp_loss"] = _mtp_over_all_tokens(aux, total, config) * steps
-    balance = aux["moe_lb_loss"] * tokens * steps / divisor  # MaxText's weighting of this loss
   else:
     aux["xent_sum"] = aux["xent_sum"] / (tokens + EPS) * divisor / steps
-    balance = aux["moe_lb_loss"]
-  aux["moe_lb_loss"] = balance + z_loss  # so that MaxText's reported loss has both; the metric is mended afterwards
+  # The load-balance loss is a mean over rows, so that of the undivided batch is the mean of those of the microbatches.
+  aux["moe_lb_loss"] += z_loss  # so that MaxText's reported loss has both; the metric is mended afterwards
   loss = aux["xent_sum"] + (aux["mtp_loss"] + aux["moe_lb_loss"]) * divisor / steps
   return loss, aux
 

@@ -32,7 +32,10 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
     state, routers = statistics.detach(state)
     scalars = metrics["scalar"]
+    before = state
     state = _balance(state, routers, config, skipped=scalars.get("optim/step_skipped"))
+    if config.log_step_diagnostics:
+      scalars.update(_bias_diagnostics(before, state, routers))
     scalars.update(_router_metrics(state, routers, config))
     _separate_z_loss(scalars, routers, config)
     return state, metrics
@@ -72,8 +75,22 @@ def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: 
   return nnx.from_flat_state(list(flat.items()))
 
 
+def _bias_diagnostics(before: Any, after: Any, routers: list[RouterStatistics]) -> dict[str, jax.Array]:
+  """What MaxText's `step_diagnostics` tells of router biases, which it looks for where LING2 has none."""
+  old, new = (dict(nnx.to_flat_state(state)) for state in (before, after))
+  paths = [path for router in routers if (path := (*router.path, "bias")) in new]
+  values = [[state[path].get_value().astype(jnp.float32) for path in paths] for state in (old, new)]
+  zero = jnp.zeros((), jnp.float32)
+  return {
+    "diag/moe_bias_checksum": sum((jnp.sum(value) for value in values[1]), zero),
+    "diag/moe_bias_update_nonzero": sum(
+      (jnp.sum(a != b).astype(jnp.float32) for a, b in zip(*values, strict=True)), zero
+    ),
+  }
+
+
 def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) -> dict[str, jax.Array]:
-  """Bias norm and load of every router, and the mean z-loss, under `learning/`."""
+  """Bias norm, load and z-loss of every router, and the mean z-loss, under `learning/`."""
   flat = dict(nnx.to_flat_state(state))
   metrics: dict[str, jax.Array] = {}
   for router in routers:
@@ -82,6 +99,8 @@ def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) ->
       bias = flat[(*router.path, "bias")].get_value().astype(jnp.float32)
       axis = bias_axis(config, router.counts.ndim - 1)
       values["bias_norm"] = jnp.linalg.norm(jnp.moveaxis(bias, axis, -1), axis=-1)
+    if router.z_loss is not None:
+      values["z_loss"] = router.z_loss / config.gradient_accumulation_steps
     names = layer_names(router.path, config)
     for kind, value in values.items():
       metrics |= {f"learning/moe/{kind}/{name}": v for name, v in zip(names, jnp.ravel(value), strict=True)}

@@ -1,8 +1,10 @@
 """What MaxText's experts read from their view of the config: tiles by chip, unless the user has set them."""
 
+import copy
 import dataclasses
 import itertools
 import os
+import pickle
 from types import SimpleNamespace
 
 import jax
@@ -202,6 +204,17 @@ def test_views_of_one_config_and_placement_are_equal_and_hash_alike():
   one, same, other = (DeepSeekRoutingView(config, mesh(kind, fsdp=4)) for kind in ("TPU v5", "TPU v5", "TPU v6 lite"))
   assert one == same == DeepSeekRoutingView(one, mesh("TPU v5", fsdp=4)) and hash(one) == hash(same)
   assert one != other and one != DeepSeekRoutingView(Config(), mesh("TPU v5", fsdp=4))
+
+
+def test_copies_of_a_view_route_as_it_does(untouched):
+  """Not as the config it looks at, whose own way of copying it must not lend."""
+  view = DeepSeekRoutingView(Config(), mesh("TPU v5", fsdp=4))
+  for twin in (copy.copy(view), copy.deepcopy(view), copy.deepcopy([view])[0]):
+    assert twin == view and twin.model_name == "deepseek3-ling2"
+  twin = pickle.loads(pickle.dumps(view))
+  assert type(twin) is DeepSeekRoutingView and twin._placement == view._placement and twin._config == view._config
+  real = DeepSeekRoutingView(untouched, mesh("TPU v5", fsdp=4))
+  assert copy.deepcopy(real).decoder_block.value == "deepseek"
 
 
 def test_the_mesh_of_real_devices_names_their_kind():

@@ -9,7 +9,7 @@ from maxtext_ling2.training.objective import Totals, _accumulated
 from tiny import Run, batch
 
 SMALL = {"base_num_decoder_layers": 3, "opt_type": "sgd", "gradient_clipping_threshold": 0.0, "learning_rate": 1.0}
-SMALL |= {"routed_bias_update_rate": 0.0, "moe_z_loss_weight": 1e-2}
+SMALL |= {"routed_bias_update_rate": 0.0, "moe_z_loss_weight": 1e-2, "load_balance_loss_weight": 1e-2}
 
 
 class FakeConfig:
@@ -131,6 +131,8 @@ def test_z_loss_in_the_objective(half):
     1e-2 * layers * with_z["learning/moe_z_loss"], rel=1e-4
   )
   assert "learning/moe_z_loss" not in plain
+  each = [value for name, value in with_z.items() if name.startswith("learning/moe/z_loss/")]
+  assert len(each) == layers and np.mean(each) == pytest.approx(with_z["learning/moe_z_loss"], rel=1e-6)
   assert half.evaluate(data)["evaluation/moe_z_loss"] > 0
   assert "evaluation/moe_z_loss" not in without.evaluate(data)
 

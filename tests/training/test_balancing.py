@@ -32,6 +32,24 @@ def test_update_is_exact_for_large_counts():
   np.testing.assert_array_equal(np.asarray(updated_bias(np.zeros(4, np.float32), counts, 1.0, False)), [-1, 0, 0, 1])
 
 
+@pytest.mark.parametrize("experts", [8, 256])
+@pytest.mark.parametrize("tokens", [2**20, 70_000_000, 2**30])
+def test_update_is_exact_for_any_batch(tokens, experts):
+  """Against numpy's int64; 8 experts per token, also all tokens on the same ones, and loads that differ by one."""
+  rng = np.random.default_rng(0)
+  mean = tokens * 8 // experts
+  crowded = np.zeros(experts, np.int64)
+  crowded[:8] = tokens
+  uneven = np.full(experts, mean)
+  uneven[:2] += [1, -1]
+  five = np.full(experts, (tokens * 8 - min(5 * mean, tokens)) // (experts - 1))
+  five[0] = min(5 * mean, tokens)
+  for counts in (crowded, uneven, five, rng.multinomial(min(tokens * 8, 2**31 - 1), np.ones(experts) / experts)):
+    expected = np.sign(counts.sum() - counts * experts)
+    found = updated_bias(np.zeros(experts, np.float32), counts.astype(np.int32), 1.0, False)
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
 def test_load_metrics():
   metrics = load_metrics(np.array([[4, 0, 0, 4], [2, 2, 2, 2]], np.int32))
   np.testing.assert_allclose(metrics["max_over_mean_load"], [2.0, 1.0])
@@ -57,7 +75,12 @@ def counted():
   step_module._router_metrics = keep
   try:
     run = Run(
-      scan_layers=True, gradient_accumulation_steps=2, opt_type="sgd", learning_rate=0.0, routed_bias_update_rate=0.05
+      scan_layers=True,
+      gradient_accumulation_steps=2,
+      opt_type="sgd",
+      learning_rate=0.0,
+      routed_bias_update_rate=0.05,
+      log_step_diagnostics=True,
     )
     before = run.weights()
     for seed in range(3):
@@ -96,6 +119,18 @@ def test_every_bias_moves_by_its_own_counts(counted):
       expected = numpy_update(bias, metrics[f"counts/{name_of(path)}"], 0.05, True)
       np.testing.assert_allclose(after[path], expected, rtol=0, atol=2e-7, err_msg=".".join(path))
       assert metrics[f"learning/moe/bias_norm/{name_of(path)}"] == pytest.approx(np.linalg.norm(after[path]), rel=1e-5)
+
+
+def test_step_diagnostics_tell_of_the_biases(counted):
+  """MaxText's log_step_diagnostics: the sum of all biases after the step, and how many of them moved."""
+  _, seen = counted
+  for before, metrics, after in seen.values():
+    old, new = biases(before), biases(after)
+    checksum = sum(value.sum(dtype=np.float64) for value in new.values())
+    assert metrics["diag/moe_bias_checksum"] == pytest.approx(checksum, abs=1e-4)
+    moved = sum((old[path] != new[path]).sum() for path in new)
+    assert metrics["diag/moe_bias_update_nonzero"] == moved > 0
+    assert metrics["diag/max_abs_grad"] > 0
 
 
 def test_nothing_else_moves_at_learning_rate_zero(counted):

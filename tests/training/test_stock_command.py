@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def expected_keys():
-  moe = {f"learning/moe/{kind}/{layer}" for kind in ("bias_norm", "max_over_mean_load") for layer in LAYERS}
+  moe = {f"learning/moe/{kind}/{layer}" for kind in ("bias_norm", "max_over_mean_load", "z_loss") for layer in LAYERS}
   return moe | {"learning/moe_z_loss", "learning/mtp_loss", "learning/loss", "learning/lm_loss"}
 
 
