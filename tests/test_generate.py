@@ -40,13 +40,22 @@ def text_of(ids):
   return Letters().decode(ids)
 
 
-def test_greedy_text_is_the_argmax_of_the_full_pass():
-  prompt = "Hello?"
-  text = "".join(generate.generate(FOLDER, prompt, 6))
-  assert len(text) == 6
-  ids = np.array([Letters().encode(prompt + text)])
+PROMPT = "Hello?"
+
+
+@pytest.fixture(scope="module")
+def greedy():
+  """Six tokens after PROMPT."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(saved_model, "_tokenizer", lambda path: Letters())
+    return "".join(generate.generate(FOLDER, PROMPT, 6))
+
+
+def test_greedy_text_is_the_argmax_of_the_full_pass(greedy):
+  assert len(greedy) == 6
+  ids = np.array([Letters().encode(PROMPT + greedy)])
   logits = Reference(FOLDER, 1, ids.shape[1]).logits(ids)
-  assert text_of(logits[0, len(prompt) - 1 : -1].argmax(-1)) == text
+  assert text_of(logits[0, len(PROMPT) - 1 : -1].argmax(-1)) == greedy
 
 
 class Bytes:
@@ -180,29 +189,28 @@ def test_damaged_generation_config(tmp_path, text, why):
     saved_model.end_tokens(model_with(2), folder)
 
 
-def test_text_ends_at_each_end_token(tmp_path):
+def test_text_ends_at_each_end_token(tmp_path, greedy):
   """Of the folder, and of a folder with a tokenizer."""
-  prompt = "Hello?"
-  tokens = Letters().encode("".join(generate.generate(FOLDER, prompt, 6)))
+  tokens = Letters().encode(greedy)
   place = next(i for i in range(1, 6) if tokens[i] not in tokens[:i])
   folder = tmp_path / "hf"
   shutil.copytree(FOLDER, folder)
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [383, tokens[place]]}))
   ended = text_of(tokens[:place])
-  assert "".join(generate.generate(folder, prompt, 6)) == ended
-  assert "".join(generate.generate(FOLDER, prompt, 6, tokenizer=folder)) == ended
+  assert "".join(generate.generate(folder, PROMPT, 6)) == ended
+  assert "".join(generate.generate(FOLDER, PROMPT, 6, tokenizer=folder)) == ended
 
 
 # Multi-token prediction
 
 
-def test_mtp_weights_that_are_not_wanted():
+def test_mtp_weights_that_are_not_wanted(greedy):
   """A folder with MTP weights, opened without: the same text and the same loss."""
   words = ["mtp_num_layers=0"]
   opened = saved_model.open_model(FOLDER, None, None, {}, words)
   assert not [path for path in opened.values if "mtp" in "/".join(map(str, path))]
   assert [path for path in saved_model.open_model(FOLDER, None, None, {}).values if "mtp" in "/".join(map(str, path))]
-  assert "".join(generate.generate(FOLDER, "Hello?", 6, words=words)) == "".join(generate.generate(FOLDER, "Hello?", 6))
+  assert "".join(generate.generate(FOLDER, PROMPT, 6, words=words)) == greedy
   with_mtp, without = (evaluate.evaluate(FOLDER, "Hello, hello", length=8, words=some) for some in ([], words))
   assert without.nats == pytest.approx(with_mtp.nats, rel=1e-6)
 

@@ -59,12 +59,14 @@ AT_RUN_TIME = {kind: list(cases(kind)) for kind in ("removed", "renamed", "resig
 IN_THE_SOURCE = {"renamed": one_each("renamed"), "resigned": one_each("resigned"), "moved": each_module()}
 
 
-def parametrize(found, slow=()):
-  """The cases by their names; `slow` are the kinds of those that run only with `make test-all` and `pytest -m drift`."""
-  marks = {kind: [pytest.mark.slow] for kind in slow}
-  return pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.id, marks=marks.get(case.kind, ())) for case in found]
-  )
+def parametrize(found, slow=(), every=1):
+  """The cases by their names; some run only with `make test-all` and `pytest -m drift`.
+
+  `slow` are kinds of them; of the other ones only each `every`-th runs with `make test`.
+  """
+  often = [case for case in found if case.kind not in slow][::every]
+  marks = {case: [] if case in often else [pytest.mark.slow] for case in found}
+  return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in found])
 
 
 def refused(text, case):

@@ -10,7 +10,7 @@ from tiny import Run, batch, cached_run, config, model
 SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_steps_scanned_equal_unrolled(steps):
   runs = [cached_run(scan_layers=scan, gradient_accumulation_steps=steps, **SETTINGS) for scan in (False, True)]
   for seed in range(3):
@@ -44,8 +44,13 @@ def logits_of(settings, data):
 
 @pytest.mark.parametrize(
   ("layers", "cycle", "dense"),
-  [(4, 1, 1), (3, 5, 1), (8, 3, 4), (7, 2, 0), (2, 2, 2)],
-  ids=["cycle of one", "fewer layers than a cycle", "dense layers in two cycles", "trailing layer", "all dense"],
+  [
+    pytest.param(8, 3, 4, id="dense layers in two cycles"),
+    pytest.param(7, 2, 0, id="trailing layer"),
+    pytest.param(4, 1, 1, id="cycle of one", marks=pytest.mark.slow),
+    pytest.param(3, 5, 1, id="fewer layers than a cycle", marks=pytest.mark.slow),
+    pytest.param(2, 2, 2, id="all dense", marks=pytest.mark.slow),
+  ],
 )
 def test_layouts(layers, cycle, dense):
   settings = {
