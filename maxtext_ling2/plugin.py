@@ -116,7 +116,7 @@ REGISTRY = Registry(
     CompilerOptionsSeam(DECODER_BLOCK, _compiler_options),
     MmapDocumentsSeam(DECODER_BLOCK, documents.inserts_bos),
     MmapPipelineSeam(DECODER_BLOCK),
-    EvalMetricsSeam(("evaluation/moe_z_loss",)),
+    EvalMetricsSeam(("evaluation/moe_z_loss", "evaluation/raw_mtp_loss")),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
     WeightVariablesSeam(),
     WeightLoadingSeam(),

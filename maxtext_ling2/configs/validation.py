@@ -231,6 +231,11 @@ def _unsupported(c: Any) -> Iterator[str]:
     )
   if getattr(c.shard_mode, "value", c.shard_mode) == "explicit":
     yield "shard_mode=explicit: LING2's layers are written for automatic sharding; use shard_mode=auto"
+  if c.enable_diloco:
+    yield (
+      "enable_diloco=true: MaxText builds DiLoCo's step by another way, in which LING2's z-loss, balancing of experts "
+      "and its metrics have no part; leave it at false, and use data parallelism between slices"
+    )
   context = c.ici_context_parallelism * c.dcn_context_parallelism
   if context not in (0, 1) and c.context_parallel_load_balance:
     yield (

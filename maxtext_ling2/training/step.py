@@ -37,6 +37,7 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     if config.log_step_diagnostics:
       scalars.update(_bias_diagnostics(before, state, routers))
     scalars.update(_router_metrics(state, routers, config))
+    _add_raw_mtp_loss(scalars, "learning", config)
     _separate_z_loss(scalars, routers, config)
     return state, metrics
 
@@ -53,9 +54,16 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
     if seen:
       metrics["scalar"]["evaluation/moe_z_loss"] = seen[0]
+    _add_raw_mtp_loss(metrics["scalar"], "evaluation", config)
     return metrics
 
   return ling2_eval_step
+
+
+def _add_raw_mtp_loss(scalars: dict[str, Any], kind: str, config: Any) -> None:
+  """The MTP loss before its weight, which Megatron logs and MaxText does not."""
+  if config.mtp_num_layers and config.mtp_loss_scaling_factor:
+    scalars[f"{kind}/raw_mtp_loss"] = scalars[f"{kind}/mtp_loss"] / config.mtp_loss_scaling_factor
 
 
 def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: jax.Array | None) -> Any:

@@ -48,6 +48,7 @@ RULES = [
   ({"ici_pipeline_parallelism": 2}, "use fsdp"),
   ({"dcn_pipeline_parallelism": 2}, "use fsdp"),
   ({"shard_mode": "explicit"}, "use shard_mode=auto"),
+  ({"enable_diloco": True}, "use data parallelism between slices"),
   ({"context_parallel_load_balance": True, "ici_context_parallelism": 2}, "set context_parallel_load_balance=false"),
   ({"context_parallel_load_balance": True, "dcn_context_parallelism": 2}, "dcn_context_parallelism=2: "),
   ({"context_parallel_load_balance": True, "ici_context_parallelism": -1}, "set context_parallel_load_balance=false"),

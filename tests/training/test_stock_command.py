@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 def expected_keys():
   moe = {f"learning/moe/{kind}/{layer}" for kind in ("bias_norm", "max_over_mean_load", "z_loss") for layer in LAYERS}
-  return moe | {"learning/moe_z_loss", "learning/mtp_loss", "learning/loss", "learning/lm_loss"}
+  return moe | {"learning/moe_z_loss", "learning/mtp_loss", "learning/raw_mtp_loss", "learning/loss", "learning/lm_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +62,7 @@ def test_evaluation(written):
   assert len(written["evaluation/moe_z_loss"]) >= 1
   # The mean over batches: of the size of the training batches' own, which counts nothing twice.
   assert written["evaluation/moe_z_loss"][0] == pytest.approx(written["learning/moe_z_loss"][0], rel=0.05)
+  raw = [written[f"{kind}/raw_mtp_loss"][0] for kind in ("evaluation", "learning")]
+  assert raw[0] == pytest.approx(raw[1], rel=0.05)
+  assert raw[1] == pytest.approx(written["learning/mtp_loss"][0] / 0.1, rel=1e-6)  # MaxText's mtp_loss_scaling_factor
   assert 0 <= written["eval/avg_mtp_acceptance_rate_percent"][0] <= 100
