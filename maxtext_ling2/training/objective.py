@@ -53,14 +53,15 @@ def _used_rows(x: jax.Array, config: Any) -> jax.Array:
   return microbatches[:, : config.micro_batch_size_to_train_on].reshape(-1, *x.shape[1:])
 
 
-def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen: list[jax.Array]) -> LossFn:
+def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen: dict[str, jax.Array]) -> LossFn:
   """MaxText's loss function with LING2's terms.
 
   Args:
     loss_fn: MaxText's `loss_fn`.
     config: MaxText config.
     total: token numbers of the global batch where gradients are accumulated, else None.
-    seen: gets the raw z-loss (mean over layers) of an evaluation.
+    seen: gets, of an evaluation, "moe_z_loss", the raw z-loss (mean over layers), and "raw_mtp_loss", MTP's before its
+      weight, which MaxText leaves out there.
   """
   signature = inspect.signature(loss_fn)
 
@@ -72,7 +73,11 @@ def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen:
     z_losses = [jnp.ravel(z) for z in collect(aux["intermediate_outputs"], Z_LOSS_NAME)]
     z_loss = jnp.sum(jnp.concatenate(z_losses)) * config.moe_z_loss_weight if z_losses else 0.0
     if not bound.arguments["is_train"]:
-      seen.extend([jnp.mean(jnp.concatenate(z_losses))] if z_losses else [])
+      if z_losses:
+        seen["moe_z_loss"] = jnp.mean(jnp.concatenate(z_losses))
+      if mtp := aux["intermediate_outputs"].get("mtp_losses"):
+        losses, weights = (mtp["mtp_block"][name] for name in ("losses", "weights"))
+        seen["raw_mtp_loss"] = jnp.sum(losses) / jnp.sum(weights)
       return loss, aux
     if total is None:
       return loss + z_loss, aux

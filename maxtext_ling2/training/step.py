@@ -27,7 +27,7 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     graph, state = statistics.attach(model, state, config)
     accumulates = config.gradient_accumulation_steps > 1
     total = objective.totals(data, config) if accumulates else None
-    installed = objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, []))
+    installed = objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, {}))
     with installed, matmul_precision(config):  # the experts' gradients are traced here, outside of their layer
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
     state, routers = statistics.detach(state)
@@ -37,7 +37,8 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     if config.log_step_diagnostics:
       scalars.update(_bias_diagnostics(before, state, routers))
     scalars.update(_router_metrics(state, routers, config))
-    _add_raw_mtp_loss(scalars, "learning", config)
+    if config.mtp_num_layers and config.mtp_loss_scaling_factor:  # Megatron logs it before its weight
+      scalars["learning/raw_mtp_loss"] = scalars["learning/mtp_loss"] / config.mtp_loss_scaling_factor
     _separate_z_loss(scalars, routers, config)
     return state, metrics
 
@@ -45,25 +46,17 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
 
 
 def wrap_eval_step(eval_step: Step, config: Any) -> Step:
-  """MaxText's `eval_step` for a LING2 run: with the raw z-loss among the metrics. Nothing is balanced here."""
+  """MaxText's `eval_step` for a LING2 run: with the raw z-loss and MTP loss in its metrics. Nothing is balanced."""
 
   @functools.wraps(eval_step)
   def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    seen: list[jax.Array] = []
+    seen: dict[str, jax.Array] = {}
     with objective.installed(eval_step, lambda f: objective.with_router_losses(f, config, None, seen)):
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
-    if seen:
-      metrics["scalar"]["evaluation/moe_z_loss"] = seen[0]
-    _add_raw_mtp_loss(metrics["scalar"], "evaluation", config)
+    metrics["scalar"].update({f"evaluation/{name}": value for name, value in seen.items()})
     return metrics
 
   return ling2_eval_step
-
-
-def _add_raw_mtp_loss(scalars: dict[str, Any], kind: str, config: Any) -> None:
-  """The MTP loss before its weight, which Megatron logs and MaxText does not."""
-  if config.mtp_num_layers and config.mtp_loss_scaling_factor:
-    scalars[f"{kind}/raw_mtp_loss"] = scalars[f"{kind}/mtp_loss"] / config.mtp_loss_scaling_factor
 
 
 def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: jax.Array | None) -> Any:
