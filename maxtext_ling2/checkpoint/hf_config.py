@@ -273,12 +273,11 @@ def _not_in_config_json(c: Any) -> Iterator[str]:
       yield f"{field}={value!r}: not {allowed[0]!r}, the only value config.json can stand for; train and export with it"
   if (getattr(c, "attn_logits_soft_cap", None) or 0) > 0:
     yield f"attn_logits_soft_cap={c.attn_logits_soft_cap}: no key of config.json says it; train and export with 0"
-  for field, off in (("mlp_activations_limit", -1.0), ("capacity_factor", -1.0)):
-    if not getattr(c, field, off) <= 0:  # NaN neither
-      yield (
-        f"{field}={getattr(c, field)}: no key of config.json says it, so the export would compute something else; export "
-        f"with {field}={off:g} if you want that"
-      )
+  if not getattr(c, "capacity_factor", -1.0) <= 0:  # NaN neither
+    yield (
+      f"capacity_factor={c.capacity_factor}: no key of config.json says it, so the export would compute something else; "
+      "export with capacity_factor=-1 if you want that"
+    )
   if getattr(c, "padded_base_moe_mlp_dim", None) not in (None, width):
     yield (
       f"padded_base_moe_mlp_dim={c.padded_base_moe_mlp_dim}: experts are stored wider than base_moe_mlp_dim={width}, the "

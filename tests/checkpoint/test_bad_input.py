@@ -197,7 +197,6 @@ def test_an_export_of_another_model(model, checkpoint, settings, words):
     ({"routed_bias": False, "routed_bias_update_rate": 0.0}, "routed_bias=False"),
     ({"mlp_activations": ["gelu", "linear"]}, r"mlp_activations=\['gelu', 'linear'\]"),
     ({"attn_logits_soft_cap": 30.0}, "attn_logits_soft_cap=30.0"),
-    ({"mlp_activations_limit": 7.0}, "mlp_activations_limit=7.0: .*mlp_activations_limit=-1"),
     ({"capacity_factor": 1.25}, "capacity_factor=1.25: .*capacity_factor=-1"),
     ({"prefuse_moe_weights": True}, "prefuse_moe_weights=True"),
     ({"padded_base_moe_mlp_dim": 64}, "padded_base_moe_mlp_dim=64"),
