@@ -104,8 +104,8 @@ def theirs(case: Case, inputs: Sequence[Any], gradients: bool) -> Run:
 
   q, k, v, do = (x.detach().requires_grad_(gradients and x is not inputs[3]) for x in inputs)
   decay = torch.from_numpy(case.decay).to(q.device)
-  borders = [sum(case.documents[:i]) for i in range(len(case.documents) + 1)]
-  cu_seqlens = torch.tensor(borders, dtype=torch.int64, device=q.device) if case.documents else None
+  bounds = [sum(case.documents[:i]) for i in range(len(case.documents) + 1)]
+  cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device=q.device) if case.documents else None
 
   def run() -> tuple[Any, ...]:
     o, _ = chunk_simple_gla(q, k, v, g_gamma=decay, cu_seqlens=cu_seqlens)

@@ -122,7 +122,7 @@ def _options(console: Console, request: Request, yml: str, settings: Mapping[str
 
 
 def _titled(recipe: str) -> str:
-  """What stands for the mesh in a report."""
+  """Named in a report in place of a mesh."""
   return f"recipe {Path(recipe).stem}"
 
 

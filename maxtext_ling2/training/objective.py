@@ -97,7 +97,7 @@ def _accumulated(aux: dict[str, Any], z_loss: Any, total: Totals, config: Any) -
   else:
     aux["xent_sum"] = aux["xent_sum"] / (tokens + EPS) * divisor / steps
   # The load-balance loss is a mean over rows, so that of the undivided batch is the mean of those of the microbatches.
-  aux["moe_lb_loss"] += z_loss  # so that MaxText's reported loss has both; the metric is mended afterwards
+  aux["moe_lb_loss"] += z_loss  # so that MaxText's reported loss has both; `_separate_z_loss` corrects the metric
   loss = aux["xent_sum"] + (aux["mtp_loss"] + aux["moe_lb_loss"]) * divisor / steps
   return loss, aux
 

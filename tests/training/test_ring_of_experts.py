@@ -65,6 +65,7 @@ def case(mesh, layers, accumulation=1, kind="routed", **settings):
 FAST = {
   ("expert 8", "unrolled", 1): EIGHT,
   ("fsdp 2, expert 4", "scanned", 2): DROPLESS | {"ragged_buffer_factor": SOME},
+  ("fsdp 2, expert 4", "unrolled", 1): DROPLESS | LOCAL_TOP_K | {"num_moe_token_chunks": 2},  # as the recipe of v6e-64
 }
 SLOW = {
   ("expert 8", "scanned", 2): DROPLESS | LOCAL_TOP_K,
