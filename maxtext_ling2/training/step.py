@@ -51,7 +51,8 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
   @functools.wraps(eval_step)
   def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
     seen: dict[str, jax.Array] = {}
-    with objective.installed(eval_step, lambda f: objective.with_router_losses(f, config, None, seen)):
+    installed = objective.installed(eval_step, lambda f: objective.with_router_losses(f, config, None, seen))
+    with installed, matmul_precision(config):
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
     metrics["scalar"].update({f"evaluation/{name}": value for name, value in seen.items()})
     return metrics
