@@ -175,11 +175,16 @@ def graph(run: Run) -> Run | None:
     torch.cuda.current_stream().wait_stream(side)
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
-      recorded.results = run()  # type: ignore[attr-defined]  # keeps the memory it writes to
+      results = run()
   except RuntimeError as error:
     print(f"(no CUDA graph: {str(error).splitlines()[0]})")
     return None
-  return recorded.replay
+
+  def replay() -> Any:
+    recorded.replay()
+    return results  # the memory that it writes to
+
+  return replay
 
 
 def medians(runs: dict[str, Run], wait: Callable[[Any], None], repeats: int) -> dict[str, float]:

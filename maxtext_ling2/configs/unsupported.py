@@ -1,0 +1,92 @@
+"""Features of MaxText that would compute something else than LING2, or nothing, or fail late."""
+
+from collections.abc import Iterator
+from typing import Any
+
+_EXTERNAL_CACHES = ("paged", "vllm_rpa", "vllm_batched_rpa")
+
+OFF = {
+  "mhc_expansion_rate": 1,
+  "engram_layers": [],
+  "use_batch_split_schedule": False,
+  "use_gather_mosaic_kernel": False,
+  "te_moe_block": False,
+  "use_indexer": False,
+  "first_num_hash_layers": 0,
+  "fused_qkv": False,
+  "fused_mlp": False,
+  "moe_expert_input_dim": -1,
+  "mtp_reuse_input_embedding": False,
+  "use_tunix_gradient_accumulation": False,
+  "logits_via_embedding": False,
+  "attention_sink": False,
+  "mlp_bias": False,
+  "use_untrainable_positional_embedding": False,
+  "trainable_position_size": -1,
+  # Which MaxText's other decoders read.
+  "rope_linear_scaling_factor": 1.0,
+  "local_rope_max_timescale": -1,
+  "interleave_moe_layer_step": 1,
+  "nope_layer_interval": -1,
+  "attention_bias": False,
+  "sliding_window_size": 0,
+  "chunk_attn_window_size": 0,
+  "moba": False,
+  "temperature_tuning": False,
+  "use_post_attn_norm": False,
+  "use_post_ffw_norm": False,
+  "mlp_activations_limit": -1.0,  # clips routed experts, never dense and shared ones
+}
+"""Field -> its value where the feature is off."""
+
+
+def rope_type(c: Any) -> str:
+  """MaxText's `rope_type` as it is spelled in a yml, of a checked config and of a raw one."""
+  return str(getattr(c.rope_type, "value", c.rope_type))
+
+
+def problems(c: Any) -> Iterator[str]:
+  """Features of MaxText that would compute something else than LING2, or fail late."""
+  if c.ici_pipeline_parallelism > 1 or c.dcn_pipeline_parallelism > 1:
+    yield (
+      f"ici_pipeline_parallelism={c.ici_pipeline_parallelism}, dcn_pipeline_parallelism={c.dcn_pipeline_parallelism}: "
+      "pipeline stages must be alike, but LING2's layers are not; use fsdp, tensor, expert or context parallelism"
+    )
+  if getattr(c.shard_mode, "value", c.shard_mode) == "explicit":
+    yield "shard_mode=explicit: LING2's layers are written for automatic sharding; use shard_mode=auto"
+  if c.enable_diloco:
+    yield (
+      "enable_diloco=true: MaxText builds DiLoCo's step by another way, in which LING2's z-loss, balancing of experts "
+      "and its metrics have no part; leave it at false, and use data parallelism between slices"
+    )
+  context = c.ici_context_parallelism * c.dcn_context_parallelism
+  if context not in (0, 1) and c.context_parallel_load_balance:
+    yield (
+      f"context_parallel_load_balance=true, ici_context_parallelism={c.ici_context_parallelism}, "
+      f"dcn_context_parallelism={c.dcn_context_parallelism}: linear attention passes its state from device to device in "
+      "the order of the sequence, which load balancing breaks; set context_parallel_load_balance=false"
+    )
+  for axis in ("autoregressive", "tensor_sequence"):
+    sizes = {f"{kind}_{axis}_parallelism": getattr(c, f"{kind}_{axis}_parallelism", 1) for kind in ("ici", "dcn")}
+    if c.sparse_matmul and any(size not in (0, 1) for size in sizes.values()):
+      yield (
+        f"{', '.join(f'{field}={size}' for field, size in sizes.items())}: MaxText 0.2.5 computes experts wrongly over "
+        "this axis with sparse_matmul=true (the loss is off by 3e-4 to 7e-4); set sparse_matmul=false, or use tensor, "
+        "fsdp, expert or context parallelism"
+      )
+  if c.attention in _EXTERNAL_CACHES:
+    yield (
+      f"attention={c.attention}: LING2's layers keep caches of their own, not vLLM's pages, so MaxText's vLLM adapter "
+      "and the eval framework on top of it cannot run them; export with to_huggingface and serve that, or use "
+      "`maxtext-ling2 eval` and `generate`"
+    )
+  if rope_type(c) not in ("default", "yarn"):
+    yield f"rope_type={rope_type(c)!r}: LING2 computes rope_type=default and yarn, no other; use one of them"
+  for field, off in OFF.items():
+    if getattr(c, field, off) != off:
+      yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"
+  if getattr(c, "final_logits_soft_cap", None):  # MaxText makes None of 0
+    yield (
+      f"final_logits_soft_cap={c.final_logits_soft_cap}: MaxText caps logits only with logits_via_embedding=true, which "
+      "LING2 does not have, so it would do nothing; leave it at 0"
+    )
