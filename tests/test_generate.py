@@ -78,9 +78,10 @@ def test_score_of_a_text():
   assert score.tokens == 28 and score.bytes == 29
   ids = np.array(Letters().encode(text))
   nats = 0.0
+  reference = {size: Reference(FOLDER, 1, size) for size in (8, 4)}
   for start in range(0, 28, length):
     window = ids[start : start + length + 1]
-    logits = Reference(FOLDER, 1, len(window) - 1).logits(window[None, :-1])[0].astype(np.float64)
+    logits = reference[len(window) - 1].logits(window[None, :-1])[0].astype(np.float64)
     nats -= np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), window[1:, None], -1).sum()
   assert score.nats == pytest.approx(nats, rel=1e-5)
   assert score.perplexity == pytest.approx(math.exp(nats / 28), rel=1e-4)
@@ -235,8 +236,15 @@ def test_commands(tmp_path):
   assert done.exit_code == 1
 
 
-@pytest.mark.parametrize("case", ["one_cycle", "trailing_mtp"])
-@pytest.mark.parametrize("scan", [[], ["--scan"]])
+@pytest.mark.parametrize(
+  ("case", "scan"),
+  [
+    ("one_cycle", ["--scan"]),
+    ("trailing_mtp", []),
+    pytest.param("one_cycle", [], marks=pytest.mark.slow),
+    pytest.param("trailing_mtp", ["--scan"], marks=pytest.mark.slow),
+  ],
+)
 def test_verify_by_decoding(case, scan):
   """Prompts of 10 tokens, the rest step by step, equal the recorded logits of the official code."""
   reference = ["--reference", str(GOLDEN / case / "io_short.npz"), "--decay-offset", "1", "--decode", "10"]

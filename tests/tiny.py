@@ -103,8 +103,9 @@ class Run:
     with session.model_context(self.config, self.mesh):
       _, optimizer = train_utils.create_training_optimizer(self.config, network, mesh=self.mesh)
       state = train_state_nnx.TrainStateNNX(network, nnx.Optimizer(network, optimizer, wrt=nnx.Param))
-    self.graph, self.state = nnx.split(state)
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    self.graph, state = nnx.split(state)
+    self.state = jax.device_put(state, replicated)  # as the step returns it: else the second step is compiled again
     shardings = jax.tree.map(lambda _: replicated, nnx.state(network, nnx.Param))
     step, *_ = maxtext_utils.get_functional_train_with_signature(
       train.train_step, None, None, self.graph, self.config, shardings

@@ -4,6 +4,7 @@ Everything runs in float32 at the highest matmul precision, through MaxText's ow
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,18 @@ class Reference:
 
   def logits(self, ids: Array, segments: Array | None = None) -> Array:
     """Logits [B, T, V] float32 for token ids [B, T], with segment ids [B, T] where documents are packed."""
-    import jax
-
-    graph, state = self.split()
-    call = jax.jit(lambda state, ids, segments: self.run(graph, state, ids, segments)[0])
+    call, state = self._compiled
     with self.context():
       logits = call(state, self.cut.fill(ids, 0), self._segments(ids, segments))
       return np.asarray(logits)[: ids.shape[0], : ids.shape[1]]
+
+  @functools.cached_property
+  def _compiled(self) -> tuple[Any, Any]:
+    """(logits of state, ids and segments; the state): jitted once, for all batches of one shape."""
+    import jax
+
+    graph, state = self.split()
+    return jax.jit(lambda state, ids, segments: self.run(graph, state, ids, segments)[0]), state
 
   def gradients(self, ids: Array, labels: Array, with_mtp: bool) -> tuple[float, dict[str, Array]]:
     """The loss and its gradient by Hugging Face tensor name.

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from maxtext.common.common_types import MODEL_MODE_PREFILL
+from maxtext.common.common_types import MODEL_MODE_PREFILL, MODEL_MODE_TRAIN
 from maxtext.layers import linears
 from maxtext.layers.normalizations import RMSNorm
 from maxtext.utils import max_utils
@@ -153,14 +153,15 @@ class Ling2DecoderLayer(nnx.Module):
       index = self.layer_idx if layer_index is None else layer_index
       attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index, model_mode)
     x = x + self._shard(attended)
-    y = x + self._shard(self._mlp(self._shard(self.post_self_attention_layer_norm(x)), deterministic))
+    segment_ids = decoder_segment_ids if model_mode == MODEL_MODE_TRAIN else None  # nothing is counted in decoding
+    y = x + self._shard(self._mlp(self._shard(self.post_self_attention_layer_norm(x)), segment_ids, deterministic))
     return self._shard(self.dropout(y, deterministic=deterministic)), kv_cache
 
-  def _mlp(self, x: jax.Array, deterministic: bool) -> jax.Array:
+  def _mlp(self, x: jax.Array, segment_ids: jax.Array | None, deterministic: bool) -> jax.Array:
     shardings = {"intermediate_sharding": self.mlp_sharding, "out_sharding": self.out_sharding}
     if self.is_dense:
       return self.mlp(x, deterministic=deterministic, **shardings)
-    y, load_balance_loss = self.moe(x, deterministic, **shardings)
+    y, load_balance_loss = self.moe(x, deterministic, **shardings, segment_ids=segment_ids)
     if load_balance_loss is not None and self.config.load_balance_loss_weight > 0.0:
       self.sow(nnx.Intermediate, "moe_lb_loss", load_balance_loss)
     return y

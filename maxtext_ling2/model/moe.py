@@ -2,8 +2,15 @@
 
 The router computes in float32 at the highest precision whatever the model's dtype is, and adds its bias in float32: one
 expert chosen differently is a different model.
+
+Padding (segment 0) goes through the experts like any token, as MaxText's layer knows no segments, but takes no part in
+what is counted or averaged over tokens: expert counts, z-loss and load-balance loss (Megatron-LM does the same).
 """
 
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,11 +29,58 @@ Z_LOSS_NAME = "moe_z_loss"
 """Under this name a router sows its raw z-loss."""
 
 
+@dataclasses.dataclass
+class Routing:
+  """One call of the routed experts, between `Ling2MoE`, which knows the segments, and the router, which MaxText calls.
+
+  Attributes:
+    real: [B, T] bool, False where there is padding; None: there is none.
+    scores: (biased, unbiased) scores [B, T, E] of the router, once it has been called.
+  """
+
+  real: jax.Array | None
+  scores: tuple[jax.Array, jax.Array] | None = None
+
+
+_ROUTING: contextvars.ContextVar[Routing | None] = contextvars.ContextVar("routing", default=None)
+
+
+@contextlib.contextmanager
+def _routing(real: jax.Array | None) -> Iterator[Routing]:
+  routing = Routing(real)
+  token = _ROUTING.set(routing)
+  try:
+    yield routing
+  finally:
+    _ROUTING.reset(token)
+
+
+def mean_over_tokens(x: jax.Array, real: jax.Array | None, axis: int | None = None) -> jax.Array:
+  """Mean of x [B, T, ...] over the real tokens of all rows, or of each row with axis=1; 0 where there is none.
+
+  Args:
+    x: one value or vector per token.
+    real: [B, T] bool, or None: all are.
+    axis: None (x is [B, T]) or 1.
+  """
+  if real is None:
+    return jnp.mean(x, axis=axis)
+  mask = real.reshape(*real.shape, *(1,) * (x.ndim - 2))
+  number = jnp.sum(mask, axis=axis, dtype=x.dtype)
+  return jnp.sum(jnp.where(mask, x, 0), axis=axis) / jnp.maximum(number, 1)
+
+
+def weighs_microbatches(config: Any) -> bool:
+  """Whether the z-loss of a batch is the mean over its tokens, not the mean of its microbatches' means."""
+  return bool(config.gradient_accumulation_steps > 1 and config.calculate_per_token_loss)
+
+
 class Router(nnx.Module):
   """Scores of all experts for each token: x [B, T, C] -> (biased [B, T, E], unbiased [B, T, E]), float32.
 
   The bias only selects experts; the weights come from the unbiased scores. During a training step the router also has
-  the sums that `training/statistics.py` attaches: `expert_counts` and, with a z-loss, `z_loss`.
+  the sums that `training/statistics.py` attaches: `expert_counts` and, with a z-loss, `z_loss`: of the microbatches'
+  means or, where these are weighed, of their sums over tokens.
   """
 
   expert_counts: nnx.Variable[jax.Array]
@@ -34,6 +88,7 @@ class Router(nnx.Module):
 
   def __init__(self, config: Any, rngs: nnx.Rngs):
     self.has_z_loss = config.moe_z_loss_weight > 0.0
+    self.weighs_microbatches = weighs_microbatches(config)
     init = nd_dense_init(config.dense_init_scale, "fan_in", "truncated_normal")
     shape = (config.emb_dim, config.num_experts)
     kernel = init(rngs.params(), shape, get_weight_dtype(config, "gate"), 0, 1)
@@ -53,20 +108,23 @@ class Router(nnx.Module):
 
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (scores + bias, scores)."""
+    routing = _ROUTING.get()
     logits = self.logits(x)
     if self.has_z_loss:
-      self._keep_z_loss(logits)
+      self._keep_z_loss(logits, routing.real if routing else None)
     scores = jax.nn.sigmoid(logits)
-    if self.bias is None:
-      return scores, scores
-    return scores + self.bias[...].astype(jnp.float32), scores
+    biased = scores if self.bias is None else scores + self.bias[...].astype(jnp.float32)
+    if routing:
+      routing.scores = biased, scores
+    return biased, scores
 
-  def _keep_z_loss(self, logits: jax.Array) -> None:
-    """mean(logsumexp(logits)^2) over all positions (ST-MoE, Zoph et al. 2022), sown for the objective."""
-    z_loss = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+  def _keep_z_loss(self, logits: jax.Array, real: jax.Array | None) -> None:
+    """mean(logsumexp(logits)^2) over all tokens (ST-MoE, Zoph et al. 2022), sown for the objective."""
+    z_loss = mean_over_tokens(jnp.square(jax.nn.logsumexp(logits, axis=-1)), real)
     self.sow(nnx.Intermediate, Z_LOSS_NAME, z_loss)
     if self.counting:
-      self.z_loss[...] += jax.lax.stop_gradient(z_loss)
+      tokens = (logits[..., 0].size if real is None else jnp.sum(real)) if self.weighs_microbatches else 1
+      self.z_loss[...] += jax.lax.stop_gradient(z_loss) * tokens
 
   @property
   def counting(self) -> bool:
@@ -84,7 +142,8 @@ class Router(nnx.Module):
 class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
   """MaxText's RoutedMoE, routing as DeepSeek-V3 with LING2's router.
 
-  Called as MaxText's; returns (output [B, T, C], load balance loss or None, expert counts [E] int32 in a training step).
+  Called as MaxText's; returns (output [B, T, C], 0 or None, expert counts [E] int32 of all positions in a training step).
+  `padding_counts` and `balance_loss` tell the rest, from the scores of such a call.
   """
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
@@ -106,6 +165,45 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
   def should_update_load_balance(self) -> bool:
     """Whether MaxText counts the tokens of each expert and returns the counts."""
     return self.gate.counting
+
+  def load_balance_loss(self, top_k_indices: jax.Array, logits: jax.Array, density_prob: Any = None) -> jax.Array:
+    """0: MaxText computes it from the positions of one device or token chunk, padding among them. See `balance_loss`."""
+    del top_k_indices, logits, density_prob
+    return jnp.zeros((), jnp.float32)
+
+  def balance_loss(self, routing: Routing) -> jax.Array:
+    """MaxText's loss of uneven loads over real tokens: weight * E^2 * mean over rows and experts of f * P, [] float32.
+
+    f [B, E] is the share of a row's choices that went to an expert, P [B, E] the row's mean softmax of unbiased scores;
+    with moe_use_megatron_seq_aux_loss choices are the top k of the unbiased scores, without groups, and P the mean of
+    normalised scores. A row of nothing but padding counts as 0.
+    """
+    assert routing.scores is not None
+    biased, scores = routing.scores
+    if moe.uses_megatron_seq_aux_loss(self.config):
+      probabilities, chosen = moe.megatron_aux_loss_inputs(scores, self.num_experts_per_tok)
+    else:
+      probabilities, chosen = jax.nn.softmax(scores, axis=-1), self.get_topk(biased, scores)[1]
+    choices = jnp.sum(jax.nn.one_hot(chosen, self.num_experts, dtype=jnp.float32), axis=2)  # [B, T, E]
+    share = mean_over_tokens(choices, routing.real, axis=1) / self.num_experts_per_tok
+    mean = mean_over_tokens(probabilities, routing.real, axis=1)
+    return jnp.mean(share * mean) * self.num_experts**2 * self.config.load_balance_loss_weight
+
+  def padding_counts(self, routing: Routing) -> jax.Array:
+    """How many positions of padding were sent to each expert, [E] int32.
+
+    Experts are chosen once more for it, but only in a batch that has padding.
+    """
+    real, scores = routing.real, routing.scores
+    none = jnp.zeros(self.num_experts, jnp.int32)
+    if real is None or scores is None or self.config.use_random_routing:  # random choices cannot be had again
+      return none
+
+    def count(_: Any) -> jax.Array:
+      chosen = self.get_topk(*scores)[1]
+      return moe.calculate_expert_counts(jnp.where(real[..., None], -1, chosen), self.num_experts)
+
+    return jax.lax.cond(jnp.all(real), lambda _: none, count, None)
 
   def deepseek_scale_weights(self, weights: jax.Array) -> jax.Array:
     """Normalises the chosen scores to sum 1 and scales them; a single expert keeps its raw score (Hugging Face code)."""
@@ -145,13 +243,22 @@ class Ling2MoE(nnx.Module):
     )
 
   def __call__(
-    self, x: jax.Array, deterministic: bool, intermediate_sharding: Any = None, out_sharding: Any = None
+    self,
+    x: jax.Array,
+    deterministic: bool,
+    intermediate_sharding: Any = None,
+    out_sharding: Any = None,
+    segment_ids: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
-    """Applies the experts; the shared ones are neither scaled nor gated."""
-    with matmul_precision(self.config):
-      y, load_balance_loss, counts = self.MoeBlock_0(x, out_sharding=out_sharding)
+    """Applies the experts; the shared ones are neither scaled nor gated. `segment_ids` [B, T] are 0 at padding."""
+    routed, router = self.MoeBlock_0, self.MoeBlock_0.gate
+    with matmul_precision(self.config), _routing(None if segment_ids is None else segment_ids != 0) as routing:
+      y, load_balance_loss, counts = routed(x, out_sharding=out_sharding)
     if counts is not None:
-      self.MoeBlock_0.gate.count(counts)
+      router.count(counts)
+      router.count(-routed.padding_counts(routing))
+    if load_balance_loss is not None:
+      load_balance_loss = routed.balance_loss(routing)
     if self.shared_experts is not None:
       y = y + self.shared_experts(
         x, deterministic=deterministic, intermediate_sharding=intermediate_sharding, out_sharding=out_sharding

@@ -15,6 +15,8 @@ from maxtext.layers import multi_token_prediction as stock
 from maxtext.utils import sharding
 from maxtext.utils.globals import EPS
 
+from maxtext_ling2.configs.documents import end_of_document
+
 _LOGITS_AXES = ("activation_embed_and_logits_batch", "activation_length", "activation_vocab")
 
 
@@ -58,7 +60,7 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
     ids = input_ids
     targets = jnp.ones_like(input_ids) if target_ids is None else target_ids
     scored = jnp.ones_like(input_ids) if target_mask is None else (jnp.asarray(target_mask) != 0).astype(jnp.int32)
-    masks = scored_tokens(scored, decoder_segment_ids, self.config.mtp_num_layers)
+    masks = scored_tokens(scored, input_ids, decoder_segment_ids, self.config)
     sums, predictions = [], []
     for depth in range(1, self.config.mtp_num_layers + 1):
       ids, targets = (stock.roll_and_mask_by_segment(x, decoder_segment_ids) for x in (ids, targets))
@@ -121,13 +123,14 @@ def mtp_block(config: Any, mesh: Any, transformer_layer_module: Any, decoder: An
   return Ling2MultiTokenPredictionBlock(config, mesh, transformer_layer_module, decoder, rngs)
 
 
-def scored_tokens(scored: jax.Array, segment_ids: jax.Array | None, depths: int) -> list[jax.Array]:
+def scored_tokens(scored: jax.Array, ids: jax.Array, segment_ids: jax.Array | None, config: Any) -> list[jax.Array]:
   """Which positions are scored at each MTP depth: those whose target, depth tokens further on, is of the same document.
 
   Args:
     scored: [B, T] 0/1, the positions scored by the main loss.
-    segment_ids: [B, T] documents, or None for one a row.
-    depths: number of MTP layers K.
+    ids: [B, T] the input tokens.
+    segment_ids: [B, T] documents, or None for one per row.
+    config: MaxText config, with K = mtp_num_layers.
 
   Returns:
     K arrays [B, T] of 0/1.
@@ -137,9 +140,11 @@ def scored_tokens(scored: jax.Array, segment_ids: jax.Array | None, depths: int)
     # target of depth 1 that token would be predicted from a position which does not see its document at all.
     following = stock.roll_and_mask(segment_ids)
     last = jnp.arange(segment_ids.shape[1]) == segment_ids.shape[1] - 1
-    scored = jnp.where((segment_ids == following) | last, scored, 0)
+    eod = end_of_document(config)
+    goes_on = last if eod is None else last & (ids != eod)  # of the token behind the row, only this can be known
+    scored = jnp.where((segment_ids == following) | goes_on, scored, 0)
   masks = []
-  for _ in range(depths):
+  for _ in range(config.mtp_num_layers):
     scored = stock.roll_and_mask_by_segment(scored, segment_ids)
     masks.append(scored)
   return masks

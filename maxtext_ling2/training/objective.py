@@ -4,7 +4,7 @@ MaxText's own accumulation sums the microbatches' objectives L_m and divides the
 of the whole global batch; it reports sum(xent_m) / D + mean(auxiliary_m). Both follow from the terms chosen here, for
 
   calculate_per_token_loss = True   the objective of one undivided batch: token losses over all tokens, MTP's over all of
-                                    MTP's tokens, the z-loss over all positions;
+                                    MTP's tokens, the z-loss over all tokens that are no padding;
   calculate_per_token_loss = False  Megatron's: the mean of the microbatches' own means.
 """
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from maxtext.utils.globals import EPS
 
-from maxtext_ling2.model.moe import Z_LOSS_NAME
+from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
 from maxtext_ling2.model.mtp import scored_tokens
 from maxtext_ling2.training.statistics import collect
 
@@ -33,17 +33,21 @@ class Totals:
   Attributes:
     tokens: scored tokens, [] int32.
     mtp_tokens: the same for each MTP depth, [K] int32.
+    real: tokens that are no padding, scored or not, [] int32.
   """
 
   tokens: jax.Array
   mtp_tokens: jax.Array
+  real: jax.Array
 
 
 def totals(data: dict[str, jax.Array], config: Any) -> Totals:
   """Counts what the microbatches of a global batch will score. `data` holds arrays [B, T], as for MaxText's step."""
-  segments, scored = (_used_rows(data[key], config) for key in ("inputs_segmentation", "targets_segmentation"))
-  depths = scored_tokens((scored != 0).astype(jnp.int32), segments, config.mtp_num_layers)
-  return Totals(jnp.sum(scored != 0), jnp.asarray([jnp.sum(depth) for depth in depths], jnp.int32))
+  names = ("inputs", "inputs_segmentation", "targets_segmentation")
+  ids, segments, scored = (_used_rows(data[name], config) for name in names)
+  depths = scored_tokens((scored != 0).astype(jnp.int32), ids, segments, config)
+  mtp_tokens = jnp.asarray([jnp.sum(depth) for depth in depths], jnp.int32)
+  return Totals(jnp.sum(scored != 0), mtp_tokens, jnp.sum(segments != 0))
 
 
 def _used_rows(x: jax.Array, config: Any) -> jax.Array:
@@ -81,6 +85,9 @@ def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen:
       return loss, aux
     if total is None:
       return loss + z_loss, aux
+    if weighs_microbatches(config):
+      segments = bound.arguments["data"]["inputs_segmentation"][: config.micro_batch_size_to_train_on]
+      z_loss *= jnp.sum(segments != 0) / jnp.maximum(total.real, 1) * config.gradient_accumulation_steps
     return _accumulated(aux, z_loss, total, config)
 
   return ling2_loss_fn

@@ -32,7 +32,7 @@ class RouterStatistics:
   Attributes:
     path: of the router in the train state.
     counts: tokens sent to each expert by the whole global batch, [..., E] int32.
-    z_loss: sum over microbatches of the raw z-loss, [...] float32; None at weight 0.
+    z_loss: the router's sum of its raw z-loss, see `model/moe.Router`, [...] float32; None at weight 0.
   """
 
   path: Path

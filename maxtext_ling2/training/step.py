@@ -1,5 +1,6 @@
 """MaxText's train and eval step for LING2: the same step functions, with router statistics around and z-loss inside."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext_ling2.model.layout import ScanLayout
+from maxtext_ling2.model.moe import weighs_microbatches
 from maxtext_ling2.model.precision import matmul_precision
 from maxtext_ling2.training import objective, statistics
 from maxtext_ling2.training.balancing import bias_axis, load_metrics, updated_bias
@@ -30,7 +32,8 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     installed = objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, {}))
     with installed, matmul_precision(config):  # the experts' gradients are traced here, outside of their layer
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
-    state, routers = statistics.detach(state)
+    state, sums = statistics.detach(state)
+    routers = [_with_mean_z_loss(router, total, config) for router in sums]
     scalars = metrics["scalar"]
     before = state
     state = _balance(state, routers, config, skipped=scalars.get("optim/step_skipped"))
@@ -58,6 +61,17 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
     return metrics
 
   return ling2_eval_step
+
+
+def _with_mean_z_loss(router: RouterStatistics, total: objective.Totals | None, config: Any) -> RouterStatistics:
+  """The statistics with the z-loss of the batch in place of the sum over microbatches."""
+  if router.z_loss is None:
+    return router
+  if total is not None and weighs_microbatches(config):
+    divisor = jnp.maximum(total.real, 1)
+  else:
+    divisor = config.gradient_accumulation_steps
+  return dataclasses.replace(router, z_loss=router.z_loss / divisor)
 
 
 def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: jax.Array | None) -> Any:
@@ -102,13 +116,13 @@ def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) ->
       axis = bias_axis(config, router.counts.ndim - 1)
       values["bias_norm"] = jnp.linalg.norm(jnp.moveaxis(bias, axis, -1), axis=-1)
     if router.z_loss is not None:
-      values["z_loss"] = router.z_loss / config.gradient_accumulation_steps
+      values["z_loss"] = router.z_loss
     names = layer_names(router.path, config)
     for kind, value in values.items():
       metrics |= {f"learning/moe/{kind}/{name}": v for name, v in zip(names, jnp.ravel(value), strict=True)}
   z_losses = [jnp.ravel(router.z_loss) for router in routers if router.z_loss is not None]
   if z_losses:
-    metrics["learning/moe_z_loss"] = jnp.mean(jnp.concatenate(z_losses)) / config.gradient_accumulation_steps
+    metrics["learning/moe_z_loss"] = jnp.mean(jnp.concatenate(z_losses))
   return metrics
 
 
@@ -120,7 +134,7 @@ def _separate_z_loss(scalars: dict[str, Any], routers: list[RouterStatistics], c
     scalars["learning/moe_lb_loss"] = jnp.zeros((), jnp.float32)
     return
   z_loss = sum(jnp.sum(router.z_loss) for router in routers if router.z_loss is not None)
-  scalars["learning/moe_lb_loss"] -= config.moe_z_loss_weight * z_loss / config.gradient_accumulation_steps
+  scalars["learning/moe_lb_loss"] -= config.moe_z_loss_weight * z_loss
 
 
 def layer_names(path: tuple[Any, ...], config: Any) -> list[str]:

@@ -99,7 +99,9 @@ class OracleSuite:
     assert report.max_kl <= 1e-8
     assert cross_entropy(ours, io["labels"]) == pytest.approx(float(io[f"{key}.loss"]), abs=1e-5)
 
-  @pytest.mark.parametrize(("scan", "policy"), [(False, "full"), (True, "minimal_with_context")])
+  @pytest.mark.parametrize(
+    ("scan", "policy"), [pytest.param(False, "full", marks=pytest.mark.slow), (True, "minimal_with_context")]
+  )
   def test_fused_kernels(self, scan, policy):
     """TPU kernels, interpreted: logits with either offset, packed documents, and all gradients, rematerialised.
 

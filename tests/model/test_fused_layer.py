@@ -18,7 +18,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+SLOW = ("all dimensions rotated", "no norm of q and k", "silu", "one group, offset 1")
+"""Whose kernels the tests of the ops have at every shape, too."""
+
+
+@pytest.mark.parametrize(
+  "options",
+  [pytest.param(value, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, value in OPTIONS.items()],
+)
 def test_fused_is_the_plain_composition(options):
   with pltpu.force_tpu_interpret_mode():
     found = output_and_gradients("pallas", **options)
@@ -67,15 +74,16 @@ MESHES = (
 
 
 @pytest.mark.mesh
-def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path):
+@pytest.mark.parametrize("meshes", [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=str)
+def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path, meshes):
   """Each device has kernels for its part."""
   cases = []
-  for mesh in MESHES:
+  for mesh in meshes:
     sizes = {f"ici_{axis}_parallelism": size for axis, size in mesh.items()}
     cases.append(("gla_layer", {"backend": "pallas", "context_parallel_load_balance": False, **sizes}))
   # In a process of its own, too: other tests here set JAX's random generator, from which the weights come.
   (expected,) = mesh_runs.run(tmp_path, 1, [("gla_layer", {"backend": "chunked"})])
-  for mesh, found in zip(MESHES, mesh_runs.run(tmp_path, 8, cases), strict=True):
+  for mesh, found in zip(meshes, mesh_runs.run(tmp_path, 8, cases), strict=True):
     assert set(found) == set(expected)
     for name, value in expected.items():
       assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), (mesh, name)

@@ -1,5 +1,7 @@
 """Which positions MTP scores, and what its second depth is fed with."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,14 @@ from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock, scored_token
 from tiny import Run, batch, cached_run
 
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]])
+EOD = 9
+
+
+def masks_of(scored, segments, depths, ids=None, **settings):
+  """`scored_tokens` of a run of MaxText's mmap pipeline."""
+  data = {"dataset_type": "grain", "grain_file_type": "mmap_npy", "mmap_eod_id": EOD, "reset_attention_mask": True}
+  ids = jnp.ones_like(scored) if ids is None else jnp.asarray(ids)
+  return scored_tokens(scored, ids, segments, SimpleNamespace(mtp_num_layers=depths, **data | settings))
 
 
 def expected(segments, depth):
@@ -20,22 +30,41 @@ def expected(segments, depth):
 
 def test_targets_of_another_document_are_masked_even_if_the_main_loss_scores_them():
   scored = (jnp.roll(SEGMENTS, -1, axis=1).at[:, -1].set(0) != 0).astype(jnp.int32)  # as MaxText's mmap pipeline
-  masks = scored_tokens(scored, SEGMENTS, 2)
+  masks = masks_of(scored, SEGMENTS, 2)
   for depth, mask in enumerate(masks, 1):
     np.testing.assert_array_equal(mask[0], expected(SEGMENTS, depth))
 
 
 def test_one_document_a_row_keeps_the_last_known_target():
   ones = jnp.ones((1, 6), jnp.int32)
-  first, second = scored_tokens(ones, ones, 2)
+  first, second = masks_of(ones, ones, 2)
   np.testing.assert_array_equal(first[0], [1, 1, 1, 1, 1, 0])
   np.testing.assert_array_equal(second[0], [1, 1, 1, 1, 0, 0])
-  np.testing.assert_array_equal(scored_tokens(ones, None, 1)[0], first)
+  np.testing.assert_array_equal(masks_of(ones, None, 1)[0], first)
+
+
+@pytest.mark.parametrize(
+  ("settings", "masked"),
+  [
+    ({}, True),
+    ({"grain_file_type": "mmap"}, True),
+    ({"reset_attention_mask": False}, False),  # documents see each other
+    ({"grain_file_type": "arrayrecord"}, False),  # which EOD, nobody says
+    ({"mmap_eod_id": 8}, False),
+  ],
+)
+def test_a_row_that_ends_with_eod(settings, masked):
+  """Its last target is the next document's first token, which depth 1 would predict from the position before."""
+  ones = jnp.ones((2, 6), jnp.int32)
+  ids = ones.at[0, -1].set(EOD)
+  first, second = masks_of(ones, ones, 2, ids, **settings)
+  np.testing.assert_array_equal(first, [[1, 1, 1, 1, 1 - masked, 0], [1, 1, 1, 1, 1, 0]])
+  np.testing.assert_array_equal(second, [[1, 1, 1, 1 - masked, 0, 0], [1, 1, 1, 1, 0, 0]])
 
 
 def test_masks_are_zero_and_one():
   scored = jnp.array([[0, 1, 1, 0, 1, 1, 0, 0, 0, 0]])
-  (mask,) = scored_tokens(scored, SEGMENTS, 1)
+  (mask,) = masks_of(scored, SEGMENTS, 1)
   assert set(np.unique(mask)) <= {0, 1}
   np.testing.assert_array_equal(mask[0], [1, 1, 0, 0, 1, 0, 0, 0, 0, 0])
 

@@ -24,7 +24,7 @@ class FakeConfig:
 @pytest.mark.parametrize(("per_token", "expected"), [(True, 180 / 70), (False, 3.0)])
 def test_example_of_the_rfc(per_token, expected):
   """Microbatches of loss sum / tokens 100 / 50 and 80 / 20."""
-  total = Totals(jnp.asarray(70), jnp.zeros((0,), jnp.int32))
+  total = Totals(jnp.asarray(70), jnp.zeros((0,), jnp.int32), jnp.asarray(70))
   parts = []
   for loss_sum, tokens in ((100.0, 50), (80.0, 20)):
     aux = {"xent_sum": jnp.asarray(loss_sum), "total_weights": jnp.asarray(tokens), "moe_lb_loss": 0.0, "mtp_loss": 0.0}
@@ -40,7 +40,8 @@ def microbatches(data, steps):
 def unequal(config, seed=0):
   """A batch whose microbatches have very different numbers of tokens."""
   data = batch(config, seed)
-  data["targets_segmentation"][1::2, 4:] = 0
+  for name in ("inputs_segmentation", "targets_segmentation"):
+    data[name][1::2, 4:] = 0
   return data
 
 

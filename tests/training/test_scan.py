@@ -8,6 +8,7 @@ from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
 from tiny import Run, batch, cached_run, config, model
 
 SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
+SETTINGS |= {"load_balance_loss_weight": 1e-2}
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -90,9 +91,10 @@ def without_remat():
   return run.step(batch(run.config))
 
 
-POLICIES = ("full", "minimal_with_context", "save_dot_except_mlp", "custom", "minimal_offloaded")
+POLICIES = ("full", "custom", "minimal_offloaded")
 SLOW_POLICIES = (
-  "minimal", "minimal_with_quantization", "minimal_with_context_and_quantization", "save_dot_with_context_except_mlp",
+  "minimal", "minimal_with_context", "minimal_with_quantization", "minimal_with_context_and_quantization",
+  "save_dot_except_mlp", "save_dot_with_context_except_mlp",
   "save_dot_except_mlpwi", "save_qkv_proj", "save_out_proj", "qkv_proj_offloaded",
 )  # fmt: skip
 """Of a kind with one that is not slow."""
