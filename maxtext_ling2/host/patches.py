@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 
@@ -13,11 +13,17 @@ class Patches:
 
   def __init__(self) -> None:
     self._undo: list[Callable[[], str | None]] = []
+    self._owners: list[Any] = []
+
+  def replaces_in(self, module: str) -> bool:
+    """Whether an attribute of the module of this name itself is replaced."""
+    return any(isinstance(owner, ModuleType) and owner.__name__ == module for owner in self._owners)
 
   def attribute(self, owner: Any, name: str, value: Any) -> None:
     """Sets `owner.name = value`, remembering what it replaces."""
     original = getattr(owner, name)
     setattr(owner, name, value)
+    self._owners.append(owner)
 
     def undo() -> str | None:
       current = getattr(owner, name, None)
@@ -63,6 +69,7 @@ class Patches:
   def undo(self) -> list[str]:
     """Restores everything, the last first; returns the conflicts in words."""
     conflicts = []
+    self._owners.clear()
     while self._undo:
       conflict = self._undo.pop()()
       if conflict:

@@ -21,6 +21,7 @@ from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host import guard as guard_module
 from maxtext_ling2.host.contract import Breach, Expectation
 from maxtext_ling2.host.patches import Conflict, Patches, StandDown
+from maxtext_ling2.host.reloads import ReloadFinder
 from maxtext_ling2.host.request import FIELDS
 
 logger = logging.getLogger("maxtext_ling2")
@@ -90,6 +91,14 @@ class Registry:
     self.tested = tuple(tested)
     self._version_checked = False
     self._installed = False
+    self._reloads = ReloadFinder(self._modules(), self._on_reload)
+    self._reloaded: str | None = None
+
+  def _modules(self) -> set[str]:
+    """Names of all modules of MaxText that the seams replace something in, or look at."""
+    targets = (expectation.target for seam in self.seams for expectation in seam.expectations)
+    looked_at = {target.partition(":")[0] for target in targets}
+    return {guard_module.MODULE, *(seam.module for seam in self.seams), *looked_at}
 
   @property
   def usable(self) -> bool:
@@ -106,18 +115,34 @@ class Registry:
     if self._installed:
       return
     self._installed = True
+    sys.meta_path.insert(0, self._reloads)
     wrapt.register_post_import_hook(self._on_guard_import, guard_module.MODULE)
     for seam in self.seams:
       wrapt.register_post_import_hook(functools.partial(self._on_import, seam), seam.module)
 
   def _on_guard_import(self, module: ModuleType) -> None:
+    self._reloads.imported.add(module.__name__)
     if self._installed:
       self.guard.apply(module)
 
   def _on_import(self, seam: Seam, module: ModuleType) -> None:
-    del module
+    self._reloads.imported.add(module.__name__)
     if self._installed:
       self._apply_once(seam)
+
+  def _on_reload(self, module: ModuleType) -> None:
+    """MaxText's configuration may be imported again; of other modules the classes in use would be the old ones."""
+    applied = [seam for seam in self.seams if seam.state is State.APPLIED]
+    if module.__name__ != guard_module.MODULE:
+      if applied and self._reloaded is None:
+        self._reloaded = module.__name__
+      return
+    self.guard.apply(module)
+    for seam in applied:
+      if seam.patches.replaces_in(module.__name__):
+        seam.patches.undo()  # what it replaced in this module has gone already
+        seam.state = State.WAITING
+        self._apply_once(seam)
 
   def _apply_once(self, seam: Seam) -> None:
     """Applies `seam` if all went well so far and nobody did it yet."""
@@ -185,6 +210,11 @@ class Registry:
     self.complete(only_needed=True)
     if self.breaches:
       raise self.error()
+    if self._reloaded is not None:
+      raise Ling2Error(
+        f"{self.plugin} was asked for, but {self._reloaded} was imported again after it had been extended, so that part "
+        "of it is missing there; start a new process, and leave out importlib.reload"
+      )
     self._check_version()
 
   def _check_version(self) -> None:
@@ -224,6 +254,9 @@ class Registry:
     for seam in self.seams:
       seam.state = State.WAITING
     self.breaches, self.stood_down, self._installed, self._version_checked = [], None, False, False
+    self._reloaded = None
+    if self._reloads in sys.meta_path:
+      sys.meta_path.remove(self._reloads)
     return conflicts
 
 

@@ -294,3 +294,59 @@ def test_commands_of_its_package_need_a_seam_that_training_does_not(monkeypatch,
   monkeypatch.setitem(sys.modules, "__main__", main)
   assert registry.needed_here(seam) == needed
   assert registry.needed_here(FakeSeam("step", "maxtext.train"))
+
+
+# Modules that are imported again
+
+
+class ConfigSeam(FakeSeam):
+  """Adds a word to what the fake pyconfig is given."""
+
+  def apply(self):
+    module = importlib.import_module(self.module)
+    self.patches.wrap(module, "initialize", lambda original, argv=None, **kwargs: original([*argv, "seam"], **kwargs))
+
+
+def reloaded(name):
+  importlib.reload(importlib.import_module(name))
+
+
+def imported_again(name):
+  del sys.modules[name]
+  importlib.import_module(name)
+
+
+@pytest.mark.parametrize("again", [reloaded, imported_again])
+def test_a_configuration_imported_again_is_extended_again(world, again, caplog):
+  made = world.registry(second=ConfigSeam("second", world.pyconfig))
+  asked = []
+  made.guard.on_request = lambda: asked.append(True)
+  for count in (1, 2, 3):
+    assert world.configure("model_name=fake-model") == (["", "model_name=fake-model", "seam"], {})
+    assert len(asked) == count
+    again(world.pyconfig)
+  assert made.usable and not caplog.records
+
+
+@pytest.mark.parametrize("again", [reloaded, imported_again])
+def test_another_module_imported_again_is_told_to_who_asks(world, again, caplog):
+  made = world.registry()
+  assert world.answers() == [11, 11]
+  assert world.configure("model_name=fake-model")
+  again(world.first)
+  assert world.configure("model_name=another") and not caplog.records
+  with pytest.raises(Ling2Error, match=f"{world.first} was imported again .*; start a new process"):
+    world.configure("model_name=fake-model")
+  made.undo()
+  made.install()
+  assert world.answers() == [11, 11] and world.configure("model_name=fake-model")
+
+
+def test_a_first_import_and_other_modules_are_left_alone(world, tmp_path):
+  made = world.registry()
+  (tmp_path / "bystander.py").write_text("")
+  before = list(sys.meta_path)
+  for name in (world.first, world.pyconfig, "bystander"):
+    assert made._reloads.find_spec(name, None) is None
+  made.undo()
+  assert made._reloads not in sys.meta_path and made._reloads in before

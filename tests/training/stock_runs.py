@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
+BEGINNING = "=== a run begins ===\n"
 
 SMALL = {
   "base_num_decoder_layers": 6,
@@ -73,6 +74,11 @@ def run(folder, *runs, **variables):
   return output
 
 
+def outputs(printed):
+  """What each of the runs of a process printed."""
+  return printed.split(BEGINNING)[1:]
+
+
 def metrics(folder, name):
   """Metrics by step, without those of speed and memory."""
   lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -114,5 +120,7 @@ if __name__ == "__main__":
 
   flags.FLAGS([sys.argv[0]])  # as app.run does: grain reads flags
   for argv in json.loads(Path(sys.argv[1]).read_text()):
+    sys.stderr.flush()
+    print(BEGINNING, end="", flush=True)
     module, *words = argv if argv[0].startswith("maxtext.") else ["maxtext.trainers.pre_train.train", *argv]
     importlib.import_module(module).main(["train", *words])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from router_model import balanced, chosen_experts
-
 from test_balancing import router_logits
+
 from tiny import Run, batch
 
 ONE_ROUTER = {"base_num_decoder_layers": 2, "mtp_num_layers": 0, "opt_type": "sgd", "learning_rate": 0.0}

@@ -1,13 +1,12 @@
 """Training goes on from a checkpoint as if it had never stopped, through MaxText's own trainer in new processes."""
 
-import itertools
 import time
 
 import numpy as np
 import pytest
-from stock_runs import arguments, checkpoint, metrics, run, start, write_documents
+from stock_runs import arguments, checkpoint, metrics, outputs, run, start, write_documents
 
-CASES = list(itertools.product([False, True], [1, 2]))
+OFTEN, SELDOM = [(False, 1), (True, 2)], [(False, 2), (True, 1)]  # (scan, accumulation)
 
 
 def case_name(scan, accumulation):
@@ -24,11 +23,10 @@ def data(folder):
   return write_documents(folder)
 
 
-@pytest.fixture(scope="module")
-def resumed(folder, data):
+def resume(folder, data, cases):
   """In one process 10 steps, and 5 steps; in a second one, 5 more."""
   first, second = [], []
-  for scan, accumulation in CASES:
+  for scan, accumulation in cases:
     name = case_name(scan, accumulation)
     settings = data | {"scan_layers": scan, "gradient_accumulation_steps": accumulation}
     first.append(arguments(folder, f"straight_{name}", f"straight_{name}", 10, **settings))
@@ -39,19 +37,34 @@ def resumed(folder, data):
   return folder
 
 
-@pytest.mark.parametrize(("scan", "accumulation"), CASES)
-def test_metrics_go_on_to_the_bit(resumed, scan, accumulation):
-  name = case_name(scan, accumulation)
+@pytest.fixture(scope="module")
+def resumed(folder, data):
+  return resume(folder, data, OFTEN)
+
+
+@pytest.fixture(scope="module")
+def others_resumed(folder, data):
+  return resume(folder, data, SELDOM)
+
+
+@pytest.mark.parametrize("case", OFTEN)
+def test_training_goes_on_to_the_bit(resumed, case):
+  assert_equal_to_the_bit(resumed, case_name(*case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SELDOM)
+def test_training_goes_on_to_the_bit_otherwise(others_resumed, case):
+  assert_equal_to_the_bit(others_resumed, case_name(*case))
+
+
+def assert_equal_to_the_bit(resumed, name):
+  """The metrics of every step, and everything in the last checkpoint."""
   straight = metrics(resumed, f"straight_{name}")
   parts = metrics(resumed, f"first_{name}") | metrics(resumed, f"second_{name}")
   assert sorted(straight) == list(range(10))
   assert min(metrics(resumed, f"second_{name}")) == 5
   assert parts == straight
-
-
-@pytest.mark.parametrize(("scan", "accumulation"), CASES)
-def test_everything_in_the_checkpoint_is_equal_to_the_bit(resumed, scan, accumulation):
-  name = case_name(scan, accumulation)
   straight, parts = (checkpoint(resumed, f"{kind}_{name}", 9) for kind in ("straight", "parts"))
   assert set(straight) == set(parts)
   for path, value in straight.items():
@@ -89,27 +102,25 @@ def other_checkpoints(folder, data, resumed):
     folder,
     arguments(folder, "trained", "trained_2", 3, **data | frozen),
     arguments(folder, "weights", "weights", 1, **data | weights | frozen),
+    arguments(folder, "without", "without_2", 3, **data | frozen),
+    arguments(folder, "old_weights", "old_weights", 1, **data | old | frozen),
   )
-  outputs = [
-    run(folder, arguments(folder, "without", "without_2", 3, **data | frozen)),
-    run(folder, arguments(folder, "old_weights", "old_weights", 1, **data | old | frozen)),
-  ]
-  return printed, outputs
+  return dict(zip(("trained_2", "weights", "without_2", "old_weights"), outputs(printed), strict=True))
 
 
 def bias_norms(line):
   return {key: value for key, value in line.items() if "bias_norm" in key}
 
 
-@pytest.mark.parametrize(("index", "metrics_name", "step"), [(0, "without_2", 2), (1, "old_weights", 0)])
-def test_a_checkpoint_without_biases_loads_and_says_so(other_checkpoints, folder, index, metrics_name, step):
-  output = other_checkpoints[1][index]
+@pytest.mark.parametrize(("metrics_name", "step"), [("without_2", 2), ("old_weights", 0)])
+def test_a_checkpoint_without_biases_loads_and_says_so(other_checkpoints, folder, metrics_name, step):
+  output = other_checkpoints[metrics_name]
   assert "does not have" in output and "gate/bias" in output and "6 variable(s) start at their initial values" in output
   assert set(bias_norms(metrics(folder, metrics_name)[step]).values()) == {0.0}
 
 
 def test_a_trained_bias_is_found_where_it_is_no_parameter(other_checkpoints, folder):
-  assert "does not have" not in other_checkpoints[0]
+  assert "does not have" not in other_checkpoints["trained_2"]
   before = bias_norms(metrics(folder, "trained_1")[1])
   assert min(before.values()) > 0
   assert bias_norms(metrics(folder, "trained_2")[2]) == before
