@@ -22,6 +22,7 @@ from maxtext_ling2.host.mmap_pipeline import MmapPipelineSeam
 from maxtext_ling2.host.model_classes import ModelClassesSeam
 from maxtext_ling2.host.model_yml import ModelYmlSeam
 from maxtext_ling2.host.muon import MuonSeam
+from maxtext_ling2.host.quantization_rules import QuantizationRulesSeam
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.shared_expert import SharedExpertSeam
@@ -118,6 +119,7 @@ REGISTRY = Registry(
     MmapPipelineSeam(DECODER_BLOCK),
     EvalMetricsSeam(("evaluation/moe_z_loss", "evaluation/raw_mtp_loss")),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
+    QuantizationRulesSeam(DECODER_BLOCK),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
     PretrainedWeightsSeam(DECODER_BLOCK, "routed_bias", ("gate", "bias")),

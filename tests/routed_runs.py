@@ -6,6 +6,7 @@ buffer holds.
 
 import re
 
+import jax
 import numpy as np
 from flax import nnx
 from maxtext.kernels.ragged import ragged_gather_reduce, ragged_gather_reduce_v2
@@ -26,7 +27,7 @@ def steps(trains, settings):
   _keep_counts()
   run = Run(**settings)
   data = batch(run.config, rows=ROWS * run.config.gradient_accumulation_steps)
-  drawn, result = run.state, {"gathered": _gathered(run, data)}
+  drawn, result = run.state, {"gathered": _gathered(run, data), "tokens": np.sum(data["inputs_segmentation"] > 0)}
   for routing, state in {"drawn": drawn, "crowded": _crowded(drawn, run.config.num_experts_per_tok)}.items():
     run.state = state
     found = run.evaluate(data)
@@ -64,7 +65,10 @@ def _crowded(state, top_k):
   """The state with biases so large that no score, between 0 and 1, and no other bias (tiny.weights) makes up for them."""
 
   def moved(path, variable):
-    return variable.replace(variable.get_value().at[..., :top_k].set(8.0)) if path[-2:] == ("gate", "bias") else variable
+    if path[-2:] != ("gate", "bias"):
+      return variable
+    bias = variable.get_value()
+    return variable.replace(jax.device_put(bias.at[..., :top_k].set(8.0), bias.sharding))
 
   return nnx.from_flat_state([(path, moved(path, variable)) for path, variable in nnx.to_flat_state(state)])
 

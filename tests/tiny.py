@@ -94,9 +94,10 @@ class Run:
   def __init__(self, values=None, **settings):
     import jax
     from flax import nnx
+    from flax.core.spmd import logical_axis_rules
     from maxtext.common import train_state_nnx
     from maxtext.trainers.pre_train import train
-    from maxtext.utils import maxtext_utils, train_utils
+    from maxtext.utils import maxtext_utils, sharding, train_utils
 
     self.config = config(**settings)
     network, self.mesh = model(self.config, values)
@@ -105,13 +106,15 @@ class Run:
       state = train_state_nnx.TrainStateNNX(network, nnx.Optimizer(network, optimizer, wrt=nnx.Param))
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     self.graph, state = nnx.split(state)
-    self.state = jax.device_put(state, replicated)  # as the step returns it: else the second step is compiled again
+    with logical_axis_rules(self.config.logical_axis_rules):
+      placed = sharding.nnx_construct_named_sharding(state, self.mesh)  # as its trainer does
+    self.state = jax.device_put(state, placed)
     shardings = jax.tree.map(lambda _: replicated, nnx.state(network, nnx.Param))
     step, *_ = maxtext_utils.get_functional_train_with_signature(
       train.train_step, None, None, self.graph, self.config, shardings
     )
     evaluate, *_ = maxtext_utils.get_functional_eval_with_signature(train.eval_step, None, None, self.graph, self.config)
-    self.step_function, self._step = step, jax.jit(step)
+    self.step_function, self._step = step, jax.jit(step, out_shardings=(placed, None))
     self.evaluate_function, self._evaluate = evaluate, jax.jit(evaluate)
 
   def context(self):

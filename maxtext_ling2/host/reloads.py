@@ -24,9 +24,7 @@ class ReloadFinder(importlib.abc.MetaPathFinder):
     self.imported: set[str] = set()
     """Names of modules that were imported before, so that a further import is one too many."""
 
-  def find_spec(
-    self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-  ) -> ModuleSpec | None:
+  def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
     """The spec that the other finders have, whose loader reports; None at a first import."""
     again = target is not None or fullname in self.imported  # only `reload` passes a target
     if not again or fullname not in self.names:

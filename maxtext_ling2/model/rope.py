@@ -86,12 +86,13 @@ def _rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """x * cos + (x with neighbours exchanged) * sin, in x's dtype.
 
   Neighbours are exchanged by a product with a permutation, which is exact: on a TPU, taking every other column is slow.
-  The gradient is the rotation back, for that reason, too: the product's own would round a float32 operand.
+  The gradient is the rotation back, for that reason, too: the product's own would round a float32 operand. An einsum,
+  because Qwix's rules quantise every `dot_general` of a layer.
   """
   column = jnp.arange(x.shape[-1])
   exchange = (column[:, None] == column ^ 1).astype(x.dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  exchanged = jnp.dot(x, exchange, precision=precision, preferred_element_type=jnp.float32)
+  exchanged = jnp.einsum("...d,de->...e", x, exchange, precision=precision, preferred_element_type=jnp.float32)
   return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
 
 

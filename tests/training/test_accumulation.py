@@ -1,5 +1,7 @@
 """What the objective is over microbatches, with both values of calculate_per_token_loss; and the router z-loss in it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,7 @@ def half():
   return Run(per_device_batch_size=2, **SMALL)
 
 
+@functools.cache
 def accumulating(per_token):
   return Run(per_device_batch_size=2, gradient_accumulation_steps=2, calculate_per_token_loss=per_token, **SMALL)
 
