@@ -251,7 +251,8 @@ def recipe(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Of
   from maxtext_ling2 import recipes
 
   try:
-    lines = [str(recipes.file_of(name))] if name else [f"{one}: {recipes.title(one)}" for one in recipes.names()]
+    every = [*recipes.names(), *recipes.trainings()]
+    lines = [str(recipes.file_of(name))] if name else [f"{one}: {recipes.title(one)}" for one in every]
   except ValueError as error:
     _fail(error)
   for line in lines:

@@ -1,4 +1,7 @@
-"""Recipes: base ymls of training runs, for the model and the slice in their names."""
+"""Recipes: base ymls of training runs.
+
+MODEL-TOPOLOGY: batch, mesh and memory for a slice. pretrain_...: optimizer, rate, objective and data of a pre-training.
+"""
 
 from pathlib import Path
 
@@ -12,22 +15,29 @@ class RecipeError(Ling2Error, ValueError):
 
 
 def names() -> list[str]:
-  """All recipes, MODEL-TOPOLOGY."""
-  return sorted(path.stem for path in FOLDER.glob("*.yml"))
+  """All recipes of a slice, MODEL-TOPOLOGY."""
+  return sorted(path.stem for path in FOLDER.glob("*-*.yml"))
+
+
+def trainings() -> list[str]:
+  """All recipes of a pre-training."""
+  return sorted(path.stem for path in FOLDER.glob("pretrain_*.yml"))
 
 
 def file_of(recipe: str) -> Path:
   """The yml of a recipe.
 
   Args:
-    recipe: one of `names()`, or the path of a yml of the user's.
+    recipe: one of `names()` or `trainings()`, or the path of a yml of the user's.
 
   Raises:
     RecipeError: neither.
   """
   path = Path(recipe) if recipe.endswith(".yml") else FOLDER / f"{recipe}.yml"
   if not path.is_file():
-    raise RecipeError(f"{recipe}: no such recipe; use one of {', '.join(names())}, or the file of your own .yml")
+    raise RecipeError(
+      f"{recipe}: no such recipe; use one of {', '.join(names() + trainings())}, or the file of your own .yml"
+    )
   return path
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from maxtext.kernels.ragged import ragged_gather_reduce, ragged_gather_reduce_v2
 
 from maxtext_ling2.host import session
+from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.training import step
 from mesh_runs import ROWS
 from tiny import Run, batch
@@ -55,7 +56,7 @@ def _keep_counts():
     counts = {}
     for router in routers:
       rows = router.counts.reshape(-1, config.num_experts)
-      counts |= {f"counts/{name}": row for name, row in zip(step.layer_names(router.path, config), rows, strict=True)}
+      counts |= {f"counts/{name}": row for name, row in zip(layer_names(router.path, config), rows, strict=True)}
     return original(state, routers, config) | counts
 
   step._router_metrics = with_counts

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from maxtext.common.common_types import MODEL_MODE_PREFILL, MODEL_MODE_TRAIN
@@ -14,6 +15,18 @@ from maxtext.utils.sharding import create_sharding, get_logical_axis_rules, mayb
 from maxtext_ling2.model.gla import GatedLinearAttention
 from maxtext_ling2.model.mla import MultiHeadLatentAttention
 from maxtext_ling2.model.moe import Ling2MoE
+
+ACTIVATIONS = "ling2_"
+"""Stands before the names under which MaxText's layers sow; `training/objective.py` puts the layers in order."""
+
+
+def activation_statistics(y: jax.Array) -> dict[str, jax.Array]:
+  """What MaxText logs of a layer's output [B, T, C] with record_internal_nn_metrics."""
+  return {
+    "activation_mean": jnp.mean(y),
+    "activation_stdev": jnp.std(y),
+    "activation_fraction_zero": jnp.sum(y == 0) / jnp.size(y),
+  }
 
 
 class Ling2DecoderLayer(nnx.Module):
@@ -155,7 +168,11 @@ class Ling2DecoderLayer(nnx.Module):
     x = x + self._shard(attended)
     segment_ids = decoder_segment_ids if model_mode == MODEL_MODE_TRAIN else None  # nothing is counted in decoding
     y = x + self._shard(self._mlp(self._shard(self.post_self_attention_layer_norm(x)), segment_ids, deterministic))
-    return self._shard(self.dropout(y, deterministic=deterministic)), kv_cache
+    y = self._shard(self.dropout(y, deterministic=deterministic))
+    if self.config.record_internal_nn_metrics:
+      for name, value in activation_statistics(y).items():
+        self.sow(nnx.Intermediate, ACTIVATIONS + name, value)
+    return y, kv_cache
 
   def _mlp(self, x: jax.Array, segment_ids: jax.Array | None, deterministic: bool) -> jax.Array:
     shardings = {"intermediate_sharding": self.mlp_sharding, "out_sharding": self.out_sharding}

@@ -1,6 +1,7 @@
 """Which layer is what, and where it stands: the one home of rules that layers, conversion and FLOPs count share."""
 
 import dataclasses
+from typing import Any
 
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
@@ -55,3 +56,27 @@ class ScanLayout:
     if not self.start <= layer < self.end:
       return None
     return divmod(layer - self.start, self.cycle)
+
+
+def layer_names(path: tuple[Any, ...], config: Any) -> list[str]:
+  """Names of the layers at a path of a model's state, `layer_NNN` or `mtp_layer_K`.
+
+  Those of a layer scan are in the order of the raveled stack [blocks, layers of a block].
+  """
+  words = [str(word) for word in path]
+  if "mtp_block" in words:
+    return [next(word for word in words if word.startswith("mtp_layer_"))]
+  if "scanned_blocks" not in words:
+    index = int(next(word for word in words if word.startswith("layers_")).removeprefix("layers_"))
+    return [_layer_name(index)]
+  layout = ScanLayout.of(
+    config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
+  )
+  last = layout.cycle - 1
+  positions = range(last) if "local_layers" in words else range(last, last + 1)
+  starts = range(layout.start, layout.end, layout.cycle)
+  return [_layer_name(start + position) for start in starts for position in positions]
+
+
+def _layer_name(index: int) -> str:
+  return f"layer_{index:03d}"

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from maxtext.utils.globals import EPS
 
+from maxtext_ling2.model.layer import ACTIVATIONS
+from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
 from maxtext_ling2.model.mtp import scored_tokens
 from maxtext_ling2.training.statistics import collect
@@ -72,6 +74,8 @@ def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen:
   @functools.wraps(loss_fn)
   def ling2_loss_fn(*args: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
     loss, aux = loss_fn(*args, **kwargs)
+    if config.record_internal_nn_metrics:
+      aux["intermediate_outputs"]["activations"] = _activations(aux["intermediate_outputs"], config)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     z_losses = [jnp.ravel(z) for z in collect(aux["intermediate_outputs"], Z_LOSS_NAME)]
@@ -91,6 +95,24 @@ def with_router_losses(loss_fn: LossFn, config: Any, total: Totals | None, seen:
     return _accumulated(aux, z_loss, total, config)
 
   return ling2_loss_fn
+
+
+def _activations(outputs: Any, config: Any) -> dict[str, jax.Array]:
+  """The statistics that layers sowed, under the names that MaxText looks for, [layers of the decoder] each.
+
+  MaxText takes whatever it finds in the order of the paths, and adds it up over microbatches.
+  """
+  found: dict[str, dict[str, jax.Array]] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+    keys = [key.key for key in path if hasattr(key, "key")]
+    if str(keys[-1]).startswith(ACTIVATIONS):
+      values = dict(zip(layer_names(tuple(keys), config), jnp.ravel(leaf), strict=True))
+      found.setdefault(keys[-1].removeprefix(ACTIVATIONS), {}).update(values)
+  layers = [f"layer_{index:03d}" for index in range(config.num_decoder_layers)]
+  return {
+    name: jnp.stack([values[layer] for layer in layers]) / config.gradient_accumulation_steps
+    for name, values in found.items()
+  }
 
 
 def _accumulated(aux: dict[str, Any], z_loss: Any, total: Totals, config: Any) -> tuple[jax.Array, dict[str, Any]]:

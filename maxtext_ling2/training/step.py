@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext_ling2.model.layout import ScanLayout
+from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.model.moe import weighs_microbatches
 from maxtext_ling2.model.precision import matmul_precision
 from maxtext_ling2.training import objective, statistics
@@ -135,24 +135,3 @@ def _separate_z_loss(scalars: dict[str, Any], routers: list[RouterStatistics], c
     return
   z_loss = sum(jnp.sum(router.z_loss) for router in routers if router.z_loss is not None)
   scalars["learning/moe_lb_loss"] -= config.moe_z_loss_weight * z_loss
-
-
-def layer_names(path: tuple[Any, ...], config: Any) -> list[str]:
-  """Names of the layers whose routers stand at a path of the train state, in the order of the raveled stack."""
-  words = [str(word) for word in path]
-  if "mtp_block" in words:
-    return [next(word for word in words if word.startswith("mtp_layer_"))]
-  if "scanned_blocks" not in words:
-    index = int(next(word for word in words if word.startswith("layers_")).removeprefix("layers_"))
-    return [_layer_name(index)]
-  layout = ScanLayout.of(
-    config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
-  )
-  last = layout.cycle - 1
-  positions = range(last) if "local_layers" in words else range(last, last + 1)
-  starts = range(layout.start, layout.end, layout.cycle)
-  return [_layer_name(start + position) for start in starts for position in positions]
-
-
-def _layer_name(index: int) -> str:
-  return f"layer_{index:03d}"

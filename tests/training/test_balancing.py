@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from router_model import balanced, chosen_experts
 
+from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.training.balancing import load_metrics, updated_bias
 from tiny import Run, batch, config, weights
 
@@ -67,7 +68,7 @@ def counted():
   def keep(state, routers, config):
     metrics = original(state, routers, config)
     for router in routers:
-      names = step_module.layer_names(router.path, config)
+      names = layer_names(router.path, config)
       counts = router.counts.reshape(-1, router.counts.shape[-1])
       metrics |= {f"counts/{name}": row for name, row in zip(names, counts, strict=True)}
     return metrics

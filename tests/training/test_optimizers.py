@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import yaml
 
+from maxtext_ling2 import recipes
 from tiny import Run, batch
 
 SMALL = {"base_num_decoder_layers": 3, "mtp_num_layers": 0}
@@ -16,17 +18,20 @@ def is_bias(path):
   return path[-2:] == ("gate", "bias")
 
 
-def test_decay_spares_what_adamw_mask_names_and_the_bias():
+def test_the_recipes_decay_spares_all_vectors():
   """Without a gradient (no target is scored) adamw only decays: w *= 1 - rate * decay."""
-  run = Run(adam_weight_decay=0.5, learning_rate=0.1, adamw_mask=[".*norm.*"], routed_bias_update_rate=0.0, **SMALL)
+  settings = SMALL | {"mtp_num_layers": 1}
+  mask = yaml.safe_load(recipes.file_of("pretrain_ling2").read_text())["adamw_mask"]
+  run = Run(adam_weight_decay=0.5, learning_rate=0.1, adamw_mask=mask, routed_bias_update_rate=0.0, **settings)
   data = batch(run.config)
   data["targets_segmentation"][:] = 0
   before = run.weights()
   run.step(data)
   after = run.weights()
-  assert sum(map(is_norm, before)) > 10 and sum(map(is_bias, before)) == 2
+  assert sum(map(is_norm, before)) > 10 and sum(map(is_bias, before)) == 3
   for path, value in before.items():
-    factor = 1.0 if is_norm(path) or is_bias(path) else 0.95
+    assert (value.ndim == 1) == (is_norm(path) or is_bias(path))
+    factor = 1.0 if value.ndim == 1 else 0.95
     np.testing.assert_allclose(after[path], factor * value, rtol=1e-6, err_msg=".".join(path))
 
 

@@ -8,7 +8,7 @@ from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
 from tiny import Run, batch, cached_run, config, model
 
 SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
-SETTINGS |= {"load_balance_loss_weight": 1e-2}
+SETTINGS |= {"load_balance_loss_weight": 1e-2, "record_internal_nn_metrics": 1}
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
