@@ -61,6 +61,12 @@ class ModelClassesSeam(Seam):
     Expectation(f"{_MLA}:MLA.mla_query_projection", parameters=("inputs_q", "inputs_positions", "model_mode")),
     Expectation(f"{_MOE}:RoutedMoE.deepseek_scale_weights", parameters=("weights",)),
     Expectation(f"{_MOE}:RoutedMoE.deepseek_routing", parameters=("gate_logits", "pre_bias_logits")),
+    Expectation(f"{_MOE}:RoutedMoE.get_topk", parameters=("gate_logits", "pre_bias_logits")),
+    Expectation(f"{_MOE}:RoutedMoE.apply_ffn_activation", parameters=("layer_w0", "layer_w1")),
+    Expectation(f"{_MOE}:RoutedMoE.load_balance_loss", parameters=("top_k_indices", "logits")),
+    Expectation(f"{_MOE}:calculate_expert_counts", parameters=("top_k_indices", "num_experts")),
+    Expectation(f"{_MOE}:megatron_aux_loss_inputs", parameters=("scores", "num_experts_per_tok")),
+    Expectation(f"{_MOE}:uses_megatron_seq_aux_loss", parameters=("config",)),
     Expectation(f"{_MOE}:MoEBiasVar"),
   )
 

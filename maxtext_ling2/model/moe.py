@@ -166,6 +166,15 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
     """Whether MaxText counts the tokens of each expert and returns the counts."""
     return self.gate.counting
 
+  def apply_ffn_activation(self, layer_w0: jax.Array, layer_w1: jax.Array) -> jax.Array:
+    """silu(gate) * up of the routed experts, in `dtype`: with activations_in_float32 rounded once, as in dense MLPs.
+
+    With sparse_matmul=true MaxText's own layer leaves that setting out.
+    """
+    if self.config.activations_in_float32:
+      layer_w0, layer_w1 = layer_w0.astype(jnp.float32), layer_w1.astype(jnp.float32)
+    return super().apply_ffn_activation(layer_w0, layer_w1)
+
   def load_balance_loss(self, top_k_indices: jax.Array, logits: jax.Array, density_prob: Any = None) -> jax.Array:
     """0: MaxText computes it from the positions of one device or token chunk, padding among them. See `balance_loss`."""
     del top_k_indices, logits, density_prob

@@ -102,3 +102,12 @@ def test_shared_width_of_four_experts():
   written = stock_tables.HfModelConfig(plugin.CONFIGS / "models" / "ling2.yml").to_dict()
   assert (written["num_shared_experts"], written["moe_intermediate_size"]) == (4, 512)
   assert written["architectures"] == ["BailingMoeV2_5ForCausalLM"] and "auto_map" not in written
+
+
+@pytest.mark.parametrize(("mtp", "count"), [(1, 343), (0, 322)])
+def test_numbers_of_tensors_of_ling2(mtp, count):
+  """The RFC's, by shapes alone: of MaxText's checkpoint, and 15643 of the Hugging Face folder with MTP."""
+  leaves = list(stacking.leaves(session.make_config(model_name="ling2", mtp_num_layers=mtp, override_model_config=True)))
+  assert len(leaves) == count
+  names = {name for leaf in leaves for block in leaf.members for entry in block for name in entry.names}
+  assert len(names) == {1: 15643, 0: 14857}[mtp]
