@@ -14,6 +14,7 @@ from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.decoder_block import DecoderBlockSeam
+from maxtext_ling2.host.diloco import DilocoCheckpointSeam, DilocoSeam
 from maxtext_ling2.host.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.flops import FlopsSeam
 from maxtext_ling2.host.hf_tables import HfTablesSeam
@@ -52,6 +53,12 @@ def _train_step(step: Any, config: Any) -> Any:
   from maxtext_ling2.training.step import wrap_train_step
 
   return wrap_train_step(step, config)
+
+
+def _diloco_step(step: Any, config: Any) -> Any:
+  from maxtext_ling2.training.diloco import with_equal_biases
+
+  return with_equal_biases(step, config)
 
 
 def _eval_step(step: Any, config: Any) -> Any:
@@ -114,6 +121,7 @@ REGISTRY = Registry(
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
+    DilocoSeam(DECODER_BLOCK, _train_step, _diloco_step),
     CompilerOptionsSeam(DECODER_BLOCK, _compiler_options),
     MmapDocumentsSeam(DECODER_BLOCK, documents.inserts_bos),
     MmapPipelineSeam(DECODER_BLOCK),
@@ -122,6 +130,7 @@ REGISTRY = Registry(
     QuantizationRulesSeam(DECODER_BLOCK),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
+    DilocoCheckpointSeam(DECODER_BLOCK, ("gate", "bias")),
     PretrainedWeightsSeam(DECODER_BLOCK, "routed_bias", ("gate", "bias")),
     MuonSeam(("query_key_value", "output_gate")),
     ResultTokensSeam(),

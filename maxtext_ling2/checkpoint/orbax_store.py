@@ -32,7 +32,8 @@ Array = NDArray[Any]
 ITEM = "items"
 """The name under which MaxText keeps a training state in the folder of a step."""
 
-_NO_WEIGHTS = ("opt_state", "optimizer", "step")  # of a training state: what holds no weights of the model
+_NO_WEIGHTS = ("opt_state", "optimizer", "step", "inner_state", "outer_opt_state")
+"""Of a training state: what holds no weights of the model, or, of DiLoCo, those of each replica."""
 
 _IN_FLIGHT = 4 * BLOCK_BYTES  # handed to TensorStore and not yet on disk
 

@@ -54,10 +54,15 @@ def problems(c: Any) -> Iterator[str]:
     )
   if getattr(c.shard_mode, "value", c.shard_mode) == "explicit":
     yield "shard_mode=explicit: LING2's layers are written for automatic sharding; use shard_mode=auto"
-  if c.enable_diloco:
+  if c.enable_streaming_diloco:
     yield (
-      "enable_diloco=true: MaxText builds DiLoCo's step by another way, in which LING2's z-loss, balancing of experts "
-      "and its metrics have no part; leave it at false, and use data parallelism between slices"
+      "enable_streaming_diloco=true: its fragments are synchronised one after the other, and router biases, which are no "
+      "parameters, are in none of them; set it to false, for plain DiLoCo"
+    )
+  if c.enable_diloco and c.compile_xla_flags:
+    yield (
+      f"compile_xla_flags={c.compile_xla_flags!r}, enable_diloco=true: MaxText compiles DiLoCo's step without them; use "
+      "the variable XLA_FLAGS (LIBTPU_INIT_ARGS on TPUs)"
     )
   context = c.ici_context_parallelism * c.dcn_context_parallelism
   if context not in (0, 1) and c.context_parallel_load_balance:

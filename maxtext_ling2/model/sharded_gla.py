@@ -52,10 +52,10 @@ def sharded_gla(
   operation = functools.partial(gla_over_ranks, axis_name=length) if length else gla
   tokens, ids, states = jax.P(batch, length, heads, None), jax.P(batch, length), jax.P(batch, heads, None, None)
 
-  # Checked, so that what a mesh axis does not cut needs no sum over that axis in the backward pass.
   @functools.partial(
     jax.shard_map,
     mesh=mesh,
+    check_vma=_checked(mesh),
     in_specs=(tokens, tokens, tokens, jax.P(heads), ids, states),
     out_specs=(tokens, states if output_final_state else None),
   )
@@ -88,7 +88,9 @@ def sharded_rotated_norm(
   batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
   wide, narrow = jax.P(batch, length, over_heads), jax.P(batch, length, None)
 
-  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide)
+  @functools.partial(
+    jax.shard_map, mesh=mesh, check_vma=_checked(mesh), in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide
+  )
   def run(x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated_norm(x, scale, cos, sin, **options)
 
@@ -113,7 +115,17 @@ def sharded_gated_norm(
     return gated_norm(x, gate, scale, groups=groups, epsilon=epsilon, backend="chunked")
   wide = jax.P(batch, length, over_heads)
   run = functools.partial(gated_norm, groups=groups // pieces, epsilon=epsilon, backend=backend)
-  return jax.shard_map(run, mesh=mesh, in_specs=(wide, wide, jax.P(over_heads)), out_specs=wide)(x, gate, scale)
+  inputs = (wide, wide, jax.P(over_heads))
+  return jax.shard_map(run, mesh=mesh, check_vma=_checked(mesh), in_specs=inputs, out_specs=wide)(x, gate, scale)
+
+
+def _checked(mesh: jax.sharding.Mesh) -> bool:
+  """Whether `shard_map` checks what varies over which axis: what an axis does not cut needs no sum over it backward then.
+
+  Not with DiLoCo, whose replicas are a `vmap` over an axis of the mesh: what is mapped varies over that axis, and what is
+  not, like the decay, does not, which the check refuses.
+  """
+  return mesh.shape.get("diloco", 1) == 1
 
 
 def _axes_of(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> tuple[_Axes, _Axes, _Axes]:

@@ -73,7 +73,9 @@ def rule_words(changes, way_out):
   field, value = next(iter(changes.items()))
   # Enums and switches are spelled as in a yml.
   shown = (
-    str(value).lower() if field in ("context_parallel_load_balance", "mla_naive_kvcache", "enable_diloco") else str(value)
+    str(value).lower()
+    if field in ("context_parallel_load_balance", "mla_naive_kvcache", "enable_streaming_diloco")
+    else str(value)
   )
   quoted = isinstance(value, str) and field not in ("attention_type", "shard_mode", "attention", "dtype")
   return f"{field}={shown!r}" if quoted else f"{field}={shown}", way_out
