@@ -28,6 +28,7 @@ def flops(module: Module, one: Instruction, table: Table) -> float:
   return _product(one, table)
 
 
+_FLOATS: Final = ("bf16", "f32", "f16")
 _SPLASH: Final = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 """Kernel of MaxText's splash attention -> its products over the width of q and k, and over that of v.
 
@@ -39,20 +40,21 @@ def splash_flops(kernel: str, one: Instruction) -> float | None:
   """Operations of a kernel of splash attention, which states none; None: it is another one.
 
   Calculated: a causal mask, of whose blocks those are computed that hold a pair of tokens. Its first operand has one
-  number for each block, [1, blocks of queries, blocks of keys].
+  number for each block, [1, blocks of queries, blocks of keys]; the first of floats are q, k and v, [B, H, T, width], or
+  [H, T, width] where a device has one row.
   """
   found = re.match(r"splash_mha_([a-z]+)", kernel)
   layouts = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", one.rest)
   if not found or found[1] not in _SPLASH or not layouts:
     return None
-  shapes = [shape for _, shape, _ in arrays(layouts[1])]
-  q, k, v = [shape for shape in shapes if len(shape) == 4][:3]
-  blocks = shapes[0][-2:]
-  rows, columns = q[2] // blocks[0], k[2] // blocks[1]
+  operands = arrays(layouts[1])
+  q, k, v = [shape for dtype, shape, _ in operands if dtype in _FLOATS and len(shape) > 2][:3]
+  blocks = operands[0][1][-2:]
+  rows, columns = q[-2] // blocks[0], k[-2] // blocks[1]
   seen = [min(blocks[1], -(-(block + 1) * rows // columns)) for block in range(blocks[0])]
-  pairs = rows * columns * (sum(seen) if q[2] == k[2] else math.prod(blocks))  # part of the queries: all keys
+  pairs = rows * columns * (sum(seen) if q[-2] == k[-2] else math.prod(blocks))  # part of the queries: all keys
   over_k, over_v = _SPLASH[found[1]]
-  return 2.0 * q[0] * q[1] * pairs * (over_k * q[3] + over_v * v[3])
+  return 2.0 * math.prod(q[:-2]) * pairs * (over_k * q[-1] + over_v * v[-1])
 
 
 def _product(one: Instruction, table: Table) -> float:

@@ -228,6 +228,8 @@ def test_kernels_of_splash_attention(kernel, widths):
     found = read_program(SPLASH.replace("KERNEL", kernel).replace("KEYS", str(keys)))
     assert [one.flops for one in found.operations] == [2 * 2 * 4 * blocks * widths]
     assert found.assumed == ()
+    one_row = read_program(SPLASH.replace("KERNEL", kernel).replace("KEYS", str(keys)).replace("bf16[2,4,", "bf16[4,"))
+    assert [one.flops for one in one_row.operations] == [2 * 4 * blocks * widths]
 
 
 def test_a_kernel_that_states_nothing_is_named():
