@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(three_slots):
     three_slots.step()
 
 
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("biases", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_engine_loads_a_checkpoint(tmp_path, caplog, biases):
   """Through MaxText's `from_pretrained`; MTP's weights are left alone, and so is a lack of router biases."""
   from orbax.checkpoint import v1 as ocp

@@ -131,6 +131,7 @@ def test_the_weights_of_a_training_checkpoint_include_the_biases(other_checkpoin
   assert bias_norms(metrics(folder, "weights")[0]) == before
 
 
+@pytest.mark.slow  # test_kill.py kills runs with `make test`
 def test_killed_during_a_save_the_previous_checkpoint_restores(folder, data):
   settings = data | {"scan_layers": True, "checkpoint_period": 1}
   process = start(folder, arguments(folder, "killed", "killed_1", 1000, **settings))
