@@ -45,4 +45,4 @@ class ReloadFinder(importlib.abc.MetaPathFinder):
       execute(module)
       self.on_reload(module)
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]  # of this loader alone: each spec has its own
+    vars(loader)["exec_module"] = exec_module  # of this loader alone: each spec has its own

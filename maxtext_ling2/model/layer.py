@@ -17,7 +17,7 @@ from maxtext_ling2.model.mla import MultiHeadLatentAttention
 from maxtext_ling2.model.moe import Ling2MoE
 
 ACTIVATIONS = "ling2_"
-"""Stands before the names under which MaxText's layers sow; `training/objective.py` puts the layers in order."""
+"""Prefix of the names under which MaxText's layers sow; `training/objective.py` puts the layers in order."""
 
 
 def activation_statistics(y: jax.Array) -> dict[str, jax.Array]:
