@@ -18,6 +18,7 @@ from maxtext_ling2.host.diloco import DilocoCheckpointSeam, DilocoSeam
 from maxtext_ling2.host.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.flops import FlopsSeam
 from maxtext_ling2.host.hf_tables import HfTablesSeam
+from maxtext_ling2.host.mfu import MfuSeam
 from maxtext_ling2.host.mmap_documents import MmapDocumentsSeam
 from maxtext_ling2.host.mmap_pipeline import MmapPipelineSeam
 from maxtext_ling2.host.model_classes import ModelClassesSeam
@@ -79,6 +80,12 @@ def _tflops(config: Any) -> tuple[float, float, float]:
   return training_tflops_per_device(config)
 
 
+def _peak_flops(device: Any) -> float | None:
+  from maxtext_ling2.plan.chips import peak_flops
+
+  return peak_flops(device)
+
+
 def _shared_expert_width(config: Any) -> int:
   return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
 
@@ -126,6 +133,7 @@ REGISTRY = Registry(
     MmapDocumentsSeam(DECODER_BLOCK, documents.inserts_bos),
     MmapPipelineSeam(DECODER_BLOCK),
     EvalMetricsSeam(("evaluation/moe_z_loss", "evaluation/raw_mtp_loss")),
+    MfuSeam(DECODER_BLOCK, _peak_flops),
     ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
     QuantizationRulesSeam(DECODER_BLOCK),
     WeightVariablesSeam(),

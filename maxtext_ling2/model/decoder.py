@@ -30,6 +30,11 @@ class Ling2Decoder(NNXDecoder):
     """The final norm."""
     return functools.partial(RMSNorm, num_features=num_features, shard_mode=self.config.shard_mode, rngs=rngs)
 
+  def apply_output_head(self, *args: Any, **kwargs: Any) -> Any:
+    """MaxText's logits."""
+    with jax.named_scope("logits"):
+      return super().apply_output_head(*args, **kwargs)
+
   def _init_sequential_layers(self, decoder_block_classes: Any, rngs: nnx.Rngs) -> None:
     del decoder_block_classes
     self._create_layers(range(self.config.num_decoder_layers), rngs)

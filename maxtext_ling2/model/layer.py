@@ -149,25 +149,30 @@ class Ling2DecoderLayer(nnx.Module):
     """
     del attention_metadata
     x = checkpoint_name(self._shard(inputs), "decoder_layer_input")
-    normed = self._shard(self.pre_self_attention_layer_norm(x))
+    with jax.named_scope("norm"):
+      normed = self._shard(self.pre_self_attention_layer_norm(x))
     if self.is_mla:
-      attended, _ = self.self_attention(
-        normed,
-        normed,
-        decoder_positions,
-        decoder_segment_ids=decoder_segment_ids,
-        deterministic=deterministic,
-        model_mode=model_mode,
-        out_sharding=self.out_sharding,
-        previous_chunk=previous_chunk,
-        slot=slot,
-      )
+      with jax.named_scope("mla"):
+        attended, _ = self.self_attention(
+          normed,
+          normed,
+          decoder_positions,
+          decoder_segment_ids=decoder_segment_ids,
+          deterministic=deterministic,
+          model_mode=model_mode,
+          out_sharding=self.out_sharding,
+          previous_chunk=previous_chunk,
+          slot=slot,
+        )
     else:
       index = self.layer_idx if layer_index is None else layer_index
-      attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index, model_mode)
+      with jax.named_scope("gla"):
+        attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index, model_mode)
     x = x + self._shard(attended)
     segment_ids = decoder_segment_ids if model_mode == MODEL_MODE_TRAIN else None  # nothing is counted in decoding
-    y = x + self._shard(self._mlp(self._shard(self.post_self_attention_layer_norm(x)), segment_ids, deterministic))
+    with jax.named_scope("norm"):
+      normed = self._shard(self.post_self_attention_layer_norm(x))
+    y = x + self._shard(self._mlp(normed, segment_ids, deterministic))
     y = self._shard(self.dropout(y, deterministic=deterministic))
     if self.config.record_internal_nn_metrics:
       for name, value in activation_statistics(y).items():
@@ -177,7 +182,8 @@ class Ling2DecoderLayer(nnx.Module):
   def _mlp(self, x: jax.Array, segment_ids: jax.Array | None, deterministic: bool) -> jax.Array:
     shardings = {"intermediate_sharding": self.mlp_sharding, "out_sharding": self.out_sharding}
     if self.is_dense:
-      return self.mlp(x, deterministic=deterministic, **shardings)
+      with jax.named_scope("mlp"):
+        return self.mlp(x, deterministic=deterministic, **shardings)
     y, load_balance_loss = self.moe(x, deterministic, **shardings, segment_ids=segment_ids)
     if load_balance_loss is not None and self.config.load_balance_loss_weight > 0.0:
       self.sow(nnx.Intermediate, "moe_lb_loss", load_balance_loss)

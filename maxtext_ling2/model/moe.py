@@ -79,12 +79,13 @@ class Router(nnx.Module):
   """Scores of all experts for each token: x [B, T, C] -> (biased [B, T, E], unbiased [B, T, E]), float32.
 
   The bias only selects experts; the weights come from the unbiased scores. During a training step the router also has
-  the sums that `training/statistics.py` attaches: `expert_counts` and, with a z-loss, `z_loss`: of the microbatches'
-  means or, where these are weighed, of their sums over tokens.
+  the sums that `training/statistics.py` attaches: `expert_counts`; with a z-loss, `z_loss`: of the microbatches' means
+  or, where these are weighed, of their sums over tokens; with record_internal_nn_metrics, `score_sums`, over tokens.
   """
 
   expert_counts: nnx.Variable[jax.Array]
   z_loss: nnx.Variable[jax.Array]
+  score_sums: nnx.Variable[jax.Array]
 
   def __init__(self, config: Any, rngs: nnx.Rngs):
     self.has_z_loss = config.moe_z_loss_weight > 0.0
@@ -109,11 +110,12 @@ class Router(nnx.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (scores + bias, scores)."""
     routing = _ROUTING.get()
-    logits = self.logits(x)
-    if self.has_z_loss:
-      self._keep_z_loss(logits, routing.real if routing else None)
-    scores = jax.nn.sigmoid(logits)
-    biased = scores if self.bias is None else scores + self.bias[...].astype(jnp.float32)
+    with jax.named_scope("router"):
+      logits = self.logits(x)
+      if self.has_z_loss:
+        self._keep_z_loss(logits, routing.real if routing else None)
+      scores = jax.nn.sigmoid(logits)
+      biased = scores if self.bias is None else scores + self.bias[...].astype(jnp.float32)
     if routing:
       routing.scores = biased, scores
     return biased, scores
@@ -214,6 +216,19 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
 
     return jax.lax.cond(jnp.all(real), lambda _: none, count, None)
 
+  def score_sums(self, routing: Routing) -> jax.Array:
+    """Sums over real tokens of a token's mean score of its chosen experts and deviation over all, [2] float32.
+
+    Of unbiased scores, before they are normalised and scaled to weights; experts are chosen once more for it.
+    """
+    assert routing.scores is not None
+    biased, scores = map(jax.lax.stop_gradient, routing.scores)
+    chosen, _ = self.deepseek_routing(biased, scores)
+    of_tokens = jnp.stack([jnp.mean(chosen, axis=-1), jnp.std(scores, axis=-1)])  # [2, B, T]
+    if routing.real is not None:
+      of_tokens = jnp.where(routing.real, of_tokens, 0.0)
+    return jnp.sum(of_tokens, axis=(1, 2))
+
   def deepseek_scale_weights(self, weights: jax.Array) -> jax.Array:
     """Normalises the chosen scores to sum 1 and scales them; a single expert keeps its raw score (Hugging Face code)."""
     if self.num_experts_per_tok == 1:
@@ -261,15 +276,20 @@ class Ling2MoE(nnx.Module):
   ) -> tuple[jax.Array, jax.Array | None]:
     """Applies the experts; the shared ones are neither scaled nor gated. `segment_ids` [B, T] are 0 at padding."""
     routed, router = self.MoeBlock_0, self.MoeBlock_0.gate
-    with matmul_precision(self.config), _routing(None if segment_ids is None else segment_ids != 0) as routing:
+    real = None if segment_ids is None else segment_ids != 0
+    with matmul_precision(self.config), jax.named_scope("experts"), _routing(real) as routing:
       y, load_balance_loss, counts = routed(x, out_sharding=out_sharding)
-    if counts is not None:
-      router.count(counts)
-      router.count(-routed.padding_counts(routing))
-    if load_balance_loss is not None:
-      load_balance_loss = routed.balance_loss(routing)
+    with jax.named_scope("router"):
+      if counts is not None:
+        router.count(counts)
+        router.count(-routed.padding_counts(routing))
+        if hasattr(router, "score_sums"):
+          router.score_sums[...] += routed.score_sums(routing)
+      if load_balance_loss is not None:
+        load_balance_loss = routed.balance_loss(routing)
     if self.shared_experts is not None:
-      y = y + self.shared_experts(
-        x, deterministic=deterministic, intermediate_sharding=intermediate_sharding, out_sharding=out_sharding
-      )
+      with jax.named_scope("shared_experts"):
+        y = y + self.shared_experts(
+          x, deterministic=deterministic, intermediate_sharding=intermediate_sharding, out_sharding=out_sharding
+        )
     return y, load_balance_loss

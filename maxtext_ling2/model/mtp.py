@@ -56,32 +56,35 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       {}; the losses are variables of this module: per depth the mean over its scored tokens, which MaxText then averages.
     """
     del main_token_embeddings
-    hidden = self.decoder.decoder_norm(main_hidden_state)
-    ids = input_ids
-    targets = jnp.ones_like(input_ids) if target_ids is None else target_ids
-    scored = jnp.ones_like(input_ids) if target_mask is None else (jnp.asarray(target_mask) != 0).astype(jnp.int32)
-    masks = scored_tokens(scored, input_ids, decoder_segment_ids, self.config)
-    sums, predictions = [], []
-    for depth in range(1, self.config.mtp_num_layers + 1):
-      ids, targets = (stock.roll_and_mask_by_segment(x, decoder_segment_ids) for x in (ids, targets))
-      embedded = self.decoder._apply_embedding(shared_embedding, ids, position_ids, deterministic, model_mode=model_mode)
-      layer = getattr(self, f"mtp_layer_{depth}")
-      output = layer(
-        prev_hidden_state=hidden,
-        target_token_embedding=embedded,
-        position_ids=position_ids,
-        decoder_segment_ids=decoder_segment_ids,
-        deterministic=deterministic,
-        model_mode=model_mode,
-      )
-      hidden = layer.final_norm(output)
-      logits = self._logits(shared_embedding, hidden, deterministic, model_mode)
-      losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-      sums.append(jnp.sum(losses * masks[depth - 1]))
-      predictions.append(jnp.argmax(logits, axis=-1))
-    if model_mode == MODEL_MODE_TRAIN:
-      self._publish_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))
-    self._publish_predictions(predictions, masks)
+    with jax.named_scope("mtp"):
+      hidden = self.decoder.decoder_norm(main_hidden_state)
+      ids = input_ids
+      targets = jnp.ones_like(input_ids) if target_ids is None else target_ids
+      scored = jnp.ones_like(input_ids) if target_mask is None else (jnp.asarray(target_mask) != 0).astype(jnp.int32)
+      masks = scored_tokens(scored, input_ids, decoder_segment_ids, self.config)
+      sums, predictions = [], []
+      for depth in range(1, self.config.mtp_num_layers + 1):
+        ids, targets = (stock.roll_and_mask_by_segment(x, decoder_segment_ids) for x in (ids, targets))
+        embedded = self.decoder._apply_embedding(
+          shared_embedding, ids, position_ids, deterministic, model_mode=model_mode
+        )
+        layer = getattr(self, f"mtp_layer_{depth}")
+        output = layer(
+          prev_hidden_state=hidden,
+          target_token_embedding=embedded,
+          position_ids=position_ids,
+          decoder_segment_ids=decoder_segment_ids,
+          deterministic=deterministic,
+          model_mode=model_mode,
+        )
+        hidden = layer.final_norm(output)
+        logits = self._logits(shared_embedding, hidden, deterministic, model_mode)
+        losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+        sums.append(jnp.sum(losses * masks[depth - 1]))
+        predictions.append(jnp.argmax(logits, axis=-1))
+      if model_mode == MODEL_MODE_TRAIN:
+        self._publish_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))
+      self._publish_predictions(predictions, masks)
     return {}
 
   def _logits(self, shared_embedding: Any, hidden: jax.Array, deterministic: bool, model_mode: str) -> jax.Array:

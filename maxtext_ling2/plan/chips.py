@@ -8,8 +8,10 @@ and 90 as reached. For tpu7x they name both directions, 1200 GB/s per chip.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.ops.devices import kind_of
 
 
 class TopologyError(Ling2Error, ValueError):
@@ -77,6 +79,16 @@ def chip_of(topology: str) -> Chip:
       f"--topology {topology}: not a TPU generation known here; use MaxText's names, GENERATION-SIZE with one of "
       f"{', '.join(CHIPS)}, such as v6e-64"
     ) from None
+
+
+# `device_kind` -> generation.
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def peak_flops(device: Any) -> float | None:
+  """A JAX device's bfloat16 operations per second at peak; None where it is no TPU generation above."""
+  name = _KINDS.get(kind_of(device))
+  return CHIPS[name].flops if name else None
 
 
 def edge_links(grid: Sequence[int], wrap: Sequence[bool]) -> int:

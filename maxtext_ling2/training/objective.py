@@ -140,15 +140,15 @@ def _mtp_over_all_tokens(aux: dict[str, Any], total: Totals, config: Any) -> Any
 
 
 @contextlib.contextmanager
-def installed(step: Callable[..., Any], wrapper: Callable[[LossFn], LossFn]) -> Iterator[None]:
-  """Lets a step function of MaxText find `wrapper(loss_fn)` in place of `loss_fn` while it is traced.
+def installed(step: Callable[..., Any], name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
+  """Lets a step function of MaxText find `wrapper(function)` in place of the function `name` while it is traced.
 
   Its globals are those of whichever module holds it, also when that module runs as `__main__`.
   """
   names = step.__globals__
-  original = names["loss_fn"]
-  names["loss_fn"] = wrapper(original)
+  original = names[name]
+  names[name] = wrapper(original)
   try:
     yield
   finally:
-    names["loss_fn"] = original
+    names[name] = original
