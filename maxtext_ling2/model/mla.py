@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from maxtext.common.common_types import MODEL_MODE_TRAIN, AttentionType
 from maxtext.layers import attention_mla, quantizations
@@ -12,12 +14,17 @@ from maxtext_ling2.model.rope import rotary_embedding
 # The norms of the q and kv latents keep this whatever the model's epsilon is (the Hugging Face code's class default).
 LATENT_EPSILON = 1e-6
 
+LARGEST_LOGIT = "largest_logit"
+"""Attribute in which a layer keeps the largest logits of its heads, where `training/qk_clip.py` has put a variable."""
+
 
 class MultiHeadLatentAttention(attention_mla.MLA):
   """MaxText's MLA for LING2: no qk-norm, no gate, RoPE on all of qk_rope_head_dim.
 
   `mla_interleaved_rope` says how the checkpoint stores rotary pairs. Called as MaxText's MLA.
   """
+
+  largest_logit: nnx.Variable[jax.Array]
 
   def __init__(self, config: Any, mesh: Any, model_mode: str, quant: Any, inputs_shape: tuple[int, ...], rngs: nnx.Rngs):
     if model_mode != MODEL_MODE_TRAIN:
@@ -59,6 +66,14 @@ class MultiHeadLatentAttention(attention_mla.MLA):
     self.kv_norm.epsilon = LATENT_EPSILON
     if self.q_lora_rank:
       self.q_norm.epsilon = LATENT_EPSILON
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """As MaxText's."""
+    result = super().__call__(*args, **kwargs)
+    if hasattr(self, LARGEST_LOGIT):
+      logits = jax.lax.stop_gradient(self.attention_op.max_logits.get_value())  # [B, H]
+      self.largest_logit[...] = jnp.maximum(self.largest_logit[...], jnp.max(logits, axis=0))
+    return result
 
   def init_rotary_embedding(self) -> nnx.Module:
     """The rotary embedding of the rope part of q and k, [B, T, H, qk_rope_head_dim]."""

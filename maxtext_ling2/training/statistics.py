@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext_ling2.model.moe import Router
+from maxtext_ling2.training import qk_clip
 
 COUNTS = "expert_counts"
 Z_LOSS = "z_loss"
+SCORES = "score_sums"
 Path = tuple[Any, ...]
 
 
@@ -33,15 +35,18 @@ class RouterStatistics:
     path: of the router in the train state.
     counts: tokens sent to each expert by the whole global batch, [..., E] int32.
     z_loss: the router's sum of its raw z-loss, see `model/moe.Router`, [...] float32; None at weight 0.
+    scores: sums over tokens of `model/moe.RoutedMoE.score_sums`, [..., 2] float32; None without
+      record_internal_nn_metrics.
   """
 
   path: Path
   counts: jax.Array
   z_loss: jax.Array | None
+  scores: jax.Array | None
 
 
 def attach(graph: Any, state: Any, config: Any) -> tuple[Any, Any]:
-  """Gives every router of a train state its sums, at zero.
+  """Gives every router of a train state its sums, at zero, and with QK-clip every MLA layer its maxima.
 
   Args:
     graph: graph definition of MaxText's train state.
@@ -52,12 +57,16 @@ def attach(graph: Any, state: Any, config: Any) -> tuple[Any, Any]:
     (graph definition, state) of the same train state with the sums.
   """
   train_state = nnx.merge(graph, state)
+  if config.use_qk_clip:
+    qk_clip.attach(train_state.model, config)
   for _, node in nnx.iter_graph(train_state.model):
     if isinstance(node, Router):
       stack = _stack(node.kernel.get_value().shape, config.param_scan_axis)
       setattr(node, COUNTS, RouterStatistic(jnp.zeros((*stack, config.num_experts), jnp.int32)))
       if config.moe_z_loss_weight > 0.0:
         setattr(node, Z_LOSS, RouterStatistic(jnp.zeros(stack, jnp.float32)))
+      if config.record_internal_nn_metrics:
+        setattr(node, SCORES, RouterStatistic(jnp.zeros((*stack, 2), jnp.float32)))
   return nnx.split(train_state)
 
 
@@ -65,8 +74,11 @@ def detach(state: Any) -> tuple[Any, list[RouterStatistics]]:
   """Takes the sums off a train state that a step returned."""
   flat = dict(nnx.to_flat_state(state))
   sums = {path: flat.pop(path).get_value() for path in list(flat) if isinstance(flat[path], RouterStatistic)}
-  routers = [path[:-1] for path in sums if path[-1] == COUNTS]
-  found = [RouterStatistics(path, sums[(*path, COUNTS)], sums.get((*path, Z_LOSS))) for path in sorted(routers, key=str)]
+  routers = sorted((path[:-1] for path in sums if path[-1] == COUNTS), key=str)
+  found = [
+    RouterStatistics(path, sums[(*path, COUNTS)], sums.get((*path, Z_LOSS)), sums.get((*path, SCORES)))
+    for path in routers
+  ]
   return nnx.from_flat_state(list(flat.items())), found
 
 

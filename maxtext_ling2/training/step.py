@@ -1,5 +1,6 @@
 """MaxText's train and eval step for LING2: the same step functions, with router statistics around and z-loss inside."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -9,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.model.moe import weighs_microbatches
 from maxtext_ling2.model.precision import matmul_precision
-from maxtext_ling2.training import objective, statistics
-from maxtext_ling2.training.balancing import bias_axis, load_metrics, updated_bias
+from maxtext_ling2.training import metrics as step_metrics
+from maxtext_ling2.training import objective, qk_clip, statistics
+from maxtext_ling2.training.balancing import bias_axis, updated_bias
 from maxtext_ling2.training.statistics import RouterStatistics
 
 Step = Callable[..., Any]
@@ -29,20 +30,29 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     graph, state = statistics.attach(model, state, config)
     accumulates = config.gradient_accumulation_steps > 1
     total = objective.totals(data, config) if accumulates else None
-    installed = objective.installed(train_step, lambda f: objective.with_router_losses(f, config, total, {}))
-    with installed, matmul_precision(config):  # the experts' gradients are traced here, outside of their layer
+    losses = objective.installed(train_step, "loss_fn", lambda f: objective.with_router_losses(f, config, total, {}))
+    with (
+      losses,
+      _diagnostics(train_step, config),
+      objective.installed(train_step, "qk_clip_utils", lambda _: qk_clip.NOT_MAXTEXTS),
+      matmul_precision(config),  # gradients of experts are traced here, outside of their layer
+    ):
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
     state, sums = statistics.detach(state)
-    routers = [_with_mean_z_loss(router, total, config) for router in sums]
+    routers = [_with_means(router, total, data, config) for router in sums]
     scalars = metrics["scalar"]
+    skipped = scalars.get("optim/step_skipped")
+    if config.use_qk_clip:
+      state, scalars["learning/max_logits"] = qk_clip.clip(state, config, skipped)
     before = state
-    state = _balance(state, routers, config, skipped=scalars.get("optim/step_skipped"))
+    state = _balance(state, routers, config, skipped)
     if config.log_step_diagnostics:
       scalars.update(_bias_diagnostics(before, state, routers))
     scalars.update(_router_metrics(state, routers, config))
     if config.mtp_num_layers and config.mtp_loss_scaling_factor:  # Megatron logs it before its weight
       scalars["learning/raw_mtp_loss"] = scalars["learning/mtp_loss"] / config.mtp_loss_scaling_factor
     _separate_z_loss(scalars, routers, config)
+    scalars.update(step_metrics.not_finite(scalars))
     return state, metrics
 
   return ling2_train_step
@@ -54,7 +64,7 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
   @functools.wraps(eval_step)
   def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
     seen: dict[str, jax.Array] = {}
-    installed = objective.installed(eval_step, lambda f: objective.with_router_losses(f, config, None, seen))
+    installed = objective.installed(eval_step, "loss_fn", lambda f: objective.with_router_losses(f, config, None, seen))
     with installed, matmul_precision(config):
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
     metrics["scalar"].update({f"evaluation/{name}": value for name, value in seen.items()})
@@ -63,8 +73,18 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
   return ling2_eval_step
 
 
-def _with_mean_z_loss(router: RouterStatistics, total: objective.Totals | None, config: Any) -> RouterStatistics:
-  """The statistics with the z-loss of the batch in place of the sum over microbatches."""
+def _diagnostics(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:
+  """Lets MaxText's diagnostics, where they are asked for, count the zeros of the gradient, too."""
+  if not config.log_step_diagnostics:
+    return contextlib.nullcontext()
+  return objective.installed(train_step, "step_diagnostics", step_metrics.with_zeros)
+
+
+def _with_means(router: RouterStatistics, total: objective.Totals | None, data: Any, config: Any) -> RouterStatistics:
+  """The statistics with means over the batch in place of sums over microbatches and tokens."""
+  if router.scores is not None:
+    tokens = (total or objective.totals(data, config)).real
+    router = dataclasses.replace(router, scores=router.scores / jnp.maximum(tokens, 1))
   if router.z_loss is None:
     return router
   if total is not None and weighs_microbatches(config):
@@ -106,24 +126,18 @@ def _bias_diagnostics(before: Any, after: Any, routers: list[RouterStatistics]) 
 
 
 def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) -> dict[str, jax.Array]:
-  """Bias norm, load and z-loss of every router, and the mean z-loss, under `learning/`."""
+  """The metrics of every router, with its bias after the step."""
   flat = dict(nnx.to_flat_state(state))
-  metrics: dict[str, jax.Array] = {}
-  for router in routers:
-    values = load_metrics(router.counts)
-    if config.routed_bias:
-      bias = flat[(*router.path, "bias")].get_value().astype(jnp.float32)
-      axis = bias_axis(config, router.counts.ndim - 1)
-      values["bias_norm"] = jnp.linalg.norm(jnp.moveaxis(bias, axis, -1), axis=-1)
-    if router.z_loss is not None:
-      values["z_loss"] = router.z_loss
-    names = layer_names(router.path, config)
-    for kind, value in values.items():
-      metrics |= {f"learning/moe/{kind}/{name}": v for name, v in zip(names, jnp.ravel(value), strict=True)}
-  z_losses = [jnp.ravel(router.z_loss) for router in routers if router.z_loss is not None]
-  if z_losses:
-    metrics["learning/moe_z_loss"] = jnp.mean(jnp.concatenate(z_losses))
-  return metrics
+  biases: list[jax.Array | None] = [None] * len(routers)
+  if config.routed_bias:
+    biases = [_bias(flat, router, config) for router in routers]
+  return step_metrics.of_routers(routers, biases, config)
+
+
+def _bias(flat: Any, router: RouterStatistics, config: Any) -> jax.Array:
+  """A router's bias [..., E]."""
+  axis = bias_axis(config, router.counts.ndim - 1)
+  return jnp.moveaxis(flat[(*router.path, "bias")].get_value(), axis, -1)
 
 
 def _separate_z_loss(scalars: dict[str, Any], routers: list[RouterStatistics], config: Any) -> None:
