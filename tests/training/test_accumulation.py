@@ -171,3 +171,40 @@ def test_logits_in_pieces_change_nothing():
   for name in LOSSES:  # not z_loss: MaxText reports the sum of the microbatches' means
     assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
   assert_same(ours, expected_gradient)
+
+
+# The acceptance test of the RFC on accumulation: so many scored tokens in each of four microbatches of one row.
+SCORED = (50, 20, 35, 15)
+FOUR = SMALL | {"base_num_decoder_layers": 2, "inhomogeneous_layer_cycle_interval": 2, "mtp_num_layers": 0}
+FOUR |= {"max_target_length": 64, "load_balance_loss_weight": 1.0}
+
+
+@functools.cache
+def four_rows(steps, per_token):
+  """(metrics, gradient) of the same four rows in so many microbatches."""
+  run = Run(
+    per_device_batch_size=4 // steps, gradient_accumulation_steps=steps, calculate_per_token_loss=per_token, **FOUR
+  )
+  data = batch(run.config, packed=False)
+  for row, tokens in enumerate(SCORED):
+    for name in ("inputs_segmentation", "targets_segmentation"):
+      data[name][row, tokens:] = 0
+  return gradient(run, data)
+
+
+def test_four_unequal_microbatches_equal_one_undivided_batch():
+  (metrics, ours), (expected, expected_gradient) = four_rows(4, True), four_rows(1, True)
+  assert metrics["learning/total_weights"] == expected["learning/total_weights"] == sum(SCORED)
+  for name in LOSSES:
+    assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+  assert expected["learning/moe_lb_loss"] > 0.1
+  assert_same(ours, expected_gradient)
+
+
+@pytest.mark.slow
+def test_the_two_modes_differ_for_unequal_microbatches():
+  (whole, whole_gradient), (means, means_gradient) = four_rows(4, True), four_rows(4, False)
+  assert abs(whole["learning/loss"] - means["learning/loss"]) > 1e-3
+  assert means["learning/moe_lb_loss"] == pytest.approx(whole["learning/moe_lb_loss"], rel=1e-5)
+  name = ("token_embedder", "embedding")
+  assert np.abs(whole_gradient[name] - means_gradient[name]).max() > 1e-3
