@@ -96,12 +96,14 @@ class Run:
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
     from maxtext.common import train_state_nnx
+    from maxtext.layers import quantizations
     from maxtext.trainers.pre_train import train
     from maxtext.utils import maxtext_utils, sharding, train_utils
 
     self.config = config(**settings)
     network, self.mesh = model(self.config, values)
     with session.model_context(self.config, self.mesh):
+      network = quantizations.maybe_quantize_model(network, self.config)  # as MaxText does when it creates a model
       _, optimizer = train_utils.create_training_optimizer(self.config, network, mesh=self.mesh)
       state = train_state_nnx.TrainStateNNX(network, nnx.Optimizer(network, optimizer, wrt=nnx.Param))
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())

@@ -21,6 +21,10 @@ OFF = {
   "logits_via_embedding": False,
   "attention_sink": False,
   "mlp_bias": False,
+  "prefuse_moe_weights": False,  # checkpoints keep gate and up apart
+  "padded_base_moe_mlp_dim": None,
+  "weight_block_size": None,  # of the scales of fp8 weights, as the next one
+  "unquantized_modules": [],
   "use_untrainable_positional_embedding": False,
   "trainable_position_size": -1,
   # Which MaxText's other decoders read.
@@ -33,6 +37,7 @@ OFF = {
   "chunk_attn_window_size": 0,
   "moba": False,
   "temperature_tuning": False,
+  "causal_block_size": 32,
   "use_post_attn_norm": False,
   "use_post_ffw_norm": False,
   "mlp_activations_limit": -1.0,  # clips routed experts, never dense and shared ones
@@ -79,6 +84,16 @@ def problems(c: Any) -> Iterator[str]:
         "this axis with sparse_matmul=true (the loss is off by 3e-4 to 7e-4); set sparse_matmul=false, or use tensor, "
         "fsdp, expert or context parallelism"
       )
+  if c.adamw_mask and c.opt_type == "muon":
+    yield (
+      f"adamw_mask={c.adamw_mask}: MaxText 0.2.5 does not hand it to muon, so that norms would decay; leave it empty and "
+      "set adam_weight_decay=0.0, or use opt_type=adamw"
+    )
+  if c.scan_layers and c.param_scan_axis not in (0, 1):
+    yield (
+      f"param_scan_axis={c.param_scan_axis}: the scales of norms have one axis, so layers are stacked before or behind "
+      "it; use 0 or 1"
+    )
   if c.attention in _EXTERNAL_CACHES:
     yield (
       f"attention={c.attention}: LING2's layers keep caches of their own, not vLLM's pages, so MaxText's vLLM adapter "

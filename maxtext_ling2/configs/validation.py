@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from maxtext_ling2.configs import documents, numbers, tiles, unsupported
+from maxtext_ling2.configs import documents, numbers, tiles, unsupported, without_effect
 from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
 from maxtext_ling2.configs.unsupported import rope_type
 
@@ -212,6 +212,12 @@ def _dtypes(c: Any) -> Iterator[str]:
   dtype = str(getattr(c.dtype, "value", c.dtype))
   if dtype not in DTYPES:
     yield f"dtype={dtype}: linear attention computes in {' and '.join(DTYPES)}; use one of them"
+  weights = str(getattr(c.weight_dtype, "value", c.weight_dtype))
+  if weights.startswith("float8"):
+    yield (
+      f"weight_dtype={weights}: only vLLM's adapter reads the scales of such weights, and it cannot run LING2; use "
+      "bfloat16 or float32, with quantization=fp8_full and use_qwix_quantization=true for products in fp8"
+    )
   if c.routed_bias_dtype not in BIAS_DTYPES:
     yield (
       f"routed_bias_dtype={c.routed_bias_dtype!r}: not a dtype for a router bias; use one of "
@@ -240,6 +246,7 @@ _RULES = (
   documents.problems,
   tiles.problems,
   unsupported.problems,
+  without_effect.problems,
 )
 
 LING2_ONLY = (

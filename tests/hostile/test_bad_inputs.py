@@ -77,7 +77,7 @@ def rule_words(changes, way_out):
     if field in ("context_parallel_load_balance", "mla_naive_kvcache", "enable_streaming_diloco")
     else str(value)
   )
-  quoted = isinstance(value, str) and field not in ("attention_type", "shard_mode", "attention", "dtype")
+  quoted = isinstance(value, str) and field not in ("attention_type", "shard_mode", "attention", "dtype", "weight_dtype")
   return f"{field}={shown!r}" if quoted else f"{field}={shown}", way_out
 
 

@@ -75,6 +75,12 @@ SLOW = {
   ("fsdp 2, expert 4", "unrolled", 1): RING | TILES | {"defer_small_all_reduces": True},
 }
 
+SWITCHES = {
+  "moe_chunk_barrier": {"num_moe_token_chunks": 2, "moe_chunk_barrier": True},
+  "moe_log_max_load_ratio": {"moe_log_max_load_ratio": True},
+  "log_required_ragged_buffer_factor": {"log_required_ragged_buffer_factor": True},
+}
+
 
 def runs(folder, devices, cases):
   """{key: arrays} for {key: case}."""
@@ -100,6 +106,12 @@ def meshes(tmp_path_factory):
 def other_meshes(tmp_path_factory):
   cases = {key: case(*key, **settings) for key, settings in SLOW.items()}
   return runs(tmp_path_factory.mktemp("other_meshes"), DEVICES, cases)
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory):
+  cases = {name: case("expert 8", "unrolled", **EIGHT | settings) for name, settings in SWITCHES.items()}
+  return runs(tmp_path_factory.mktemp("switched"), DEVICES, cases)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +187,15 @@ def test_equal_to_one_device(meshes, one_device, key, routing):
 @pytest.mark.parametrize("key", SLOW, ids=str)
 def test_other_meshes_equal_one_device(other_meshes, one_device, key, routing):
   assert_equal(other_meshes[key], one_device[key[1:]], routing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_of_the_ring_change_nothing(switched, one_device, switch, routing):
+  """Beside metrics of their own."""
+  expected = one_device["unrolled", 1]
+  assert_equal({name: value for name, value in switched[switch].items() if name in expected}, expected, routing)
 
 
 @pytest.mark.slow
