@@ -49,9 +49,11 @@ class MfuSeam(Seam):
 
   def _record(self, original: Callable[..., Any], logger: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(logger, *args, **kwargs)
-    scalars = bound(original, (logger, *args), kwargs).arguments["metrics"]["scalar"]
     peak = self._peak(logger.config)
-    if peak is not None and _RATE in scalars:  # MaxText has none while the batch is ramped up
+    if peak is None:
+      return result
+    scalars = bound(original, (logger, *args), kwargs).arguments["metrics"]["scalar"]
+    if _RATE in scalars:  # MaxText has none while the batch is ramped up
       scalars[_SHARE] = scalars[_RATE] * 1e12 / peak
     return result
 

@@ -199,7 +199,7 @@ STYLES = ("by keyword", "one inserted", "one appended")
 CONFIG = types.SimpleNamespace(decoder_block="llama2", load_parameters_path="")
 GIVEN = {
   "config": CONFIG, "metrics": {}, "raw_keys": {}, "argv": ["", "base.yml"], "weight_arrays": {},
-  "self": types.SimpleNamespace(),
+  "self": types.SimpleNamespace(config=CONFIG),
 }  # fmt: skip
 """Arguments that a wrapper looks at; any other is just its name."""
 

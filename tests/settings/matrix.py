@@ -140,7 +140,7 @@ ROWS = [
     "training/test_ring_of_experts.py",
     *("use_ring_of_experts", "defer_small_all_reduces", "num_moe_token_chunks", "moe_chunk_barrier", "use_ragged_sort"),
     *("moe_topk_before_ep_all_gather", "moe_dropless_fallback", "ragged_buffer_factor", "moe_log_max_load_ratio"),
-    "log_required_ragged_buffer_factor",
+    *("log_required_ragged_buffer_factor", "use_random_routing"),
   ),
   *elsewhere("training/test_padding.py", "moe_use_megatron_seq_aux_loss"),
   *elsewhere("model/test_quantization.py", "quantization", "use_qwix_quantization"),

@@ -102,17 +102,25 @@ def tensorboard(file):
 
 
 def checkpoint(folder, name, step):
-  """All arrays of a checkpoint by path; random keys as integers."""
+  """All arrays of a checkpoint by path, from whatever devices they were on; random keys as integers."""
   import jax
   import orbax.checkpoint as ocp
 
-  tree = ocp.PyTreeCheckpointer().restore((folder / name / "checkpoints" / str(step) / "items").resolve())
+  reader, items = ocp.PyTreeCheckpointer(), (folder / name / "checkpoints" / str(step) / "items").resolve()
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(items).item_metadata.tree)
+  tree = reader.restore(items, restore_args=as_numpy)
 
   def plain(leaf):
     is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
   return {jax.tree_util.keystr(path): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def weights(run_folder, step):
+  """Parameters and biases of a checkpoint by path."""
+  stored = checkpoint(run_folder.parent, run_folder.name, step)
+  return {path: value for path, value in stored.items() if path.startswith("['params']")}
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ import os
 import shutil
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from stock_runs import arguments, write_documents
+from stock_runs import arguments, weights, write_documents
 from stock_runs import run as train
 
 from maxtext_ling2.model.moe import Router
@@ -111,6 +109,7 @@ def other_meshes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def switched(tmp_path_factory):
   cases = {name: case("expert 8", "unrolled", **EIGHT | settings) for name, settings in SWITCHES.items()}
+  cases["use_random_routing"] = case("expert 8", "unrolled", **RING | TILES, use_random_routing=True)
   return runs(tmp_path_factory.mktemp("switched"), DEVICES, cases)
 
 
@@ -199,6 +198,17 @@ def test_switches_of_the_ring_change_nothing(switched, one_device, switch, routi
 
 
 @pytest.mark.slow
+def test_random_routing_spreads_tokens_evenly(switched):
+  """For whatever biases. Padding is counted, as a random choice cannot be had a second time to take it off."""
+  positions = ROWS * LENGTH * TOP_K
+  for routing in ROUTINGS:
+    found = counts(switched["use_random_routing"], routing)
+    np.testing.assert_array_equal(found.sum(axis=1), positions)
+    mean = positions / EXPERTS
+    assert np.abs(found - mean).max() < 5 * np.sqrt(mean)  # 5 deviations of a binomial count
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_bfloat16_errs_as_much_as_on_one_device(bfloat16, one_device, routing):
   """Gradients against those in float32.
@@ -228,17 +238,6 @@ def test_a_checkpoint_goes_on_on_another_mesh(moved_checkpoints, target):
   assert sum(path.endswith("['gate']['bias']") for path in stored) == ROUTERS["unrolled"]
   for path, value in stored.items():
     np.testing.assert_array_equal(there[path], value, err_msg=path)
-
-
-def weights(run_folder, step):
-  """Parameters and biases of a checkpoint by path, from whatever devices they were on."""
-  reader = ocp.PyTreeCheckpointer()
-  path = (run_folder / "checkpoints" / str(step) / "items").resolve()
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
-  tree = reader.restore(path, restore_args=as_numpy)
-  return {
-    jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree["params"])
-  }
 
 
 @pytest.mark.parametrize("key", FAST, ids=str)
