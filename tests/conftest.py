@@ -1,5 +1,5 @@
 """Environment of all tests: the CPU, no cloud clients, compiled programs kept between runs. `make test` may differ.
-After a run, counts of the cases of drift and hostile by kind.
+After a run, counts of the cases of drift, hostile and matrix by kind.
 """
 
 import os
@@ -44,6 +44,8 @@ KINDS = {
 def _kind(nodeid):
   file, _, test = nodeid.partition("::")
   name, case = Path(file).stem, test.partition("[")[2]
+  if name in ("test_matrix", "test_trainer_switches"):
+    return test.partition("[")[0].removeprefix("test_").replace("_", " ")
   if name == "test_bad_inputs" and case:
     return f"bad input: {case.partition(': ')[0]}"
   if test.startswith("test_changed_at_run_time["):
@@ -55,7 +57,7 @@ def pytest_terminal_summary(terminalreporter):
   """Looks at reports alone: all that there is of a test in the process that prints when xdist's workers run it."""
   outcomes = ("passed", "failed", "error")
   reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, ())]
-  for mark in ("drift", "hostile"):
+  for mark in ("drift", "hostile", "matrix"):
     kinds = Counter(map(_kind, {report.nodeid for report in reports if mark in getattr(report, "keywords", ())}))
     if kinds:
       counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())

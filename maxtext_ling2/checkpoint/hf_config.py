@@ -250,7 +250,6 @@ _FIELDS_OF_ONE_VALUE: dict[str, tuple[Any, ...]] = {
   "rope_min_timescale": (1,),
   "mlp_activations": (["silu", "linear"],),
   "logits_via_embedding": (False,),
-  "prefuse_moe_weights": (False,),
 }
 """MaxText's fields that change what LING2 computes or holds, and no key of config.json: the values it can stand for."""
 
@@ -278,12 +277,4 @@ def _not_in_config_json(c: Any) -> Iterator[str]:
       f"capacity_factor={c.capacity_factor}: no key of config.json says it, so the export would compute something else; "
       "export with capacity_factor=-1 if you want that"
     )
-  if getattr(c, "padded_base_moe_mlp_dim", None) not in (None, width):
-    yield (
-      f"padded_base_moe_mlp_dim={c.padded_base_moe_mlp_dim}: experts are stored wider than base_moe_mlp_dim={width}, the "
-      "width in config.json; restore and save the checkpoint without it first"
-    )
-  weights = str(getattr(getattr(c, "weight_dtype", "float32"), "value", getattr(c, "weight_dtype", "float32")))
-  if "float8" in weights:
-    yield f"weight_dtype={weights}: weights with scales of their own, which config.json has no key for; use bfloat16"
   yield from hf_rope.not_in_config_json(c)

@@ -84,6 +84,11 @@ def problems(c: Any) -> Iterator[str]:
         "this axis with sparse_matmul=true (the loss is off by 3e-4 to 7e-4); set sparse_matmul=false, or use tensor, "
         "fsdp, expert or context parallelism"
       )
+  if c.use_qk_clip and c.attention != "dot_product" and not c.use_tokamax_splash:
+    yield (
+      f"use_qk_clip=true, attention={c.attention}: of MaxText's attentions only dot_product and, on TPUs, tokamax's "
+      "splash attention tell the largest logit; set use_tokamax_splash=true, or attention=dot_product"
+    )
   if c.adamw_mask and c.opt_type == "muon":
     yield (
       f"adamw_mask={c.adamw_mask}: MaxText 0.2.5 does not hand it to muon, so that norms would decay; leave it empty and "

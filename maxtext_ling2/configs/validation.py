@@ -47,6 +47,8 @@ def validate(config: Any) -> None:
     raise ValueError("\n".join(problems))
   if is_ling2(config):
     _warn_of_lost_softmax_factor(config)
+    for text in without_effect.warnings(config):
+      _warn_once(text)
 
 
 def _warn_of_lost_softmax_factor(c: Any) -> None:

@@ -1,7 +1,7 @@
 """Settings of MaxText that no LING2 run reads: refused where they are not at their default, so that none is set in vain.
 
 The list comes from observation: `scripts/settings_table` notes what is read while tiny LING2 models are built, trained,
-evaluated and decoded, and docs/settings.md shows it; `tests/configs/test_settings_table.py` compares the two.
+evaluated and decoded; docs/settings.md shows that. `tests/settings/test_settings_table.py` holds list and page together.
 """
 
 from collections.abc import Iterator
@@ -127,12 +127,16 @@ def problems(c: Any) -> Iterator[str]:
       f"capacity_factor={c.capacity_factor}: has no effect with sparse_matmul=true, which drops no tokens; set "
       "sparse_matmul=false, or leave it at -1.0"
     )
-  if c.muon_type in ("maxtext", "maxtext_muon"):
+  if c.opt_type != "muon" or c.muon_type in ("maxtext", "maxtext_muon"):
     yield from _unless_default(
-      c, "muon_include_routers", f"MaxText reads it with muon_type=optax_muon, not {c.muon_type}"
+      c, "muon_include_routers", "MaxText reads it with opt_type=muon, muon_type=optax_muon alone"
     )
   for field in NO_TENSOR:
     yield from _unless_default(c, field, "no layer of LING2 has such a tensor")
+
+
+def warnings(c: Any) -> Iterator[str]:
+  """The same about what MaxText's own ymls of post-training set: with another remat_policy it does nothing there, too."""
   if c.remat_policy != "custom":
     for field in CUSTOM_REMAT:
       yield from _unless_default(c, field, "MaxText reads it with remat_policy=custom alone")

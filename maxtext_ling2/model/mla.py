@@ -68,7 +68,7 @@ class MultiHeadLatentAttention(attention_mla.MLA):
       self.q_norm.epsilon = LATENT_EPSILON
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    """As MaxText's."""
+    """As MaxText's; in a step with QK-clip it also keeps the largest logit of each head."""
     result = super().__call__(*args, **kwargs)
     if hasattr(self, LARGEST_LOGIT):
       logits = jax.lax.stop_gradient(self.attention_op.max_logits.get_value())  # [B, H]

@@ -217,7 +217,8 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
     return jax.lax.cond(jnp.all(real), lambda _: none, count, None)
 
   def score_sums(self, routing: Routing) -> jax.Array:
-    """Sums over real tokens of a token's mean score of its chosen experts and deviation over all, [2] float32.
+    """Sums over real tokens of two numbers each: the mean score of its chosen experts, and the standard deviation of its
+    scores over all experts; [2] float32.
 
     Of unbiased scores, before they are normalised and scaled to weights; experts are chosen once more for it.
     """

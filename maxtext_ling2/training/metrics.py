@@ -57,7 +57,7 @@ def _zeros(x: jax.Array) -> jax.Array:
 def not_finite(scalars: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """1.0 where the loss or the norm of the gradient is NaN, or infinite; [] float32 each.
 
-  With optimizer_memory_host_offload MaxText has no norm: then of the loss alone.
+  With optimizer_memory_host_offload and without log_step_diagnostics MaxText has no norm: then of the loss alone.
   """
   names = [name for name in ("learning/loss", "learning/raw_grad_norm") if name in scalars]
   values = jnp.stack([scalars[name].astype(jnp.float32) for name in names])

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from maxtext.utils.globals import EPS
 
+from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.host.registry import WAY_OUT
 from maxtext_ling2.model.layer import ACTIVATIONS
 from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
@@ -144,8 +146,13 @@ def installed(step: Callable[..., Any], name: str, wrapper: Callable[[Any], Any]
   """Lets a step function of MaxText find `wrapper(function)` in place of the function `name` while it is traced.
 
   Its globals are those of whichever module holds it, also when that module runs as `__main__`.
+
+  Raises:
+    Ling2Error: MaxText's module has no such name.
   """
   names = step.__globals__
+  if name not in names:
+    raise Ling2Error(f"MaxText's {step.__name__} has no {name} that LING2 could replace; {WAY_OUT}")
   original = names[name]
   names[name] = wrapper(original)
   try:

@@ -6,6 +6,7 @@ each, the rotated part of q by g, as all heads share the rotated k; v stays.
 
 MaxText 0.2.5 records the logits, but of a layer scan takes one maximum over all stacked layers, adds up the maxima of
 microbatches, makes NaN of a head whose largest logit is negative, and clips a step that the optimizer skipped.
+Positions of padding, which see each other, take part in the maxima, as in MaxText. With DiLoCo each replica has its own.
 """
 
 import types
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from maxtext.utils import max_utils
 
 from maxtext_ling2.model.mla import LARGEST_LOGIT, MultiHeadLatentAttention
 
@@ -33,7 +35,7 @@ def attach(model: nnx.Module, config: Any) -> None:
     if isinstance(node, MultiHeadLatentAttention):
       shape = node.wkv_b.kernel.get_value().shape  # [R, H, D], with stacked axes at param_scan_axis
       stack = shape[config.param_scan_axis :][: len(shape) - 3]
-      setattr(node, LARGEST_LOGIT, LargestLogit(jnp.full((*stack, config.num_query_heads), -jnp.inf)))
+      setattr(node, LARGEST_LOGIT, LargestLogit(jnp.full((*stack, config.num_query_heads), -jnp.inf, jnp.float32)))
 
 
 def clip(state: Any, config: Any, skipped: jax.Array | None) -> tuple[Any, jax.Array]:
@@ -57,6 +59,11 @@ def clip(state: Any, config: Any, skipped: jax.Array | None) -> tuple[Any, jax.A
       if (kernel := (*path, name, "kernel")) in flat:
         flat[kernel] = flat[kernel].replace(_scaled(flat[kernel].get_value(), jnp.sqrt(factor), of_rest, config))
   return nnx.from_flat_state(list(flat.items())), jnp.max(jnp.stack([jnp.max(logit) for logit in largest.values()]))
+
+
+def parameter_norm(state: Any) -> jax.Array:
+  """The 2-norm of all parameters of a train state's model, [] float32: MaxText's was taken before they were clipped."""
+  return max_utils.l2norm_pytree(nnx.filter_state(state["model"], nnx.Param))
 
 
 def _scaled(kernel: jax.Array, of_nope: jax.Array, of_rest: jax.Array, config: Any) -> jax.Array:

@@ -34,7 +34,7 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     with (
       losses,
       _diagnostics(train_step, config),
-      objective.installed(train_step, "qk_clip_utils", lambda _: qk_clip.NOT_MAXTEXTS),
+      _without_maxtexts_clip(train_step, config),
       matmul_precision(config),  # gradients of experts are traced here, outside of their layer
     ):
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
@@ -44,6 +44,8 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
     skipped = scalars.get("optim/step_skipped")
     if config.use_qk_clip:
       state, scalars["learning/max_logits"] = qk_clip.clip(state, config, skipped)
+      if "learning/param_norm" in scalars:
+        scalars["learning/param_norm"] = qk_clip.parameter_norm(state)
     before = state
     state = _balance(state, routers, config, skipped)
     if config.log_step_diagnostics:
@@ -71,6 +73,13 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
     return metrics
 
   return ling2_eval_step
+
+
+def _without_maxtexts_clip(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:
+  """Keeps MaxText's QK-clip, where it is asked for, from doing what `qk_clip` does afterwards."""
+  if not config.use_qk_clip:
+    return contextlib.nullcontext()
+  return objective.installed(train_step, "qk_clip_utils", lambda _: qk_clip.NOT_MAXTEXTS)
 
 
 def _diagnostics(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:

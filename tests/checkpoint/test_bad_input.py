@@ -197,9 +197,7 @@ def test_an_export_of_another_model(model, checkpoint, settings, words):
     ({"routed_bias": False, "routed_bias_update_rate": 0.0}, "routed_bias=False"),
     ({"mlp_activations": ["gelu", "linear"]}, r"mlp_activations=\['gelu', 'linear'\]"),
     ({"attn_logits_soft_cap": 30.0}, "attn_logits_soft_cap=30.0"),
-    ({"capacity_factor": 1.25}, "capacity_factor=1.25: .*capacity_factor=-1"),
-    ({"prefuse_moe_weights": True}, "prefuse_moe_weights=True"),
-    ({"padded_base_moe_mlp_dim": 64}, "padded_base_moe_mlp_dim=64"),
+    ({"capacity_factor": 1.25, "sparse_matmul": False}, "capacity_factor=1.25: .*capacity_factor=-1"),
     ({"rope_type": "yarn", "rope_factor": 4}, "max_position_embeddings=256: .*export with max_position_embeddings=1024"),
   ],
 )

@@ -74,7 +74,7 @@ def rule_words(changes, way_out):
   # Enums and switches are spelled as in a yml.
   shown = (
     str(value).lower()
-    if field in ("context_parallel_load_balance", "mla_naive_kvcache", "enable_streaming_diloco")
+    if field in ("context_parallel_load_balance", "mla_naive_kvcache", "enable_streaming_diloco", "use_qk_clip")
     else str(value)
   )
   quoted = isinstance(value, str) and field not in ("attention_type", "shard_mode", "attention", "dtype", "weight_dtype")

@@ -14,10 +14,10 @@ class Row:
   """One switch.
 
   Attributes:
-    settings: what is switched; the first field names the row in docs/settings.md.
+    settings: what is switched; `...` is any value.
     outcome: EQUAL to the plain run; DIFFERENT, as the check of that name in test_matrix.py says; REFUSED by name, with
-      the words `note`; MAXTEXT: fails, of a stock model too, with the words `note`; ELSEWHERE: the test file `note` has
-      it; HARDWARE: what it needs is `note`.
+      the words `note`; MAXTEXT: MaxText's own fault or refusal, whose text `note` is in docs/troubleshooting.md;
+      ELSEWHERE: the test file `note` sets it; HARDWARE: what it needs is `note`.
     note: see above.
     on: settings of the plain run and of this one.
     quick: runs with `make test`.
@@ -145,6 +145,11 @@ ROWS = [
   *elsewhere("training/test_padding.py", "moe_use_megatron_seq_aux_loss"),
   *elsewhere("model/test_quantization.py", "quantization", "use_qwix_quantization"),
   *elsewhere("model/test_swiglu.py", "activations_in_float32"),
+  Row(
+    {"grain_worker_count": ...}, MAXTEXT, "Failed to load checkpointable: iter due to incompatible handler", quick=True
+  ),
+  Row({"expansion_factor_real_data": ...}, MAXTEXT, "please set expansion_factor_real_data accordingly", quick=True),
+  Row({"enable_diloco": ...}, MAXTEXT, "PyTree structure mismatch", quick=True),
   *hardware("several slices of accelerators", "enable_emergency_checkpoint", "enable_multi_tier_checkpointing"),
   *hardware("a TPU", "use_tokamax_splash", "use_jax_splash", "sa_block_q", "ragged_gather_fallback"),
 ]
@@ -152,10 +157,10 @@ ROWS = [
 
 def outcome_of(field: str) -> str:
   """The last column of docs/settings.md for a field; empty: it is in no row."""
-  rows = [row for row in ROWS if next(iter(row.settings)) == field]
+  rows = [row for row in ROWS if field in row.settings]
   words = {
     EQUAL: "equal",
-    DIFFERENT: "different, as a closed form says",
+    DIFFERENT: "different as expected",
     REFUSED: "refused",
     MAXTEXT: "MaxText's own fault",
     ELSEWHERE: "`tests/{note}`",

@@ -59,8 +59,8 @@ HEAD = """# Settings of MaxText in a LING2 run
 Made by `scripts/settings_table`: do not edit by hand. "Read by" was observed while tiny LING2 models were trained,
 evaluated, saved, restored and decoded (`tests/settings/observe.py`); "-": none of these runs reads it. "Tested" is the
 outcome of the matrix of settings (`pytest -m matrix`, `tests/settings/matrix.py`): *equal* to the plain run, *different*
-as a closed form or another run says, *refused* by name, *MaxText's* own fault, which a stock model shows too; else the
-first test file that sets it.
+as expected, *refused* by name, *MaxText's* own fault ([Errors](troubleshooting.md) has its text), or a test file that has
+it; else the first test file that sets a keyword of that name; "untested": none does.
 
 | setting | read by | tested |
 |---|---|---|

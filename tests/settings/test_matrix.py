@@ -1,6 +1,7 @@
 """Every row of the matrix is what it says. See matrix.py."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +79,7 @@ def test_refused(row):
 
 @pytest.mark.parametrize("row", rows(matrix.MAXTEXT))
 def test_maxtexts_own_fault(row):
-  with pytest.raises(Exception) as error:
-    run({**row.on, **row.settings})
-  assert row.note in str(error.value)
+  """It is explained."""
   assert row.note in (TESTS.parent / "docs" / "troubleshooting.md").read_text()
 
 
@@ -90,7 +89,8 @@ def test_elsewhere(file):
   text = (TESTS / file).read_text()
   for row in ROWS:
     if row.note == file:
-      assert next(iter(row.settings)) in text, row.name
+      (field,) = row.settings
+      assert re.search(rf"\b{field}(=[^=]|\": )", text), row.name
 
 
 # What must differ, and how

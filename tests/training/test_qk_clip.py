@@ -118,10 +118,13 @@ def test_one_step_without_a_learning_rate(settings):
   run = Run(**SETTINGS, **CLIP, qk_clip_threshold=THRESHOLD, **settings)
   before = run.weights()
   metrics = run.step(data)
-  for path, value in run.weights().items():
+  after = run.weights()
+  for path, value in after.items():
     own = next((layer for layer in logits if path[: len(layer)] == layer), None)
     factor = factors(path, logits[own], run.config.qk_nope_head_dim, value.shape[-1]) if own else 1.0
     np.testing.assert_allclose(value, before[path] * factor, rtol=1e-5, err_msg=".".join(path))
+  squares = sum(np.sum(np.square(value, dtype=np.float64)) for path, value in after.items() if path[-1] != "bias")
+  assert metrics["learning/param_norm"] == pytest.approx(np.sqrt(squares), rel=1e-5)
   assert metrics["learning/max_logits"] == pytest.approx(max(map(np.max, logits.values())), rel=1e-5)
 
 
