@@ -69,3 +69,12 @@ def test_what_maxtext_derives_is_no_setting(config):
   """A config that is checked a second time has the fields that MaxText filled in."""
   derived = {name: getattr(config, name) for name in FIELDS if "local_" in name and getattr(config, name) is not None}
   assert len(derived) > 10 and not problems(config, **derived)
+
+
+@pytest.mark.parametrize(
+  ("optimizer", "number"),
+  [({}, 1), ({"opt_type": "muon"}, 0), ({"opt_type": "muon", "muon_type": "maxtext_muon"}, 1)],
+  ids=str,
+)
+def test_only_optax_muon_can_leave_routers_out(config, optimizer, number):
+  assert len(problems(config, muon_include_routers=False, **optimizer)) == number

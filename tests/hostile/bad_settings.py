@@ -49,7 +49,6 @@ RULES = [
   ({"dcn_pipeline_parallelism": 2}, "use fsdp"),
   ({"shard_mode": "explicit"}, "use shard_mode=auto"),
   ({"use_qk_clip": True, "attention": "autoselected"}, "or attention=dot_product"),
-  ({"muon_include_routers": False, "opt_type": "adamw"}, "leave it at True"),
   ({"adamw_mask": ["scale"], "opt_type": "muon"}, "or use opt_type=adamw"),
   ({"param_scan_axis": 2, "scan_layers": True}, "use 0 or 1"),
   ({"capacity_factor": 1.0, "sparse_matmul": True}, "set sparse_matmul=false"),
