@@ -83,7 +83,7 @@ ROWS = [
   *(equal(remat_policy=policy) for policy in POLICIES),
   equal(context="device", mla_q="device", moe_mlpwo="device", out_proj="device", on=CUSTOM),
   equal(context="offload", decoder_layer_input="offload", on=CUSTOM),
-  equal(moe_x_sorted="device", moe_routing_maps="device", on=CUSTOM, quick=True),
+  equal(moe_x_sorted="device", moe_routing_maps="device", on=CUSTOM),
   equal(num_vocab_tiling=4),
   equal(vocab_tiling_ag_once=True, on={"num_vocab_tiling": 4}),
   # Layers

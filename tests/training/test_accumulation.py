@@ -159,6 +159,7 @@ def test_no_z_loss_operation_at_weight_zero():
   assert "reduce" not in primitives(0.0)
 
 
+@pytest.mark.slow
 def test_logits_in_pieces_change_nothing():
   """num_vocab_tiling: the same losses and gradients, with MTP, both z-losses, packed rows, and over microbatches."""
   settings = SMALL | {"z_loss_multiplier": 1e-2, "calculate_per_token_loss": True}

@@ -149,7 +149,7 @@ STEPS, RATE = 20, 2.0**-6
 ALONE = {"base_num_decoder_layers": 2, "mtp_num_layers": 0, "first_num_dense_layers": 0, "learning_rate": 0.0}
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("zero_mean", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_twenty_steps_equal_a_router_in_numpy(sparse, zero_mean):
   """Biases start at 0 and move by powers of two, so float32 adds them exactly; router logits are the model's."""
@@ -256,7 +256,7 @@ def test_task_gradient_of_a_trainable_bias_is_zero():
       assert np.abs(after[path] - value).max() > 0
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trainable_bias(scan):
   """enable_routed_bias_grad: a parameter with optimizer state; its task gradient is zero, so only balancing moves it."""
   from flax import nnx

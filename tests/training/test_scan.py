@@ -91,9 +91,9 @@ def without_remat():
   return run.step(batch(run.config))
 
 
-POLICIES = ("full", "custom")
+POLICIES = ("full",)
 SLOW_POLICIES = (
-  "minimal", "minimal_offloaded", "minimal_with_context", "minimal_with_quantization",
+  "custom", "minimal", "minimal_offloaded", "minimal_with_context", "minimal_with_quantization",
   "minimal_with_context_and_quantization",
   "save_dot_except_mlp", "save_dot_with_context_except_mlp",
   "save_dot_except_mlpwi", "save_qkv_proj", "save_out_proj", "qkv_proj_offloaded",
