@@ -125,7 +125,7 @@ def test_two_depths_by_hand(monkeypatch):
   assert metrics["learning/mtp_loss"] == pytest.approx(run.config.mtp_loss_scaling_factor * np.mean(losses), rel=1e-5)
   assert {name for name in metrics if "mtp_layer" in name} == {
     f"learning/moe/{kind}/mtp_layer_{depth}"
-    for kind in ("bias_norm", "max_over_mean_load", "dead_expert_fraction")
+    for kind in ("bias_norm", "router_bias_mean", "router_bias_std", "max_over_mean_load", "dead_expert_fraction")
     for depth in (1, 2)
   }
 
