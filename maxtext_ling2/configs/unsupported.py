@@ -52,6 +52,12 @@ def rope_type(c: Any) -> str:
 
 def problems(c: Any) -> Iterator[str]:
   """Features of MaxText that would compute something else than LING2, or fail late."""
+  yield from _of_meshes(c)
+  yield from _of_training(c)
+  yield from _of_layers(c)
+
+
+def _of_meshes(c: Any) -> Iterator[str]:
   if c.ici_pipeline_parallelism > 1 or c.dcn_pipeline_parallelism > 1:
     yield (
       f"ici_pipeline_parallelism={c.ici_pipeline_parallelism}, dcn_pipeline_parallelism={c.dcn_pipeline_parallelism}: "
@@ -59,16 +65,6 @@ def problems(c: Any) -> Iterator[str]:
     )
   if getattr(c.shard_mode, "value", c.shard_mode) == "explicit":
     yield "shard_mode=explicit: LING2's layers are written for automatic sharding; use shard_mode=auto"
-  if c.enable_streaming_diloco:
-    yield (
-      "enable_streaming_diloco=true: its fragments are synchronised one after the other, and router biases, which are no "
-      "parameters, are in none of them; set it to false, for plain DiLoCo"
-    )
-  if c.enable_diloco and c.compile_xla_flags:
-    yield (
-      f"compile_xla_flags={c.compile_xla_flags!r}, enable_diloco=true: MaxText compiles DiLoCo's step without them; use "
-      "the variable XLA_FLAGS (LIBTPU_INIT_ARGS on TPUs)"
-    )
   context = c.ici_context_parallelism * c.dcn_context_parallelism
   if context not in (0, 1) and c.context_parallel_load_balance:
     yield (
@@ -84,6 +80,19 @@ def problems(c: Any) -> Iterator[str]:
         "this axis with sparse_matmul=true (the loss is off by 3e-4 to 7e-4); set sparse_matmul=false, or use tensor, "
         "fsdp, expert or context parallelism"
       )
+
+
+def _of_training(c: Any) -> Iterator[str]:
+  if c.enable_streaming_diloco:
+    yield (
+      "enable_streaming_diloco=true: its fragments are synchronised one after the other, and router biases, which are no "
+      "parameters, are in none of them; set it to false, for plain DiLoCo"
+    )
+  if c.enable_diloco and c.compile_xla_flags:
+    yield (
+      f"compile_xla_flags={c.compile_xla_flags!r}, enable_diloco=true: MaxText compiles DiLoCo's step without them; use "
+      "the variable XLA_FLAGS (LIBTPU_INIT_ARGS on TPUs)"
+    )
   if c.use_qk_clip and c.attention != "dot_product" and not c.use_tokamax_splash:
     yield (
       f"use_qk_clip=true, attention={c.attention}: of MaxText's attentions only dot_product and, on TPUs, tokamax's "
@@ -99,6 +108,9 @@ def problems(c: Any) -> Iterator[str]:
       f"param_scan_axis={c.param_scan_axis}: the scales of norms have one axis, so layers are stacked before or behind "
       "it; use 0 or 1"
     )
+
+
+def _of_layers(c: Any) -> Iterator[str]:
   if c.attention in _EXTERNAL_CACHES:
     yield (
       f"attention={c.attention}: LING2's layers keep caches of their own, not vLLM's pages, so MaxText's vLLM adapter "
