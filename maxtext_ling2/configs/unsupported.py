@@ -93,7 +93,7 @@ def _of_training(c: Any) -> Iterator[str]:
       f"compile_xla_flags={c.compile_xla_flags!r}, enable_diloco=true: MaxText compiles DiLoCo's step without them; use "
       "the variable XLA_FLAGS (LIBTPU_INIT_ARGS on TPUs)"
     )
-  if c.use_qk_clip and c.attention != "dot_product" and not c.use_tokamax_splash:
+  if c.use_qk_clip and c.attention != "dot_product" and not (c.use_tokamax_splash and c.hardware == "tpu"):
     yield (
       f"use_qk_clip=true, attention={c.attention}: of MaxText's attentions only dot_product and, on TPUs, tokamax's "
       "splash attention tell the largest logit; set use_tokamax_splash=true, or attention=dot_product"

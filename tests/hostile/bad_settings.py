@@ -49,6 +49,7 @@ RULES = [
   ({"dcn_pipeline_parallelism": 2}, "use fsdp"),
   ({"shard_mode": "explicit"}, "use shard_mode=auto"),
   ({"use_qk_clip": True, "attention": "autoselected"}, "or attention=dot_product"),
+  ({"use_qk_clip": True, "attention": "flash", "use_tokamax_splash": True, "hardware": "gpu"}, "on TPUs"),
   ({"adamw_mask": ["scale"], "opt_type": "muon"}, "or use opt_type=adamw"),
   ({"param_scan_axis": 2, "scan_layers": True}, "use 0 or 1"),
   ({"capacity_factor": 1.0, "sparse_matmul": True}, "set sparse_matmul=false"),
