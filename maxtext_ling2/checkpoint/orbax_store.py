@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,40 +71,58 @@ class StreamedLeaf:
 
   async def write(self, store: Any, window: "_Window") -> None:
     """Writes all blocks to an opened TensorStore, the next ones being made while the last ones are written."""
-    writing = []
-    for box in boxes(self.shape, self.block):
-      nbytes = math.prod(part.stop - part.start for part in box) * self.dtype.itemsize
-      await window.take(nbytes)
-      # No name for the block: it would live on while this leaf waits for its next turn.
-      written = store[box].write(await window.make(self.make, box), can_reference_source_data_indefinitely=True)
-      writing.append(asyncio.ensure_future(window.give_back(nbytes, written)))
-      del written
-    await asyncio.gather(*writing)
+    writing: list[Any] = []
+    try:
+      for box in boxes(self.shape, self.block):
+        nbytes = math.prod(part.stop - part.start for part in box) * self.dtype.itemsize
+        await window.acquire(nbytes)
+        # No name for the block: it would live on while this leaf waits for its next turn.
+        written = store[box].write(await window.make(self.make, box), can_reference_source_data_indefinitely=True)
+        writing.append(asyncio.ensure_future(window.release(nbytes, written)))
+        del written
+    finally:
+      await asyncio.gather(*writing)
 
 
 class _Window:
-  """The bytes that may be in flight at a time, of all leaves together, and the thread in which blocks are made."""
+  """The bytes that may be in flight at a time, of all leaves together, and the thread in which blocks are made.
+
+  Attributes:
+    failure: the first error of any leaf. From then on no leaf gets room for another block.
+  """
 
   def __init__(self, size: int):
     self._size = self._free = size
     self._changed = asyncio.Condition()
     self._worker = ThreadPoolExecutor(1, "blocks")  # one, because making a block counts tensors
+    self.failure: BaseException | None = None
 
-  async def take(self, nbytes: int) -> None:
+  async def acquire(self, nbytes: int) -> None:
     """Waits until there is room; a block larger than the window has it for itself."""
     async with self._changed:
-      await self._changed.wait_for(lambda: self._free >= min(nbytes, self._size))
+      await self._changed.wait_for(lambda: self.failure or self._free >= min(nbytes, self._size))
+      if self.failure:
+        raise self.failure
       self._free -= nbytes
 
   async def make(self, make: Callable[[Box], Array], box: Box) -> Array:
     """Makes a block in the thread for that."""
     return await asyncio.get_running_loop().run_in_executor(self._worker, make, box)
 
-  async def give_back(self, nbytes: int, written: Any) -> None:
+  async def release(self, nbytes: int, written: Any) -> None:
     """Waits until a block is on the disk."""
-    await written
+    try:
+      await written
+    except Exception as error:
+      self.failure = self.failure or error
     async with self._changed:
       self._free += nbytes
+      self._changed.notify_all()
+
+  async def fail(self, error: BaseException) -> None:
+    """Keeps the first error, and wakes the leaves that wait for room."""
+    async with self._changed:
+      self.failure = self.failure or error
       self._changed.notify_all()
 
 
@@ -118,13 +136,44 @@ class _Handler(type_handlers.NumpyHandler):
     super().__init__(deepcopy_host_arrays=False)
     self._window = _Window(_IN_FLIGHT)
     self._unsynced: Any = None
+    self._running = 0  # leaves
+    self._idle = threading.Condition()
 
   async def _open_and_write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
+    """Writes a leaf, or keeps the error for `raise_failure`.
+
+    Raised here, it would end Orbax's event loop while other leaves are being written, and these would go on in a folder
+    that is being removed.
+    """
+    self._running += 1
+    try:
+      await self._write(value, tspec, ts_context)
+    except BaseException as error:
+      await self._window.fail(error)
+    finally:
+      with self._idle:
+        self._running -= 1
+        self._idle.notify_all()
+
+  async def _write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
+    if self._window.failure:
+      return
     _cut(tspec["metadata"], value.block)
     if self._unsynced is None:  # one for all leaves: TensorStore shares a database only within a context
       self._unsynced = tensorstore.Context(_CONTEXT, parent=ts_context)
     store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=self._unsynced)
     await value.write(store, self._window)
+
+  def raise_failure(self) -> None:
+    """Raises the first error of any leaf."""
+    if self._window.failure:
+      raise self._window.failure
+
+  def stop(self, error: BaseException) -> None:
+    """Stops the leaves that are being written, and waits until none is; `error` is why."""
+    self._window.failure = self._window.failure or error
+    with self._idle:
+      self._idle.wait_for(lambda: not self._running, timeout=60)  # where the event loop has ended, none ever is done
 
   async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
     """The opened arrays, unread."""
@@ -189,20 +238,26 @@ def write(target: epath.Path, tree: Mapping[str, Any], metadata: Mapping[str, An
   """
   if target.exists():
     raise CheckpointError(f"{target}: already there, because something was saved under it; delete it, or choose another")
-  handler = _durable_handler(storage)
+  leaves = _Handler()
+  handler = _durable_handler(storage, leaves)
   checkpointer = checkpointers.Checkpointer(handlers.CompositeCheckpointHandler(**{ITEM: handler}))
-  with _nothing_half_written(target), contextlib.closing(checkpointer), disk.written_back(lambda: _data_files(target)):
+  with (
+    _nothing_half_written(target, leaves),
+    contextlib.closing(checkpointer),
+    disk.written_back(lambda: _data_files(target)),
+  ):
     arguments = ocp_args.Composite(**{ITEM: ocp_args.PyTreeSave(tree)})
     checkpointer.save(target, args=arguments, custom_metadata=dict(metadata))
 
 
 @contextlib.contextmanager
-def _nothing_half_written(target: epath.Path) -> Iterator[None]:
+def _nothing_half_written(target: epath.Path, leaves: _Handler) -> Iterator[None]:
   """Removes what an interrupted run left, this one or one before; a full disk becomes a readable error."""
   _remove_leftovers(target)
   try:
     yield
   except BaseException as error:
+    leaves.stop(error)
     _remove_leftovers(target)
     if "No space left" in str(error):
       raise CheckpointError(f"{target}: the disk is full; make room, then run it again") from error
@@ -223,24 +278,21 @@ def _data_files(target: epath.Path) -> Iterator[Path]:
 
 def _remove_leftovers(target: epath.Path) -> None:
   for folder in _unfinished(target):
-    for _ in range(50):  # writes that were under way when another one failed may still add files
-      with contextlib.suppress(OSError):
-        folder.rmtree(missing_ok=True)
-        break
-      time.sleep(0.1)
+    folder.rmtree(missing_ok=True)
 
 
-def _durable_handler(storage: Storage) -> Any:
+def _durable_handler(storage: Storage, leaves: _Handler) -> Any:
   """Orbax's handler of trees, which waits for the disk once, before the folder gets its name, not at each file."""
   handler: Any = handlers.PyTreeCheckpointHandler(
     use_ocdbt=storage.ocdbt,
     use_zarr3=storage.zarr3,
     use_compression=storage.compress,
-    type_handler_registry=_handlers(),
+    type_handler_registry=_handlers(leaves),
   )
   finalize = handler.finalize
 
   def finalize_on_disk(directory: epath.Path) -> None:
+    leaves.raise_failure()
     finalize(directory)
     if _is_local(directory):
       disk.sync_tree(Path(directory))
@@ -249,11 +301,11 @@ def _durable_handler(storage: Storage) -> Any:
   return handler
 
 
-def _handlers() -> Any:
+def _handlers(leaves: _Handler) -> Any:
   """Handlers of all types that Orbax itself saves, so that any trainer's checkpoint can be read; arrays are streamed."""
   scalar = type_handlers.ScalarHandler()
   return type_handlers.create_type_handler_registry(
-    (StreamedLeaf, _Handler()),
+    (StreamedLeaf, leaves),
     (np.ndarray, _Handler()),
     (jax.Array, _JaxArrays()),
     *((kind, scalar) for kind in (int, float, bytes, np.number)),
@@ -277,7 +329,7 @@ def open_arrays(folder: epath.Path) -> dict[tuple[str, ...], Any]:
   folder = epath.Path(os.path.abspath(folder)) if _is_local(folder) else folder  # Orbax takes no relative paths
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; pass the folder of a checkpoint's step, such as DIR/0/items")
-  handler = handlers.PyTreeCheckpointHandler(type_handler_registry=_handlers())
+  handler = handlers.PyTreeCheckpointHandler(type_handler_registry=_handlers(_Handler()))
   try:
     # The handler's own method: that of a Checkpointer hides the reason where it fails, and returns None.
     tree = handler.metadata(folder).tree

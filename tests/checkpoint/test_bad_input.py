@@ -3,6 +3,7 @@
 The damaged folders are those of tests/hostile/bad_folders.py, read by tests/hostile/test_bad_inputs.py.
 """
 
+import asyncio
 import errno
 import json
 import os
@@ -94,6 +95,29 @@ def test_a_disk_that_fills_up(tmp_path, model, monkeypatch):
   monkeypatch.setattr(orbax_store.StreamedLeaf, "write", full)
   with pytest.raises(CheckpointError, match="the disk is full; make room"):
     job.run(Storage(), QUIET)
+  assert not list((tmp_path / "mt").iterdir())
+
+
+def test_a_disk_that_fills_up_while_other_leaves_are_written(tmp_path, model, monkeypatch):
+  """No write is under way, or begins, once the folder has been removed."""
+  job = Import(folders.GOLDEN / "one_cycle", model, epath.Path(tmp_path / "mt" / "0"), "float32")
+  original = orbax_store.StreamedLeaf.write
+  begun, ended = [], []
+
+  async def write(self, store, window):
+    begun.append(self)
+    if len(begun) == 3:
+      raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+    await asyncio.sleep(0.2)
+    try:
+      await original(self, store, window)
+    finally:
+      ended.append(self)
+
+  monkeypatch.setattr(orbax_store.StreamedLeaf, "write", write)
+  with pytest.raises(CheckpointError, match="the disk is full; make room"):
+    job.run(Storage(), QUIET)
+  assert len(ended) == len(begun) - 1 > 2
   assert not list((tmp_path / "mt").iterdir())
 
 

@@ -138,7 +138,7 @@ def test_acceptance_rate_of_evaluation(monkeypatch):
   original = Ling2MultiTokenPredictionBlock._publish_predictions
 
   def keep(self, predictions, masks):
-    jax.debug.callback(lambda p, m: seen.update(predictions=np.asarray(p), mask=np.asarray(m)), predictions[0], masks[0])
+    jax.debug.callback(lambda p, m: seen.update(predictions=np.array(p), mask=np.array(m)), predictions[0], masks[0])
     original(self, predictions, masks)
 
   monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "_publish_predictions", keep)

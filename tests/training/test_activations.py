@@ -21,7 +21,8 @@ def outputs(run, data):
   def keep(self, *args, **kwargs):
     y, cache = original(self, *args, **kwargs)
     if self.layer_idx is not None:  # MTP's has none
-      jax.debug.callback(lambda value, index: seen.__setitem__(int(index), np.asarray(value)), y, self.layer_idx)
+      # A copy: the array that a callback is given may be in memory that is used again after it.
+      jax.debug.callback(lambda value, index: seen.__setitem__(int(index), np.array(value)), y, self.layer_idx)
     return y, cache
 
   with pytest.MonkeyPatch.context() as patch:

@@ -191,7 +191,7 @@ def router_logits(run, data):
 
   def keep(self, x):
     logits = original(self, x)
-    jax.debug.callback(lambda value: seen.append(np.asarray(value)), logits, ordered=True)
+    jax.debug.callback(lambda value: seen.append(np.array(value)), logits, ordered=True)
     return logits
 
   Router.logits = keep
