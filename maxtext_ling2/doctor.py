@@ -11,6 +11,9 @@ from typing import Any
 from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.host import library_contract
+from maxtext_ling2.host.contract import Breach
+from maxtext_ling2.host.registry import Registry
 
 _VARIABLES = (
   startup.DISABLE_VARIABLE,
@@ -146,17 +149,26 @@ def _seams(found: Diagnosis) -> None:
   registry = plugin.REGISTRY
   if registry.installed:
     registry.complete()
+  every = _breaches(registry)
   for seam in registry.seams:
-    breaches = [str(breach) for breach in registry.breaches if breach.seam == seam.name]
+    breaches = [str(breach) for breach in every if breach.seam == seam.name]
     found.seams.append({"name": seam.name, "module": seam.module, "state": seam.state.value, "breaches": breaches})
   tested = ", ".join(registry.tested)
-  for breach in registry.breaches:
+  for breach in every:
     found.faults.append(Finding(str(breach), f"install a MaxText version this plugin was tested with: {tested}"))
   if registry.stood_down is not None:
     found.notes.append(Finding(registry.stood_down, "uninstall maxtext-ling2: MaxText needs it no longer"))
   if found.versions["maxtext"] not in registry.tested:
     text = f"MaxText {found.versions['maxtext']} was not tested with this plugin (tested: {tested})"
     found.notes.append(Finding(text, "compare numbers with `maxtext-ling2 verify` before you trust them"))
+
+
+def _breaches(registry: Registry) -> list[Breach]:
+  """All breaches: the registry stops at the first seam that does not fit, and undoes the others."""
+  every = list(registry.breaches)
+  if every:
+    every += [breach for seam in registry.seams for breach in seam.breaches() if breach not in every]
+  return every + library_contract.breaches()
 
 
 def _fields(found: Diagnosis) -> None:

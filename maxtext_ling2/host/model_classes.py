@@ -7,6 +7,7 @@ decoder block to the plugin's class and everything else, unchanged, to whatever 
 from collections.abc import Callable
 from typing import Any
 
+from maxtext_ling2.host import model_contract
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
 
@@ -68,6 +69,7 @@ class ModelClassesSeam(Seam):
     Expectation(f"{_MOE}:megatron_aux_loss_inputs", parameters=("scores", "num_experts_per_tok")),
     Expectation(f"{_MOE}:uses_megatron_seq_aux_loss", parameters=("config",)),
     Expectation(f"{_MOE}:MoEBiasVar"),
+    *model_contract.EXPECTATIONS,
   )
 
   def __init__(self, decoder_block: str, decoder: Callable[[], Any], mtp_block: Callable[[], Any]):

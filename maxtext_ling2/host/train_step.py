@@ -8,12 +8,18 @@ the ones in use. But MaxText hands its step functions to `get_functional_train_w
 from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
+_TRAIN = "maxtext.trainers.pre_train.train"
 StepWrapper = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+
+
+def _calls(*names: str) -> Callable[[Any], bool]:
+  """Whether a function of a `CommandExpectation` calls all of these."""
+  return lambda function: set(names) <= set(function.__code__.co_names)
 
 
 class TrainStepSeam(Seam):
@@ -36,6 +42,19 @@ class TrainStepSeam(Seam):
       f"{_UTILS}:get_functional_eval_with_signature",
       parameters=("eval_step", "data_sharding", "state_mesh_shardings", "model", "config"),
     ),
+    CommandExpectation(
+      f"{_TRAIN}:train_step",
+      parameters=("model", "config", "state_mesh_shardings", "params_shardings", "state", "data"),
+      holds=_calls("step_diagnostics", "apply_qk_clip_nnx", "calculate_max_logit_metric"),
+      meaning="which calls step_diagnostics and two functions of qk_clip_utils",
+    ),
+    CommandExpectation(
+      f"{_TRAIN}:eval_step",
+      parameters=("model", "config", "state", "data"),
+      holds=_calls("loss_fn"),
+      meaning="which calls loss_fn",
+    ),
+    CommandExpectation(f"{_TRAIN}:loss_fn", parameters=("model", "config", "data", "dropout_rng", "params")),
   )
 
   def __init__(self, decoder_block: str, train: StepWrapper | None, evaluate: StepWrapper | None):

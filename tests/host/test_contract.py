@@ -5,9 +5,12 @@ import dataclasses
 import enum
 
 import pytest
+import symbols
 
-from maxtext_ling2 import plugin
+from maxtext_ling2 import doctor, plugin
+from maxtext_ling2.host import library_contract
 from maxtext_ling2.host.contract import Expectation, resolve
+from maxtext_ling2.host.registry import Registry, Seam
 
 SEAMS = {seam.name: seam for seam in plugin.REGISTRY.seams}
 EXPECTATIONS = {
@@ -96,3 +99,47 @@ def test_nothing_of_ours_is_left_in_the_stock_config():
   for cls in (types.MaxTextConfig, types.RLConfig, types.MoEGeneral, types.DeepSeekMoE, types.Qwen3Next):
     assert not {"moe_z_loss_weight", "routed_bias_dtype", "group_norm_size"} & set(cls.model_fields)
   assert isinstance(models.NNXDecoder, type) and isinstance(models.MultiTokenPredictionBlock, type)
+
+
+def test_all_of_maxtext_that_is_used_is_in_a_contract():
+  """A name of MaxText in the package's source: "module:name", or a method that is overridden or called."""
+  targets = {expectation.target for _, expectation in EXPECTATIONS.values()}
+  targets |= {expectation.target for expectation in library_contract.EXPECTATIONS}
+  used = symbols.used()
+  assert len(used) > 100
+  without = {
+    symbol: places
+    for symbol, places in used.items()
+    if not any(target == symbol or target.startswith(f"{symbol}.") for target in targets)
+  }
+  assert not without
+
+
+def test_maxtext_is_what_our_commands_use():
+  assert library_contract.breaches() == []
+
+
+class Broken(Seam):
+  """Fits no MaxText."""
+
+  module = "maxtext.configs.types"
+  expectations = (Expectation("maxtext.configs.types:nothing_of_this_name"),)
+
+  def __init__(self, name):
+    super().__init__()
+    self.name = name
+
+  def apply(self):
+    raise AssertionError("it does not fit")
+
+
+def test_doctor_lists_every_breach(monkeypatch):
+  """The registry stops at the first."""
+  registry = Registry("two", [Broken("one"), Broken("another")], names=(), tested=("0",))
+  registry.complete()
+  assert [breach.seam for breach in registry.breaches] == ["one"]
+  monkeypatch.setattr(plugin, "REGISTRY", registry)
+  found = doctor.Diagnosis({"maxtext": "0"}, {}, {})
+  doctor._seams(found)
+  assert [seam["name"] for seam in found.seams if seam["breaches"]] == ["one", "another"]
+  assert sum("nothing_of_this_name" in fault.what for fault in found.faults) == 2
