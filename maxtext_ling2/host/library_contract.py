@@ -1,4 +1,4 @@
-"""What our own commands use of MaxText as a library, beside what the seams need. `doctor` checks it; training does not."""
+"""What our own commands use of MaxText as a library, beside what the seams need. Only `doctor` checks it."""
 
 from maxtext_ling2.host.contract import Breach, CommandExpectation, Expectation
 

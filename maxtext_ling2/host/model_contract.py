@@ -99,4 +99,6 @@ EXPECTATIONS = (
     ),
   ),
   Expectation("maxtext.utils.maxtext_utils:should_prevent_cse_in_remat", parameters=("config",)),
+  # The step: QK-clip
+  Expectation("maxtext.utils.max_utils:l2norm_pytree", parameters=("x",)),
 )
