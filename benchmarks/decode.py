@@ -19,7 +19,7 @@ ROUNDS = 40
 
 
 def config(context: int) -> Any:
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
 
   sizes = {
     "model_name": "ling2-tiny",
@@ -32,7 +32,7 @@ def config(context: int) -> Any:
 
 def decoding_step(cfg: Any) -> Callable[[], Any]:
   """A step of the whole model, after a prompt that fills the context."""
-  from maxtext_ling2.host.engine import Engine
+  from maxtext_ling2.maxtext_api.engine import Engine
 
   engine = Engine(cfg)
   prompt = [1 + i % (cfg.vocab_size - 1) for i in range(cfg.max_prefill_predict_length)]
@@ -46,7 +46,7 @@ def attention_step(cfg: Any, mla: bool) -> Callable[[], Any]:
   import jax.numpy as jnp
   from flax import nnx
 
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
   from maxtext_ling2.model.layer import Ling2DecoderLayer
 
   mesh, mode = session.make_mesh(cfg), "autoregressive"

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_ling2.ops.gla import pallas_backward, pallas_forward
+from maxtext_ling2.ops.gla.block_sizes import Tile, Tiles, tiles_for
 from maxtext_ling2.ops.gla.pallas_chunk import INFO_ROWS
 from maxtext_ling2.ops.gla.pallas_grid import Grid
-from maxtext_ling2.ops.gla.tiles import Tile, Tiles, tiles_for
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 

@@ -1,4 +1,4 @@
-"""Which tiles suit each TPU generation: the table of maxtext_ling2/ops/gla/tiles.py, made by counting cycles.
+"""Which tiles suit each TPU generation: the table of maxtext_ling2/ops/gla/block_sizes.py, made by counting cycles.
 
     python benchmarks/gla_tiles.py --chip v6e
 

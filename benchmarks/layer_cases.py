@@ -11,7 +11,7 @@ from flax.core.spmd import logical_axis_rules
 from maxtext.layers.embeddings import RotaryEmbedding
 from maxtext.layers.multi_token_prediction import MultiTokenPredictionLayer
 
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.gla import GatedLinearAttention
 from maxtext_ling2.model.layer import Ling2MtpLayer
 from maxtext_ling2.model.mla import MultiHeadLatentAttention

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 name = sys.argv[1] if len(sys.argv) > 1 else "ling2-tiny"
 on_cpu = {"dtype": "float32", "sparse_matmul": False} if jax.default_backend() == "cpu" else {}

@@ -126,7 +126,7 @@ class MaxTextRun:
   """MaxText's model with its own initial weights, and its train step as its trainer would compile it."""
 
   def __init__(self, decay_offset: int):
-    from maxtext_ling2.host import session
+    from maxtext_ling2.maxtext_api import session
 
     self.config = session.make_config(**{**session.FLOAT32_SETTINGS, **SETTINGS, "gla_decay_layer_offset": decay_offset})
     self.mesh = session.make_mesh(self.config)

@@ -74,8 +74,8 @@ def verify(
   With --orbax or --via-orbax, compare a MaxText checkpoint with the folder: every tensor bit by bit, then the logits.
   KEY=VALUE words such as mtp_num_layers=0 are settings of MaxText.
   """
-  from maxtext_ling2.checkpoint import verify_command
-  from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
+  from maxtext_ling2.maxtext_api.mesh import VerifyMesh
+  from maxtext_ling2.verify import command as verify_command
 
   console = Console(soft_wrap=True, highlight=False)
   settings: dict[str, Any] = {"scan_layers": scan, "words": tuple(words or ())}
@@ -155,7 +155,7 @@ def generate(
   seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling.")] = 0,
 ) -> None:
   """Let a trained model go on with a text; prints it as it comes."""
-  from maxtext_ling2 import generate as generation
+  from maxtext_ling2.inference import generate as generation
 
   try:
     with contextlib.redirect_stdout(sys.stderr):  # MaxText prints; the text must stand alone
@@ -185,8 +185,8 @@ def evaluate(
 
   With --decay-offset both, print them for each decay offset, and which one the weights were trained with.
   """
-  from maxtext_ling2 import compare_offsets as offsets
-  from maxtext_ling2 import evaluate as evaluation
+  from maxtext_ling2.inference import compare_offsets as offsets
+  from maxtext_ling2.inference import evaluate as evaluation
 
   try:
     words = settings or ()
@@ -248,7 +248,7 @@ def plan(
 @app.command()
 def recipe(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Of a recipe.")] = None) -> None:
   """Print the file of a recipe, a base yml for training; without a name, list all recipes."""
-  from maxtext_ling2 import recipes
+  from maxtext_ling2.maxtext_api import recipes
 
   try:
     every = [*recipes.names(), *recipes.trainings()]

@@ -11,9 +11,9 @@ from typing import Any
 from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.host import library_contract
 from maxtext_ling2.host.contract import Breach
 from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.maxtext_api import contract as library_contract
 
 _VARIABLES = (
   startup.DISABLE_VARIABLE,
@@ -174,7 +174,7 @@ def _breaches(registry: Registry) -> list[Breach]:
 def _fields(found: Diagnosis) -> None:
   from maxtext.configs import types
 
-  from maxtext_ling2.host.config_fields import ConfigFieldsSeam
+  from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
 
   added = {name for seam in plugin.REGISTRY.seams if isinstance(seam, ConfigFieldsSeam) for name in seam.added}
   for field in FIELDS:
@@ -185,7 +185,7 @@ def _fields(found: Diagnosis) -> None:
 
 
 def _models(found: Diagnosis) -> None:
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
 
   for name in sorted(set(plugin.MODEL_NAMES) - {CUSTOM_MODEL}):  # a custom model has no sizes of its own
     found.models[name] = _problem(functools.partial(session.make_config, model_name=name))

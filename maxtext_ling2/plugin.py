@@ -11,27 +11,27 @@ from typing import Any
 from maxtext_ling2.configs import documents, validation
 from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
-from maxtext_ling2.host.compiler_options import CompilerOptionsSeam
-from maxtext_ling2.host.config_fields import ConfigFieldsSeam
-from maxtext_ling2.host.decoder_block import DecoderBlockSeam
-from maxtext_ling2.host.diloco import DilocoCheckpointSeam, DilocoSeam
-from maxtext_ling2.host.eval_metrics import EvalMetricsSeam
-from maxtext_ling2.host.flops import FlopsSeam
-from maxtext_ling2.host.hf_tables import HfTablesSeam
-from maxtext_ling2.host.mfu import MfuSeam
-from maxtext_ling2.host.mmap_documents import MmapDocumentsSeam
-from maxtext_ling2.host.mmap_pipeline import MmapPipelineSeam
-from maxtext_ling2.host.model_classes import ModelClassesSeam
-from maxtext_ling2.host.model_yml import ModelYmlSeam
-from maxtext_ling2.host.muon import MuonSeam
-from maxtext_ling2.host.quantization_rules import QuantizationRulesSeam
 from maxtext_ling2.host.registry import Registry
-from maxtext_ling2.host.result_tokens import ResultTokensSeam
-from maxtext_ling2.host.shared_expert import SharedExpertSeam
-from maxtext_ling2.host.to_huggingface import Exporter, ToHuggingFaceSeam
-from maxtext_ling2.host.to_maxtext import Request, Target, ToMaxTextSeam
-from maxtext_ling2.host.train_step import TrainStepSeam
-from maxtext_ling2.host.weight_variables import PretrainedWeightsSeam, WeightLoadingSeam, WeightVariablesSeam
+from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
+from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
+from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
+from maxtext_ling2.host.seams.diloco import DilocoCheckpointSeam, DilocoSeam
+from maxtext_ling2.host.seams.eval_metrics import EvalMetricsSeam
+from maxtext_ling2.host.seams.flops import FlopsSeam
+from maxtext_ling2.host.seams.hf_tables import HfTablesSeam
+from maxtext_ling2.host.seams.mfu import MfuSeam
+from maxtext_ling2.host.seams.mmap_documents import MmapDocumentsSeam
+from maxtext_ling2.host.seams.mmap_pipeline import MmapPipelineSeam
+from maxtext_ling2.host.seams.model_classes import ModelClassesSeam
+from maxtext_ling2.host.seams.model_yml import ModelYmlSeam
+from maxtext_ling2.host.seams.muon import MuonSeam
+from maxtext_ling2.host.seams.quantization_rules import QuantizationRulesSeam
+from maxtext_ling2.host.seams.result_tokens import ResultTokensSeam
+from maxtext_ling2.host.seams.shared_expert import SharedExpertSeam
+from maxtext_ling2.host.seams.to_huggingface import Exporter, ToHuggingFaceSeam
+from maxtext_ling2.host.seams.to_maxtext import Request, Target, ToMaxTextSeam
+from maxtext_ling2.host.seams.train_step import TrainStepSeam
+from maxtext_ling2.host.seams.weight_variables import PretrainedWeightsSeam, WeightLoadingSeam, WeightVariablesSeam
 
 CONFIGS = Path(__file__).parent / "configs"
 MODEL_NAMES = tuple(sorted(path.stem for path in (CONFIGS / "models").glob("*.yml")))

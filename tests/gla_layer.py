@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.gla import GatedLinearAttention
 
 LENGTH = 60

@@ -34,7 +34,7 @@ def train(settings):
 def decode(settings):
   """Logits of a prompt and of some steps after it."""
   import tiny
-  from maxtext_ling2.host.engine import Engine
+  from maxtext_ling2.maxtext_api.engine import Engine
 
   cfg = tiny.config(**settings)
   engine = Engine(cfg, tiny.weights(cfg))
@@ -51,7 +51,7 @@ def collectives(settings):
   from jax.sharding import NamedSharding, PartitionSpec
 
   import tiny
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
   from maxtext_ling2.model.sharded_gla import sharded_gla
 
   cfg = tiny.config(**settings)

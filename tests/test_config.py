@@ -8,7 +8,7 @@ import yaml
 from maxtext_ling2 import plugin
 from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.session import TOOL_SETTINGS
+from maxtext_ling2.maxtext_api.session import TOOL_SETTINGS
 
 RFC = """decoder_block ling2, weight_dtype float32, dtype bfloat16, base_emb_dim 2048, base_mlp_dim 5120,
 base_num_decoder_layers 20, mtp_num_layers 1, vocab_size 157184, first_num_dense_layers 1, mlp_activations [silu; linear],

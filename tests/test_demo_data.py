@@ -13,8 +13,8 @@ from maxtext.input_pipeline.grain_data_processing import make_grain_train_iterat
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.demo import data, train
+from maxtext_ling2.maxtext_api import overrides
 
 DOCUMENTS = [np.array(ids, np.uint16) for ids in ([5, 6, 7, 2], [2], [31999, 8, 2])]
 

@@ -161,7 +161,7 @@ def test_every_seam_is_in_the_table():
   assert [name for name, _ in rows] == [seam.name for seam in plugin.REGISTRY.seams]
   for name, file in rows:
     (seam,) = [seam for seam in plugin.REGISTRY.seams if seam.name == name]
-    assert type(seam).__module__ == f"maxtext_ling2.host.{file.removesuffix('.py')}"
+    assert type(seam).__module__ == f"maxtext_ling2.host.seams.{file.removesuffix('.py')}"
   for file in re.findall(r"`((?:\w+/)?test_\w+\.py)`", text.split("## The seams")[1]):
     assert list((ROOT / "tests").rglob(Path(file).name)), file
 

@@ -9,14 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from maxtext_ling2 import compare_offsets, evaluate, saved_model
 from maxtext_ling2.checkpoint import decay_offset
-from maxtext_ling2.checkpoint.verify import Reference
 from maxtext_ling2.cli import app
-from maxtext_ling2.compare_offsets import OffsetComparison
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.evaluate import Score
-from maxtext_ling2.saved_model import SavedModelError
+from maxtext_ling2.inference import compare_offsets, evaluate, saved_model
+from maxtext_ling2.inference.compare_offsets import OffsetComparison
+from maxtext_ling2.inference.evaluate import Score
+from maxtext_ling2.inference.saved_model import SavedModelError
+from maxtext_ling2.verify.comparison import Reference
 from test_generate import GOLDEN, Letters
 
 LENGTH, WINDOWS = 32, 16

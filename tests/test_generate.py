@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from maxtext_ling2 import evaluate, generate, saved_model
-from maxtext_ling2.checkpoint.verify import Reference
 from maxtext_ling2.cli import app
-from maxtext_ling2.saved_model import SavedModelError
+from maxtext_ling2.inference import evaluate, generate, saved_model
+from maxtext_ling2.inference.saved_model import SavedModelError
+from maxtext_ling2.verify.comparison import Reference
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDER = GOLDEN / "trailing_mtp"

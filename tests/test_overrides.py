@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from maxtext_ling2 import overrides
-from maxtext_ling2.host import session
-from maxtext_ling2.overrides import OverrideError
+from maxtext_ling2.maxtext_api import overrides, session
+from maxtext_ling2.maxtext_api.overrides import OverrideError
 
 
 def test_parsed():
@@ -126,8 +125,7 @@ def test_words_win():
 
 def test_light():
   """Neither JAX nor MaxText are imported with it."""
-  code = (
-    "import maxtext_ling2.overrides as o, sys; o.parse(['a=1']); print(sorted({'jax', 'maxtext'} & set(sys.modules)))"
-  )
+  code = "import maxtext_ling2.maxtext_api.overrides as o, sys; o.parse(['a=1'])"
+  code += "; print(sorted({'jax', 'maxtext'} & set(sys.modules)))"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.stdout.strip() == "[]", done.stderr

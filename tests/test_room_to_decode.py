@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import tiny
 from maxtext_ling2.cli import app
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from test_generate import GOLDEN
 
 TIGHT = {"max_target_length": 24, "max_prefill_predict_length": 24}

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 
 from maxtext_ling2.checkpoint import stacking
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 TINY = {
   "model_name": "ling2-tiny",

@@ -48,7 +48,7 @@ class Leaf:
 
   @property
   def keys(self) -> tuple[str, ...]:
-    """Where it stands in a checkpoint's `params`; router biases too (`host/weight_variables.py`)."""
+    """Where it stands in a checkpoint's `params`; router biases too (`host/seams/weight_variables.py`)."""
     return ("params", *self.path)
 
   @property

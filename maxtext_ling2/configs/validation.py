@@ -85,8 +85,8 @@ def shown_to_maxtext(config: Any) -> dict[str, Any]:
   """Values that LING2's fields show to MaxText's own validation, whose rules about them know only its own models.
 
   MaxText allows `routed_bias_update_rate` only for DeepSeek, `partial_rotary_factor` only for Qwen3-Next, and muon only
-  for models whose parameters it knows (`host/muon.py` tells it about ours). And it takes a model with cycles of one layer
-  and no dense layer for one whose dense width must equal the experts'.
+  for models whose parameters it knows (`host/seams/muon.py` tells it about ours). And it takes a model with cycles of one
+  layer and no dense layer for one whose dense width must equal the experts'.
   """
   if not is_ling2(config):
     return {}

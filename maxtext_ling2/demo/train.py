@@ -16,10 +16,11 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from maxtext_ling2 import overrides, startup
+from maxtext_ling2 import startup
 from maxtext_ling2.demo import metrics
 from maxtext_ling2.demo.data import EOD, Dataset, maxtext_folder
 from maxtext_ling2.demo.errors import DemoError
+from maxtext_ling2.maxtext_api import overrides
 
 TRAINER = "maxtext.trainers.pre_train.train"
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.host.request import chain
+from maxtext_ling2.maxtext_api import overrides
 
 _NOT_SETTINGS = ("base_config", "model_name", "override_model_config")
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from maxtext_ling2 import overrides
+from maxtext_ling2.maxtext_api import overrides
 
 FIELDS = ("model_name", "decoder_block")
 

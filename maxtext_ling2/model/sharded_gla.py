@@ -12,7 +12,8 @@ import jax
 from maxtext.common import common_types as ct
 from maxtext.utils.sharding import get_logical_axis_rules, logical_to_mesh_axes
 
-from maxtext_ling2.ops.gla import gated_norm, gla, gla_over_ranks, rotated_norm
+from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
+from maxtext_ling2.ops.gla import gla, gla_over_ranks
 
 FLAT = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD)
 """Logical axes of q, k, v and o, [B, T, H * D]."""

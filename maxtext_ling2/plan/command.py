@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 
 import maxtext_ling2
-from maxtext_ling2 import overrides, recipes
-from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.demo.data import maxtext_folder
 from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.host.compile_step import PlanConfigError
+from maxtext_ling2.maxtext_api import overrides, recipes
+from maxtext_ling2.maxtext_api.mesh import VerifyMesh
 from maxtext_ling2.plan import report, search
 from maxtext_ling2.plan.estimate import Option, make_option, refused
 from maxtext_ling2.plan.grouped import CYCLES

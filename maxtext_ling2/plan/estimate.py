@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.host.compile_step import CompiledStep, CompilerError, OutOfMemoryError, compile_step
+from maxtext_ling2.maxtext_api import overrides
 from maxtext_ling2.plan.bounds import Bounds, Part, bounds
 from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
 from maxtext_ling2.plan.floor import Shares, floors, routed_rows

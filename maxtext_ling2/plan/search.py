@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.host.compile_step import PlanConfigError, read_config
+from maxtext_ling2.maxtext_api import overrides
 from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
 from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
 

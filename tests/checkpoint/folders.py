@@ -10,7 +10,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from maxtext_ling2.checkpoint import stock_tables, verify
+from maxtext_ling2.checkpoint import stock_tables
+from maxtext_ling2.verify import comparison
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("one_cycle", "trailing_mtp")
@@ -107,7 +108,7 @@ def read(folder):
 
 def config(folder, **settings):
   """The MaxText config of a folder's model."""
-  return verify.make_config(folder, 1, 16, **settings)
+  return comparison.make_config(folder, 1, 16, **settings)
 
 
 def assert_equal(ours, theirs):

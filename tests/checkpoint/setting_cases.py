@@ -29,7 +29,7 @@ from maxtext.utils import model_creation_utils
 import maxtext_ling2
 from maxtext_ling2.checkpoint import hf_config, stacking
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 # GLA with a dense MLP and MLA with experts: few layers, because building and tracing them takes the time. MTP, GLA with
 # experts, YaRN and the layer scan come as changes. int(head_dim * partial_rotary_factor) == qk_rope_head_dim and a shared

@@ -14,7 +14,7 @@ import pytest
 from maxtext_ling2.checkpoint import exported_code, model_yml
 from maxtext_ling2.demo import data
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host import session  # noqa: F401  the plugin
+from maxtext_ling2.maxtext_api import session  # noqa: F401  the plugin
 
 ROOT = Path(__file__).parent.parent.parent
 CASES = ("one_cycle", "trailing_mtp")

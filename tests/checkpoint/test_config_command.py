@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from maxtext_ling2.checkpoint import hf_config
 from maxtext_ling2.cli import app
-from maxtext_ling2.host import session  # noqa: F401  the plugin
+from maxtext_ling2.maxtext_api import session  # noqa: F401  the plugin
 
 YARN = {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "mscale_all_dim": 0.7}}
 RUNNER = CliRunner()

@@ -17,7 +17,7 @@ from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 QUIET = Console(quiet=True)
 UNCOMPRESSED = Storage()

@@ -9,7 +9,7 @@ from flax import nnx
 from maxtext_ling2 import plugin
 from maxtext_ling2.checkpoint import hf_config, stacking, stock_tables
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 # (all without MTP, MTP): the published totals; the MTP layer to the digits that are published.
 SIZES = {

@@ -15,14 +15,14 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from maxtext_ling2 import overrides
-from maxtext_ling2.checkpoint import orbax_store, stacking, verify_checkpoint
+from maxtext_ling2.checkpoint import orbax_store, stacking
 from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
 from maxtext_ling2.demo import data
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import overrides, session
+from maxtext_ling2.verify import tensors
 from tiny import TINY
 from training.stock_runs import SMALL, arguments, run, write_documents
 
@@ -99,7 +99,7 @@ def test_every_tensor_is_exported_as_maxtext_restores_it(trained, tmp_path, name
   assert sum("mtp" in "/".join(path) for path in orbax_store.open_arrays(epath.Path(trained[name]))) > 20
   biases = [value for key, value in expected.items() if key.endswith("expert_bias")]
   assert len(biases) == cfg.num_decoder_layers and all(np.abs(bias).max() > 0 for bias in biases)  # trained: no zeros
-  reports = verify_checkpoint.compare(trained[name], tmp_path / "hf", cfg)
+  reports = tensors.compare(trained[name], tmp_path / "hf", cfg)
   assert {report.name for report in reports} == set(expected) and all(report.passed for report in reports)
   Import(tmp_path / "hf", cfg, epath.Path(tmp_path / "mt" / "0"), "float32").run(Storage(), QUIET)
   folders.assert_equal(restored(tmp_path / "mt" / "0", cfg), expected)

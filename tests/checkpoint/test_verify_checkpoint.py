@@ -7,10 +7,11 @@ from etils import epath
 from rich.console import Console
 from typer.testing import CliRunner
 
-from maxtext_ling2.checkpoint import blocks, verify_checkpoint
+from maxtext_ling2.checkpoint import blocks
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
 from maxtext_ling2.cli import app
+from maxtext_ling2.verify import tensors
 
 QUIET = Console(quiet=True)
 NAME = "model.layers.3.mlp.experts.2.down_proj.weight"
@@ -27,7 +28,7 @@ def converted(folder, target, save_dtype, **settings):
 def test_a_conversion_is_bit_equal(tmp_path, scan, save_dtype):
   folder = folders.write(tmp_path / "hf", "F32", num_nextn_predict_layers=1)
   config = converted(folder, tmp_path / "0", save_dtype, scan_layers=scan)
-  reports = verify_checkpoint.compare(tmp_path / "0", folder, config)
+  reports = tensors.compare(tmp_path / "0", folder, config)
   assert {report.name for report in reports} == set(folders.read(folder))
   assert all(report.passed and report.max_abs_error == 0 for report in reports)
   assert sum(report.elements for report in reports) == sum(value.size for value in folders.read(folder).values())
@@ -39,14 +40,14 @@ def test_one_wrong_element_is_found(tmp_path):
   tensors = folders.read(folder)
   tensors[NAME][3, 4] += 0.5
   folders.save_file(tensors, folder / "model.safetensors")
-  wrong = [report for report in verify_checkpoint.compare(tmp_path / "0", folder, config) if not report.passed]
+  wrong = [report for report in tensors.compare(tmp_path / "0", folder, config) if not report.passed]
   (report,) = wrong
   assert (report.name, report.different, report.elements) == (NAME, 1, tensors[NAME].size)
   assert report.max_abs_error == pytest.approx(0.5, abs=1e-6)
 
 
 def test_a_nan_counts_as_an_infinite_difference_of_its_own_kind():
-  report = verify_checkpoint.TensorReport("x", "float32", "float32")
+  report = tensors.TensorReport("x", "float32", "float32")
   ours = np.array([1, np.nan, np.nan], np.float32)
   report.add(ours, np.array([1, 2, np.nan], np.float32))
   assert report.different == 1 and np.isnan(report.max_abs_error)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maxtext_ling2.checkpoint.verify_mesh import ONE_DEVICE, MeshError, VerifyMesh
+from maxtext_ling2.maxtext_api.mesh import ONE_DEVICE, MeshError, VerifyMesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -3,8 +3,8 @@
 import numpy as np
 import yaml
 
-from maxtext_ling2 import recipes
 from maxtext_ling2.host.compile_step import read_config
+from maxtext_ling2.maxtext_api import recipes
 
 QUIET = [
   "hardware=cpu",

@@ -8,7 +8,7 @@ import os
 import pytest
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 # Name, class, type, default: the RFC's table, the decay offset and GLA's backend. Copied from spec/model.md section 9.
 RFC_FIELDS = [

@@ -6,7 +6,7 @@ import pytest
 
 from hostile.bad_settings import RULES
 from maxtext_ling2.configs import unsupported, validation
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 GOOD = [
   {},

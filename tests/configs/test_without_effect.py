@@ -5,7 +5,7 @@ import enum
 import pytest
 
 from maxtext_ling2.configs import unsupported, without_effect
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 
 @pytest.fixture(scope="module")

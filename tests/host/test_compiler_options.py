@@ -14,7 +14,7 @@ import pytest
 from jax._src import compiler
 
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host.compiler_options import CompilerOptionsSeam, StepWithOptions
+from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam, StepWithOptions
 from maxtext_ling2.training import xla_flags
 
 FLAGS = {"xla_cpu_prefer_vector_width": "128", "xla_backend_optimization_level": "1"}

@@ -8,9 +8,9 @@ import pytest
 import symbols
 
 from maxtext_ling2 import doctor, plugin
-from maxtext_ling2.host import library_contract
 from maxtext_ling2.host.contract import Expectation, resolve
 from maxtext_ling2.host.registry import Registry, Seam
+from maxtext_ling2.maxtext_api import contract as library_contract
 
 SEAMS = {seam.name: seam for seam in plugin.REGISTRY.seams}
 EXPECTATIONS = {

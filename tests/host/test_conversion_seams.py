@@ -7,8 +7,8 @@ from maxtext.checkpoint_conversion.utils import utils
 
 from maxtext_ling2 import plugin
 from maxtext_ling2.host.contract import CommandExpectation
-from maxtext_ling2.host.to_huggingface import ToHuggingFaceSeam
-from maxtext_ling2.host.to_maxtext import Request, ToMaxTextSeam
+from maxtext_ling2.host.seams.to_huggingface import ToHuggingFaceSeam
+from maxtext_ling2.host.seams.to_maxtext import Request, ToMaxTextSeam
 
 
 def refuse(*arguments):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import tiny
-from maxtext_ling2.host import session
-from maxtext_ling2.host.engine import Engine, EngineError
+from maxtext_ling2.maxtext_api import session
+from maxtext_ling2.maxtext_api.engine import Engine, EngineError
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
 STEPS = 40

@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh
 
 import tiny  # noqa: F401  MaxText's environment
 from maxtext_ling2.configs import tiles
-from maxtext_ling2.host import session
-from maxtext_ling2.host.moe_view import DeepSeekRoutingView, Placement, placement, rows_per_expert
+from maxtext_ling2.maxtext_api import session
+from maxtext_ling2.model.moe_view import DeepSeekRoutingView, Placement, placement, rows_per_expert
 from maxtext_ling2.ops.experts import tiles as expert_tiles
 
 FIELD = "wi_tile_dlhs_embed_dim"

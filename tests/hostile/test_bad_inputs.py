@@ -20,7 +20,7 @@ from maxtext_ling2 import cli
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.configs import validation
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 pytestmark = pytest.mark.hostile
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from maxtext_ling2.checkpoint import verify
-from maxtext_ling2.checkpoint.verify import Reference
+from maxtext_ling2.verify import comparison
+from maxtext_ling2.verify.comparison import Reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LENGTHS = {"short": 24, "long": 80}
@@ -56,7 +56,7 @@ def layer_outputs(reference, hidden_states, embed):
   graph, state = reference.split()
   inputs = [embed, *hidden_states[1:-1]]
   segments = jnp.ones(embed.shape[:2], jnp.int32)
-  positions = verify.positions_of(segments)
+  positions = comparison.positions_of(segments)
 
   def one(decoder, index, x):
     layer = getattr(decoder, f"layers_{index}")
@@ -94,7 +94,7 @@ class OracleSuite:
     io = recorded(self.case, f"io_{length}")
     key = "eval" if offset else "slope_noshift"
     ours = logits(self.case, length, offset)
-    report = verify.compare_logits(ours, io[f"{key}.logits"])
+    report = comparison.compare_logits(ours, io[f"{key}.logits"])
     assert report.max_abs_error <= 1e-4
     assert report.max_kl <= 1e-8
     assert cross_entropy(ours, io["labels"]) == pytest.approx(float(io[f"{key}.loss"]), abs=1e-5)
@@ -118,7 +118,7 @@ class OracleSuite:
     with mock.patch.object(pl, "pallas_call", interpreted):
       for offset, key in ((1, "eval"), (0, "slope_noshift")):
         ours = model(self.case, "short", offset, **options).logits(tokens(self.case, "short"))
-        assert verify.compare_logits(ours, io[f"{key}.logits"]).max_abs_error <= 1e-4
+        assert comparison.compare_logits(ours, io[f"{key}.logits"]).max_abs_error <= 1e-4
       self.check_packed("short", model(self.case, "short", 1, **options))
       self.check_gradients("b1", 1, 1, self.with_mtp, io["b1.train.loss"], **options)
     stages = {f"{stage}_norm{passes}" for stage in ("rotated", "gated") for passes in ("", "_gradient")}
@@ -175,7 +175,7 @@ class OracleSuite:
     loss, ours = reference.gradients(ids, labels, with_mtp)
     assert loss == pytest.approx(float(expected_loss), abs=1e-5)
     theirs = recorded(self.case, f"grads_{kind}_short")
-    reports = list(verify.compare_gradients(ours, theirs, reference.padding_id))
+    reports = list(comparison.compare_gradients(ours, theirs, reference.padding_id))
     assert {report.name for report in reports} == set(ours)
     bad = [report for report in reports if not report.passed]
     assert not bad, bad[:5]

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.gla import GatedLinearAttention
 from maxtext_ling2.model.mla import MultiHeadLatentAttention
 from maxtext_ling2.model.moe import Ling2MoE

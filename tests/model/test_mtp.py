@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock, scored_tokens
 from tiny import Run, batch, cached_run
 

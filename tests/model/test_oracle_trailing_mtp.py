@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from oracle_suite import OracleSuite, model, recorded, tokens
 
-from maxtext_ling2.checkpoint import verify
 from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock
+from maxtext_ling2.verify import comparison
 
 
 class TestTrailingMtp(OracleSuite):
@@ -20,7 +20,7 @@ class TestTrailingMtp(OracleSuite):
   def test_mtp_logits_and_loss(self, length, monkeypatch):
     io = recorded(self.case, f"io_{length}")
     logits, loss = mtp_outputs(monkeypatch, length, tokens(self.case, length), None)
-    report = verify.compare_logits(logits[:, :-1], io["train.mtp_logits"][:, :-1])
+    report = comparison.compare_logits(logits[:, :-1], io["train.mtp_logits"][:, :-1])
     assert report.max_abs_error <= 1e-4
     assert loss == pytest.approx(float(io["mtp_loss_per_row_correct"]), abs=1e-5)
 

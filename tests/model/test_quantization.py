@@ -11,7 +11,7 @@ from jax.extend import core
 from maxtext.layers import quantizations
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 INT8 = {"quantization": "int8", "use_qwix_quantization": True, "quantization_local_shard_count": 1}
 INT8 |= {"remat_policy": "none"}

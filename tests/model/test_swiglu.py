@@ -10,7 +10,7 @@ from flax import nnx
 from test_quantization import equations
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 # Widths that tell the three apart: dense 48, shared 24, routed 16; one dense layer of three, and MTP's.
 SMALL = {"base_num_decoder_layers": 3, "mtp_num_layers": 0, "dtype": "bfloat16", "matmul_precision": "default"}

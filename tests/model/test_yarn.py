@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from maxtext_ling2.checkpoint import hf_config, hf_rope
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.rope import rotary_embedding
-from maxtext_ling2.ops.gla import rotated_norm
+from maxtext_ling2.ops.fused_norm import rotated_norm
 
 BASE = {"rope_theta": 6e6, "max_position_embeddings": 131072, "head_dim": 128, "partial_rotary_factor": 0.5}
 BASE |= {"qk_rope_head_dim": 64, "hidden_size": 64, "num_attention_heads": 2}

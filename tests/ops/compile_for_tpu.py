@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.tpu_static import one_device
-from maxtext_ling2.ops.gla import gated_norm, gla, rotated_norm
+from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
+from maxtext_ling2.ops.gla import gla
 
 PROGRAMS = {  # dtype, T, H, D, Dv
   "as in LING2": (jnp.bfloat16, 4096, 16, 128, 128),

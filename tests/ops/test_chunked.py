@@ -6,8 +6,8 @@ from gla_closed_form import closed_form, make_case
 from gla_suite import GlaSuite, assert_close, jit
 
 from maxtext_ling2.ops.gla import gla
+from maxtext_ling2.ops.gla.block_sizes import chunk_size
 from maxtext_ling2.ops.gla.chunked import in_chunks_of
-from maxtext_ling2.ops.gla.tiles import chunk_size
 
 
 class TestChunked(GlaSuite):

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.gla import gla, log_decay, tiles
+from maxtext_ling2.ops.gla import block_sizes, gla, log_decay
+from maxtext_ling2.ops.gla.block_sizes import Tile, tiles_for
 from maxtext_ling2.ops.gla.pallas_grid import Grid
 from maxtext_ling2.ops.gla.pallas_tpu import segments_by_step
-from maxtext_ling2.ops.gla.tiles import Tile, tiles_for
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ class TestPallas(GlaSuite):
 
   @pytest.mark.parametrize("segments", [False, True], ids=["one_document", "segments"])
   def test_long_chunks_of_two_blocks(self, segments, monkeypatch):
-    monkeypatch.setattr(tiles, "device_kind", lambda: "TPU v6 lite")
+    monkeypatch.setattr(block_sizes, "device_kind", lambda: "TPU v6 lite")
     case = make_case(600, 1, 8, batch=1, segments=segments)
     assert tiles_for(600, 1, 128, 4).forward == Tile(256, 3, 1)
     assert_close(self.results(case), closed_form(case), 3e-6)
@@ -82,7 +82,7 @@ class TestPallas(GlaSuite):
   @pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite"])  # chunks of 128 and of 256
   @pytest.mark.parametrize(("dtype", "o", "gradients"), [(jnp.float32, 1e-5, 1e-5), (jnp.bfloat16, 0.0035, 0.004)])
   def test_errors_of_each_head_after_8192_tokens(self, kind, dtype, o, gradients, monkeypatch):
-    monkeypatch.setattr(tiles, "device_kind", lambda: kind)
+    monkeypatch.setattr(block_sizes, "device_kind", lambda: kind)
     case = make_case(8192, 4, 128, batch=1)
     case.g = np.concatenate([log_decay(layer, 80, 64, 0)[[0, 63]] for layer in (0, 79)])
     rounded = {n: np.asarray(jnp.asarray(getattr(case, n), dtype), np.float32) for n in ("q", "k", "v", "do")}

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import gla_tpu_static, layer_tpu_static
 from benchmarks.tpu_static import NotEstimated, estimate
-from maxtext_ling2.ops.gla import tiles
+from maxtext_ling2.ops.gla import block_sizes
 
 SLACK = 1.03  # another libtpu may schedule a little differently
 
@@ -78,10 +78,10 @@ def test_the_limit_is_that_of_the_specification():
 
 
 def test_every_chip_of_the_table_has_tiles_of_its_own():
-  chunks = {chip: tiles.chunk_size(4096, kind) for chip, kind in gla_tpu_static.TESTED.items()}
+  chunks = {chip: block_sizes.chunk_size(4096, kind) for chip, kind in gla_tpu_static.TESTED.items()}
   assert chunks == {"v5e": 256, "v5p": 128, "v6e": 256, "v7x": 128}
   for kind in gla_tpu_static.TESTED.values():
-    forward, backward = tiles.tiles_for(4096, 16, 128, 2, kind)
+    forward, backward = block_sizes.tiles_for(4096, 16, 128, 2, kind)
     assert forward.chunk == backward.chunk
 
 

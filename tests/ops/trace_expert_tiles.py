@@ -20,7 +20,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 from benchmarks.tpu_static import CHIPS
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 
 def kernels(jaxpr):

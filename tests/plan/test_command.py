@@ -10,8 +10,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from maxtext_ling2 import recipes
 from maxtext_ling2.host.compile_step import CompilerError, PlanConfigError
+from maxtext_ling2.maxtext_api import recipes
 from maxtext_ling2.plan import command, estimate, search
 from maxtext_ling2.plan.bounds import Part
 from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of

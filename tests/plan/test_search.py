@@ -2,8 +2,8 @@
 
 import pytest
 
-from maxtext_ling2 import overrides, recipes
 from maxtext_ling2.host.compile_step import PlanConfigError, read_config
+from maxtext_ling2.maxtext_api import overrides, recipes
 from maxtext_ling2.plan import command, search
 from maxtext_ling2.plan.chips import chip_of, slice_of
 

@@ -55,7 +55,7 @@ def trace(settings):
 def decode():
   """A prompt and one token after it."""
   import tiny
-  from maxtext_ling2.host.engine import Engine
+  from maxtext_ling2.maxtext_api.engine import Engine
 
   cfg = tiny.config(**ONE_CYCLE, max_prefill_predict_length=8, ici_data_parallelism=8, ici_fsdp_parallelism=1)
   engine = Engine(cfg, tiny.weights(cfg))

@@ -48,8 +48,8 @@ def write_documents(folder):
 
 def arguments(folder, name, metrics, steps, **settings):
   """The command line of a run called `name` whose metrics go to `metrics`.jsonl."""
-  from maxtext_ling2 import overrides
   from maxtext_ling2.demo import data
+  from maxtext_ling2.maxtext_api import overrides
   from tiny import TINY
 
   given = {"run_name": name, "base_output_directory": folder, "metrics_file": folder / f"{metrics}.jsonl", "steps": steps}

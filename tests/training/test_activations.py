@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.layer import Ling2DecoderLayer
 from tiny import Run, batch
 

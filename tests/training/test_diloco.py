@@ -12,7 +12,7 @@ from stock_runs import SMALL, arguments, metrics, run, write_documents
 
 from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from tiny import TINY
 
 LAYERS = {"base_num_decoder_layers": 3, "mtp_num_layers": 0, "scan_layers": False, "moe_shared_expert_dim": 32}

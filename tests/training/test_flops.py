@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.training.flops import forward_flops, training_tflops_per_device
 from tiny import config, model
 

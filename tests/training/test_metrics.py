@@ -28,7 +28,7 @@ def router_inputs(run, data):
   import jax
   from flax import nnx
 
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
   from maxtext_ling2.model.moe import Router
 
   seen = []

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from tiny import Run, batch
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
-from maxtext_ling2 import recipes
+from maxtext_ling2.maxtext_api import recipes
 from tiny import Run, batch
 
 SMALL = {"base_num_decoder_layers": 3, "mtp_num_layers": 0}

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import tiny
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.mla import MultiHeadLatentAttention
 from maxtext_ling2.training import qk_clip
 from tiny import Run, batch

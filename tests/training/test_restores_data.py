@@ -13,7 +13,7 @@ from absl import flags
 
 import tiny
 from maxtext_ling2.demo import data
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 
 EOD, LENGTH, ROWS, BATCHES, SAVED = data.EOD, 24, 4, 14, 9
 FIRST = SAVED * ROWS  # the row that comes next

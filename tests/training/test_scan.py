@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
 from tiny import Run, batch, cached_run, config, model
 

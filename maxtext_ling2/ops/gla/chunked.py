@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxtext_ling2.ops.gla.block_sizes import chunk_size
 from maxtext_ling2.ops.gla.segments import Segments, count_segments
-from maxtext_ling2.ops.gla.tiles import chunk_size
 from maxtext_ling2.ops.gla.vjp import Implementation
 
 

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from maxtext_ling2.ops.gla import pallas_chunk as chunks
+from maxtext_ling2.ops.gla.block_sizes import Tile
 from maxtext_ling2.ops.gla.pallas_chunk import INFO_ROWS, Decays, Ref, Tables
-from maxtext_ling2.ops.gla.tiles import Tile
 
 
 @dataclasses.dataclass(frozen=True)

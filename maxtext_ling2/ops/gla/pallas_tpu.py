@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_ling2.ops.gla import pallas_backward, pallas_forward
+from maxtext_ling2.ops.gla.block_sizes import Tile, tiles_for
 from maxtext_ling2.ops.gla.chunked import in_chunks_of
 from maxtext_ling2.ops.gla.pallas_chunk import segment_info
 from maxtext_ling2.ops.gla.pallas_grid import Grid
 from maxtext_ling2.ops.gla.segments import count_segments
-from maxtext_ling2.ops.gla.tiles import Tile, tiles_for
 from maxtext_ling2.ops.gla.vjp import Implementation
 
 _LANES = 128

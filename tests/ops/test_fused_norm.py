@@ -12,7 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.gla import gated_norm, rotated_norm
+from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
 
 EPSILON = 1e-6
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote, unquote
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
 from maxtext_ling2.host.request import asks_for, requested
+from maxtext_ling2.maxtext_api import overrides
 
 _PYCONFIG = "maxtext.configs.pyconfig"
 _TYPES = "maxtext.configs.types"

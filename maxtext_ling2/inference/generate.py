@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2 import saved_model
-from maxtext_ling2.host.engine import Engine
-from maxtext_ling2.saved_model import SavedModelError
+from maxtext_ling2.inference import saved_model
+from maxtext_ling2.inference.saved_model import SavedModelError
+from maxtext_ling2.maxtext_api.engine import Engine
 
 _HALF_A_CHARACTER = "\ufffd"  # what bytes that are no UTF-8 decode to
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint import decay_offset, hf_config, mapping, stacking
 from maxtext_ling2.checkpoint.hf_folder import HfFolder
-from maxtext_ling2.checkpoint.verify_mesh import ONE_DEVICE, VerifyMesh
-from maxtext_ling2.host import session
-from maxtext_ling2.host.engine import Engine
+from maxtext_ling2.maxtext_api import session
+from maxtext_ling2.maxtext_api.engine import Engine
+from maxtext_ling2.maxtext_api.mesh import ONE_DEVICE, VerifyMesh
 
 Array = NDArray[Any]
 

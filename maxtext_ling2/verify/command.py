@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from maxtext_ling2.checkpoint import hf_config, mapping, model_yml, safetensors_file, verify, verify_checkpoint
-from maxtext_ling2.checkpoint.verify import GradientReport, LogitsReport, Reference
-from maxtext_ling2.checkpoint.verify_checkpoint import TensorReport
-from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
+from maxtext_ling2.checkpoint import hf_config, mapping, model_yml, safetensors_file
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.host import session
+from maxtext_ling2.maxtext_api import session
+from maxtext_ling2.maxtext_api.mesh import VerifyMesh
+from maxtext_ling2.verify import comparison, tensors
+from maxtext_ling2.verify.comparison import GradientReport, LogitsReport, Reference
+from maxtext_ling2.verify.tensors import TensorReport
 
 Array = NDArray[Any]
 
@@ -52,7 +53,7 @@ def run(
   _check_logits(reference, expected, logits_key, (*ids.shape, vocab_size))
   gradients = None if grads is None else _load(grads)
   if grads is not None and gradients is not None:
-    _check_gradients(grads, gradients, verify.make_config(folder, 1, 16, **settings))
+    _check_gradients(grads, gradients, comparison.make_config(folder, 1, 16, **settings))
     shape = gradients["input_ids"].shape if "input_ids" in gradients else ids.shape
     source, arrays = (grads, gradients) if "labels" in gradients else (reference, recorded)
     labels = _labels(source, arrays, shape, vocab_size)
@@ -64,9 +65,9 @@ def run(
     settings = {**settings, "max_prefill_predict_length": decode}
   model = Reference(folder, ids.shape[0], ids.shape[1], cut=cut, **settings)
   if decode is None:
-    report = verify.compare_logits(model.logits(ids), expected)
+    report = comparison.compare_logits(model.logits(ids), expected)
   else:
-    report = verify.compare_logits(verify.decoded_logits(model, ids), expected[:, decode - 1 :])
+    report = comparison.compare_logits(comparison.decoded_logits(model, ids), expected[:, decode - 1 :])
   _print_logits(console, report)
   passed = report.passed
   if gradients is not None:
@@ -102,8 +103,8 @@ def run_checkpoint(
     with tempfile.TemporaryDirectory(prefix="maxtext-ling2-") as temporary:
       made = _convert(folder, Path(temporary), bool(settings.get("scan_layers")), settings.get("words", ()))
       return run_checkpoint(console, folder, made, reference, logits_key, ids_key, settings)
-  config = verify.make_config(folder, 1, 16, **settings)
-  reports = verify_checkpoint.compare(checkpoint, folder, config)
+  config = comparison.make_config(folder, 1, 16, **settings)
+  reports = tensors.compare(checkpoint, folder, config)
   _print_tensors(console, reports)
   passed = all(report.passed for report in reports)
   if reference is None:
@@ -117,7 +118,7 @@ def run_checkpoint(
     ids = _check_ids(reference, ids, ids_key, config.vocab_size)
     _check_logits(reference, expected, logits_key, (*ids.shape, config.vocab_size))
   restored = Reference(folder, ids.shape[0], ids.shape[1], checkpoint=checkpoint, **settings)
-  report = verify.compare_logits(restored.logits(ids), expected)
+  report = comparison.compare_logits(restored.logits(ids), expected)
   _print_logits(console, report)
   passed &= report.passed
   console.print("[green]PASS[/]" if passed else "[red]FAIL[/]")
@@ -160,14 +161,14 @@ def _gradients(
   mtp = [f"model.layers.{model.config.num_decoder_layers + k}." for k in range(model.config.mtp_num_layers)]
   with_mtp = any(name.startswith(tuple(mtp)) and np.any(value) for name, value in expected.items()) if mtp else False
   loss, ours = model.gradients(ids[:rows], labels[:rows], with_mtp)
-  reports = list(verify.compare_gradients(ours, expected, model.padding_id))
+  reports = list(comparison.compare_gradients(ours, expected, model.padding_id))
   _print_gradients(console, loss, with_mtp, reports)
   return all(report.passed for report in reports)
 
 
 def _print_logits(console: Console, report: LogitsReport) -> None:
   console.print(f"logits of {report.positions} positions")
-  console.print(f"  max abs error {report.max_abs_error:.3e} (tolerance {verify.LOGITS_TOLERANCE:.0e})")
+  console.print(f"  max abs error {report.max_abs_error:.3e} (tolerance {comparison.LOGITS_TOLERANCE:.0e})")
   console.print(f"  max KL        {report.max_kl:.3e} nats")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxtext_ling2.ops.gla import pallas_stages
+from maxtext_ling2.ops.fused_norm import pallas_tpu
 from maxtext_ling2.ops.gla.pallas_grid import vary_alike
 from maxtext_ling2.ops.gla.pallas_tpu import differentiable
 
@@ -38,7 +38,7 @@ def rotated_norm(
     sin: [B, T, D] float32: minus the sine for the first half, the sine for the second, 0 behind them.
     rotated: number of rotated dimensions, even.
     epsilon: of the norm.
-    backend: that of `gla`. Kernels need D and H * D to fill blocks of 128 columns (`pallas_stages.fits`); else it is
+    backend: that of `gla`. Kernels need D and H * D to fill blocks of 128 columns (`pallas_tpu.fits`); else it is
       plain JAX in any case.
 
   Returns:
@@ -54,10 +54,10 @@ def rotated_norm(
   options: dict[str, Any] = {"rotated": rotated, "epsilon": epsilon}
   plain = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
   scale = None if scale is None else scale.astype(jnp.float32)
-  if backend in _PLAIN or not pallas_stages.fits(dim, x.shape[-1]):
+  if backend in _PLAIN or not pallas_tpu.fits(dim, x.shape[-1]):
     return plain(x, scale, cos, sin)
-  kernel = functools.partial(pallas_stages.rotated_norm, **options)
-  gradient = functools.partial(pallas_stages.rotated_norm_gradient, **options)
+  kernel = functools.partial(pallas_tpu.rotated_norm, **options)
+  gradient = functools.partial(pallas_tpu.rotated_norm_gradient, **options)
   return _run(backend, plain, kernel, gradient, (x, scale), (cos, sin))
 
 
@@ -86,10 +86,10 @@ def gated_norm(
   options: dict[str, Any] = {"groups": groups, "epsilon": epsilon}
   plain = functools.partial(_gated_norm, groups=groups, epsilon=epsilon)
   scale = scale.astype(jnp.float32)
-  if backend in _PLAIN or not pallas_stages.fits(x.shape[-1] // groups, x.shape[-1]):
+  if backend in _PLAIN or not pallas_tpu.fits(x.shape[-1] // groups, x.shape[-1]):
     return plain(x, gate, scale)
-  kernel = functools.partial(pallas_stages.gated_norm, **options)
-  gradient = functools.partial(pallas_stages.gated_norm_gradient, **options)
+  kernel = functools.partial(pallas_tpu.gated_norm, **options)
+  gradient = functools.partial(pallas_tpu.gated_norm_gradient, **options)
   return _run(backend, plain, kernel, gradient, (x, gate, scale))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.registry import Seam
-from maxtext_ling2.host.train_step import StepWrapper
+from maxtext_ling2.host.seams.train_step import StepWrapper
 
 _DILOCO = "maxtext.trainers.diloco.diloco"
 _CHECKPOINT = "maxtext.trainers.diloco.utils.spmd_diloco_checkpointing"

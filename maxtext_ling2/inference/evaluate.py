@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2 import overrides, saved_model
 from maxtext_ling2.checkpoint.decay_offset import FIELD
-from maxtext_ling2.saved_model import SavedModel, SavedModelError
+from maxtext_ling2.inference import saved_model
+from maxtext_ling2.inference.saved_model import SavedModel, SavedModelError
+from maxtext_ling2.maxtext_api import overrides
 
 LENGTH = 1024
 ROWS = 4
@@ -128,7 +129,7 @@ def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np
   import jax.numpy as jnp
   from flax import nnx
 
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
 
   mesh = session.make_mesh(config)
   graph, state = nnx.split(session.make_model(config, mesh, values))

@@ -7,9 +7,9 @@ decoder block to the plugin's class and everything else, unchanged, to whatever 
 from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host import model_contract
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.model import contract as model_contract
 
 _MODELS = "maxtext.models.models"
 _DECODERS = "maxtext.layers.nnx_decoders"

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.checkpoint import decay_offset as offsets
 from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.maxtext_api import overrides
 
 DEFAULT_MODEL = "ling2"
 
@@ -141,7 +141,7 @@ def _platform() -> dict[str, Any]:
 def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, int | None]:
   """MaxText's config of a Hugging Face folder, and the decay offset that its config.json states."""
   from maxtext_ling2.checkpoint import hf_config
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
 
   stated = hf_config.to_maxtext(hf_config.read(folder))
   config = session.make_config(model_name="default", **{**stated, **settings}, words=words)
@@ -160,7 +160,7 @@ def _weights_of(folder: Path, config: Any) -> dict[Any, Any]:
 def _from_maxtext(
   items: Path, model_name: str, settings: Mapping[str, Any], words: Sequence[str]
 ) -> tuple[Any, dict[Any, Any]]:
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
 
   scanned = session.is_scanned(str(items))
   layout = {} if scanned is None else {"scan_layers": scanned}

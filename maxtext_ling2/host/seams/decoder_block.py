@@ -6,10 +6,10 @@ import inspect
 import sys
 from typing import Any
 
-from maxtext_ling2.host.config_fields import descendants, rebuild
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import Conflict, StandDown
 from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seams.config_fields import descendants, rebuild
 
 _TARGET = "maxtext.common.common_types:DecoderBlockType"
 

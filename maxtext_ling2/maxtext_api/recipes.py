@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maxtext_ling2.errors import Ling2Error
 
-FOLDER = Path(__file__).parent / "configs" / "recipes"
+FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
 
 
 class RecipeError(Ling2Error, ValueError):

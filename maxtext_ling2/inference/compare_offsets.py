@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2 import evaluate
 from maxtext_ling2.checkpoint.decay_offset import FIELD
-from maxtext_ling2.evaluate import Score
+from maxtext_ling2.inference import evaluate
+from maxtext_ling2.inference.evaluate import Score
 
 BLOCKS = 32
 BLOCK_TOKENS = 16  # at least
@@ -107,7 +107,7 @@ def compare_offsets(
     SavedModelError: an argument does not fit.
     ValueError: see `saved_model.open_model`.
   """
-  from maxtext_ling2.host import session
+  from maxtext_ling2.maxtext_api import session
 
   opened, ids = evaluate.open_with_text(checkpoint, text, model_name, tokenizer, length, words, evaluate.BOTH)
   configs = [session.changed(opened.config, **{FIELD: offset}) for offset in (0, 1)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maxtext_ling2 import overrides
+from maxtext_ling2.maxtext_api import overrides
 
 TOOL_SETTINGS: dict[str, Any] = {
   "run_name": "maxtext-ling2",
