@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxtext_ling2.ops.gla import pallas_backward, pallas_forward
+from maxtext_ling2.ops.gla import pallas_kernels
 from maxtext_ling2.ops.gla.block_sizes import Tile, Tiles, tiles_for
 from maxtext_ling2.ops.gla.pallas_chunk import INFO_ROWS
 from maxtext_ling2.ops.gla.pallas_grid import Grid
@@ -20,8 +20,8 @@ def forward(length: int, heads: int, *, save: bool, packed: bool = False, tile: 
   tokens, padded, info = _arrays(grid, packed)
 
   def run(q: Any, k: Any, v: Any, g: Any, padded: Any, info: Any) -> Any:
-    inputs = pallas_forward.Inputs(q, k, v, info, None)
-    return pallas_forward.forward(inputs, g, padded, grid, scale=128**-0.5, final=False, save=save)
+    inputs = pallas_kernels.ForwardInputs(q, k, v, info, None)
+    return pallas_kernels.forward(inputs, g, padded, grid, scale=128**-0.5, final=False, save=save)
 
   return run, (tokens, tokens, tokens, jax.ShapeDtypeStruct((heads,), jnp.float32), padded, info)
 
@@ -33,8 +33,8 @@ def backward(length: int, heads: int, *, packed: bool = False, tile: list[int] |
   states = jax.ShapeDtypeStruct((1, heads, grid.chunks, 128, 128), jnp.bfloat16)
 
   def run(q: Any, k: Any, v: Any, do: Any, states: Any, g: Any, padded: Any, info: Any) -> Any:
-    inputs = pallas_backward.Inputs(q, k, v, do, info, states, None)
-    return pallas_backward.backward(inputs, g, padded, grid, scale=128**-0.5, initial=False)
+    inputs = pallas_kernels.BackwardInputs(q, k, v, do, info, states, None)
+    return pallas_kernels.backward(inputs, g, padded, grid, scale=128**-0.5, initial=False)
 
   return run, (*[tokens] * 4, states, jax.ShapeDtypeStruct((heads,), jnp.float32), padded, info)
 

@@ -8,6 +8,8 @@ expert's rows end within one, which is computed whole.
 
 from typing import Final, NamedTuple
 
+from maxtext_ling2.ops.pallas_utils import LANES
+
 AXES: Final = {
   "wi_fwd": ("embed_dim", "mlp_dim"),
   "wi_dlhs": ("mlp_dim", "embed_dim"),
@@ -83,8 +85,6 @@ _TABLE: Final[dict[str, dict[tuple[int, int], dict[int, tuple[tuple[int, int, in
 }
 """Chip -> (width of the model, of an expert) -> least rows per expert -> (rows, K, N) of each product, in AXES' order."""
 
-_LANES: Final = 128
-
 
 def tiles(kind: str, product: str, k: int, n: int, rows: float, itemsize: int = 2) -> Tiles | None:
   """Tiles of one product.
@@ -127,7 +127,7 @@ def _at_least(by_rows: dict[int, tuple[tuple[int, int, int], ...]], rows: float)
 def _by_rule(chip: Chip, k: int, n: int, rows: float) -> Tiles:
   """Whole K, and N in as many blocks as there are cores. Rows are those of ling2."""
   tile = Tiles(512 if rows >= 4096 else 256 if rows >= 1024 or chip.cores == 1 else 128, k, n)
-  if chip.cores > 1 and n % (chip.cores * _LANES) == 0:
+  if chip.cores > 1 and n % (chip.cores * LANES) == 0:
     tile = tile._replace(n=n // chip.cores)
   return tile
 
@@ -136,7 +136,7 @@ def _fit(chip: Chip, product: str, tile: Tiles, itemsize: int) -> Tiles:
   """The tile with N and K halved until a step fits the VMEM."""
   while vmem(product, tile, itemsize) > chip.vmem:
     smaller = [
-      tile._replace(**{axis: size // 2}) for axis, size in (("n", tile.n), ("k", tile.k)) if size % (2 * _LANES) == 0
+      tile._replace(**{axis: size // 2}) for axis, size in (("n", tile.n), ("k", tile.k)) if size % (2 * LANES) == 0
     ]
     if not smaller:
       break

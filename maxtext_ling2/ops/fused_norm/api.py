@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxtext_ling2.ops.fused_norm import pallas_tpu
-from maxtext_ling2.ops.gla.pallas_grid import vary_alike
-from maxtext_ling2.ops.gla.pallas_tpu import differentiable
+from maxtext_ling2.ops.fused_norm import pallas_tpu, xla
+from maxtext_ling2.ops.pallas_utils import differentiable, vary_alike
 
 _PLAIN = ("reference", "chunked")
 
@@ -52,7 +51,7 @@ def rotated_norm(
     raise ValueError(f"rotated_norm: x has {x.shape[-1]} columns, no whole number of heads of {dim}, as cos has them.")
   _check("rotated_norm", x, cos=(cos, (*x.shape[:2], dim)), sin=(sin, (*x.shape[:2], dim)), scale=(scale, (dim,)))
   options: dict[str, Any] = {"rotated": rotated, "epsilon": epsilon}
-  plain = functools.partial(_rotated_norm, rotated=rotated, epsilon=epsilon)
+  plain: Callable[..., jax.Array] = functools.partial(xla.rotated_norm, **options)
   scale = None if scale is None else scale.astype(jnp.float32)
   if backend in _PLAIN or not pallas_tpu.fits(dim, x.shape[-1]):
     return plain(x, scale, cos, sin)
@@ -84,7 +83,7 @@ def gated_norm(
     raise ValueError(f"gated_norm: groups={groups} does not divide the {x.shape[-1]} columns of x.")
   _check("gated_norm", x, gate=(gate, x.shape), scale=(scale, x.shape[-1:]))
   options: dict[str, Any] = {"groups": groups, "epsilon": epsilon}
-  plain = functools.partial(_gated_norm, groups=groups, epsilon=epsilon)
+  plain: Callable[..., jax.Array] = functools.partial(xla.gated_norm, **options)
   scale = scale.astype(jnp.float32)
   if backend in _PLAIN or not pallas_tpu.fits(x.shape[-1] // groups, x.shape[-1]):
     return plain(x, gate, scale)
@@ -98,28 +97,6 @@ def _check(stage: str, x: jax.Array, **others: tuple[jax.Array | None, tuple[int
   for name, (array, shape) in others.items():
     if array is not None and array.shape != shape:
       raise ValueError(f"{stage}: {name} has shape {array.shape}, expected {shape}, because x is {x.shape}.")
-
-
-def _rotated_norm(
-  x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array, *, rotated: int, epsilon: float
-) -> jax.Array:
-  """`rotated_norm` in plain JAX."""
-  heads = x.astype(jnp.float32).reshape(*x.shape[:2], -1, cos.shape[-1])
-  if scale is not None:
-    heads = _normed(heads, epsilon) * scale
-  first, second, rest = jnp.split(heads, [rotated // 2, rotated], axis=-1)
-  swapped = jnp.concatenate([second, first, rest], axis=-1)
-  return (heads * cos[:, :, None] + swapped * sin[:, :, None]).reshape(x.shape).astype(x.dtype)
-
-
-def _gated_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, epsilon: float) -> jax.Array:
-  """`gated_norm` in plain JAX."""
-  normed = _normed(x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1), epsilon).reshape(x.shape)
-  return (normed * scale * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(gate.dtype)
-
-
-def _normed(x: jax.Array, epsilon: float) -> jax.Array:
-  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
 def _run(

@@ -16,10 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.gla.pallas_chunk import NN, Ref, dot
-from maxtext_ling2.ops.gla.pallas_grid import like_input, vary_alike
+from maxtext_ling2.ops.pallas_utils import LANES, NN, VMEM_LIMIT, Ref, dot, like_input, vary_alike
 
-_LANES = 128
 _ROWS = 256
 """Tokens of a block, if its arrays are not too large."""
 _COLUMNS = 2048
@@ -27,14 +25,13 @@ _COLUMNS = 2048
 _SUBLANES = 8
 _TILE_ROWS = 16
 """Rows of a tile in bfloat16."""
-_VMEM = 60 * 2**20
 _BLOCKS = 10 * 2**20
 """Bytes of all blocks of a step, each of them twice, while the next ones are fetched: a v4 has 16 MiB."""
 
 
 def fits(width: int, total: int) -> bool:
   """Whether there are kernels for norms of `width` columns in arrays of `total`: whole blocks of 128, or whole parts."""
-  return width % _LANES == 0 or (_LANES % width == 0 and total % _LANES == 0)
+  return width % LANES == 0 or (LANES % width == 0 and total % LANES == 0)
 
 
 def rotated_norm(
@@ -64,7 +61,7 @@ def gated_norm(x: jax.Array, gate: jax.Array, scale: jax.Array, *, groups: int, 
   """`stages.gated_norm` of groups that fit."""
   width = x.shape[-1] // groups
   kernel = functools.partial(_gated_norm, width=width, epsilon=epsilon)
-  return _run(kernel, "gated_norm", max(width, _LANES), (x, gate), (), scale, _own, [gate.dtype])[0]
+  return _run(kernel, "gated_norm", max(width, LANES), (x, gate), (), scale, _own, [gate.dtype])[0]
 
 
 def gated_norm_gradient(
@@ -75,14 +72,14 @@ def gated_norm_gradient(
   kernel = functools.partial(_gated_norm_gradient, width=width, epsilon=epsilon, length=x.shape[1])
   results = [x.dtype, gate.dtype]
   dx, dgate, sums = _run(
-    kernel, "gated_norm_gradient", max(width, _LANES), (x, gate, dy), (), scale, _own, results, sums=True
+    kernel, "gated_norm_gradient", max(width, LANES), (x, gate, dy), (), scale, _own, results, sums=True
   )
   return dx, dgate, sums.reshape(-1, x.shape[-1]).sum(0)
 
 
 def _repeated(dim: int, arrays: Sequence[Any]) -> list[Any]:
   """What one head has in its last axis, for all heads of a part; None stays."""
-  repeats = max(_LANES // dim, 1)
+  repeats = max(LANES // dim, 1)
   return [None if array is None else jnp.concatenate([array] * repeats, axis=-1) for array in arrays]
 
 
@@ -150,7 +147,7 @@ def _run(
       out_shape=[like_input(arrays[0], shape) for shape in shapes],
       name=name,
       compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "parallel"), vmem_limit_bytes=_VMEM, disable_bounds_checks=True
+        dimension_semantics=("parallel", "parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True
       ),
     )(*arrays)
   )

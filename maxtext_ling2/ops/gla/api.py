@@ -1,5 +1,6 @@
 """The one entry to GLA: checks the arguments, fills in the defaults and hands over to a backend."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxtext_ling2.ops.gla.by_platform import by_platform
 from maxtext_ling2.ops.gla.chunked import in_chunks_of
 from maxtext_ling2.ops.gla.pallas_tpu import pallas
 from maxtext_ling2.ops.gla.reference import reference
+from maxtext_ling2.ops.gla.vjp import Implementation
 
 
 class Backend(Protocol):
@@ -33,8 +34,28 @@ class Backend(Protocol):
   ) -> tuple[jax.Array, jax.Array | None]: ...
 
 
+_xla = in_chunks_of(None)
+
+
+def _auto_forward(*args: Any, **static: Any) -> Any:
+  tpu, default = (functools.partial(x.forward, **static) for x in (pallas, _xla))
+  return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
+
+
+def _auto_backward(*args: Any, **static: Any) -> Any:
+  tpu, default = (functools.partial(x.backward, **static) for x in (pallas, _xla))
+  return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
+
+
+auto = Implementation(_auto_forward, _auto_backward)
+"""TPU kernels where the program is compiled for a TPU, plain JAX elsewhere.
+
+The platform is known only when a program is lowered: a program compiled ahead of time for a TPU is traced on a machine
+whose own devices are CPUs. So both are traced, and only the one for the platform is lowered.
+"""
+
 _BACKENDS: Final[Mapping[str, Backend]] = {
-  "auto": by_platform,
+  "auto": auto,
   "reference": reference,
   "chunked": in_chunks_of(None),
   "pallas": pallas,

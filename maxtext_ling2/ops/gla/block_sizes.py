@@ -8,6 +8,7 @@ pipeline's start less often, and a longer chunk reads and writes fewer states bu
 from typing import Final, NamedTuple
 
 from maxtext_ling2.ops.devices import device_kind
+from maxtext_ling2.ops.pallas_utils import LANES
 
 
 class Tile(NamedTuple):
@@ -40,7 +41,6 @@ _OTHER: Final = Tiles(Tile(128, 4, 4), Tile(128, 4, 4))
 _GPU_CHUNK: Final = 512
 """For NVIDIA's GPUs, which have no kernels here: of 128, 256, 512 and 1024 the fastest on an H200 (docs/kernels.md)."""
 
-_LANES: Final = 128
 _ROW_BYTES: Final = 256
 """Bytes of a token and head in the shape the tiles were chosen for."""
 
@@ -49,7 +49,7 @@ def chunk_size(length: int, kind: str | None = None) -> int:
   """Tokens of a chunk for a sequence of `length` tokens on a kind of device (None: `device_kind()`)."""
   kind = kind or device_kind()
   chunk = _GPU_CHUNK if kind.startswith("NVIDIA") else _TILES.get(kind, _OTHER).forward.chunk
-  return min(chunk, -(-length // _LANES) * _LANES)
+  return min(chunk, -(-length // LANES) * LANES)
 
 
 def tiles_for(length: int, heads: int, width: int, itemsize: int, kind: str | None = None) -> Tiles:

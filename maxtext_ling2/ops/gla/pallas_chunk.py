@@ -6,26 +6,19 @@ from distances in real tokens, which are the same for all heads. Exponents are n
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from maxtext_ling2.ops.gla.segments import Segments
-
-Ref = Any
-"""A mutable array in the memory of the chip; JAX has no public type for it."""
-
-NN = ((1,), (0,))  # contracted dimensions of x y
-NT = ((1,), (1,))  # of x y^T
-TN = ((0,), (0,))  # of x^T y
+from maxtext_ling2.ops.pallas_utils import LANES, NN, NT, TN, Ref, dot
 
 # Between tokens that nothing connects. Decays are powers of two with exponents -(at least _WEAKEST) * distance, so this
 # distance gives 0 for every head, and the weakest head still has a decay of exactly 1 within a chunk.
 _FAR = 1e38
 _WEAKEST = 1e-25
 _LOG2_E = 1.4426950408889634
-_LANES = 128
 INFO_ROWS = 8  # of a block of `segment_info`; the smallest block a TPU addresses
 
 
@@ -63,12 +56,6 @@ def log2_decays(g: Ref, first: jax.Array, heads: int) -> list[jax.Array]:
   return [jnp.minimum(g[first + head] * _LOG2_E, -_WEAKEST) for head in range(heads)]
 
 
-def dot(x: jax.Array, y: jax.Array, contracted: tuple[Sequence[int], Sequence[int]]) -> jax.Array:
-  """Product with a float32 sum. float32 operands keep all their bits (the TPU's default would round them to bfloat16)."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
 def causal_scores(x: jax.Array, y: jax.Array, between: jax.Array) -> list[jax.Array]:
   """The lower triangle of (x y^T) * between, rounded to the dtype of x.
 
@@ -76,8 +63,8 @@ def causal_scores(x: jax.Array, y: jax.Array, between: jax.Array) -> list[jax.Ar
   above is zero, and a matrix unit of 128 x 128 need not compute it.
   """
   blocks = []
-  for start in range(0, x.shape[0], _LANES):
-    stop = start + _LANES
+  for start in range(0, x.shape[0], LANES):
+    stop = start + LANES
     product = dot(x[start:stop], y[:stop], NT) * between[start:stop, :stop]
     blocks.append(product.astype(x.dtype))
   return blocks
@@ -92,7 +79,7 @@ def transposed_causal_dot(scores: Sequence[jax.Array], x: jax.Array) -> jax.Arra
   """Scores [C, C] in the blocks of `causal_scores`, transposed, by x [C, D]."""
   products = []
   for index in range(len(scores)):
-    columns = slice(index * _LANES, (index + 1) * _LANES)
+    columns = slice(index * LANES, (index + 1) * LANES)
     below = jnp.concatenate([block[:, columns] for block in scores[index:]])
     products.append(dot(below, x[columns.start :], TN))
   return jnp.concatenate(products)
@@ -161,7 +148,7 @@ def clear_padding(info: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _columns(info: jax.Array) -> jax.Array:
   """[INFO_ROWS, C] -> [C, 128], whose first columns are the rows. Mosaic transposes whole blocks of 128 x 128."""
-  return jnp.transpose(jnp.concatenate([info] * (_LANES // INFO_ROWS)))
+  return jnp.transpose(jnp.concatenate([info] * (LANES // INFO_ROWS)))
 
 
 def _repeat(columns: jax.Array, column: int, width: int) -> jax.Array:

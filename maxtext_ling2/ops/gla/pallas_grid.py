@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxtext_ling2.ops.gla import pallas_chunk as chunks
 from maxtext_ling2.ops.gla.block_sizes import Tile
-from maxtext_ling2.ops.gla.pallas_chunk import INFO_ROWS, Decays, Ref, Tables
+from maxtext_ling2.ops.gla.pallas_chunk import INFO_ROWS, Decays, Tables
+from maxtext_ling2.ops.pallas_utils import VMEM_LIMIT, Ref, like_input, vary_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,25 +136,9 @@ def call(
     out_shape=[out_shapes],
     name=name,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20, disable_bounds_checks=True
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True
     ),
   )(g_gamma, padded, inputs)[0]
-
-
-def vary_alike(arrays: Any) -> Any:
-  """Within a `jax.shard_map` that checks them, all arrays of a kernel must vary over the same mesh axes."""
-  varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
-
-  def vary(x: jax.Array) -> jax.Array:
-    missing = tuple(varying - jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-  return jax.tree.map(vary, arrays)
-
-
-def like_input(like: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """The shape of an output that varies over mesh axes as an input does."""
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _used(specs: Any, arrays: Any) -> Any:

@@ -4,22 +4,17 @@ The kernels want tokens [B, T, H * D] with D a multiple of 128; any other D is f
 the last grid step may reach beyond the end, and what it finds there is treated as padding.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 
-from maxtext_ling2.ops.gla import pallas_backward, pallas_forward
+from maxtext_ling2.ops.gla import pallas_kernels
 from maxtext_ling2.ops.gla.block_sizes import Tile, tiles_for
 from maxtext_ling2.ops.gla.chunked import in_chunks_of
 from maxtext_ling2.ops.gla.pallas_chunk import segment_info
 from maxtext_ling2.ops.gla.pallas_grid import Grid
 from maxtext_ling2.ops.gla.segments import count_segments
 from maxtext_ling2.ops.gla.vjp import Implementation
-
-_LANES = 128
+from maxtext_ling2.ops.pallas_utils import LANES, differentiable
 
 
 def _forward(
@@ -37,8 +32,8 @@ def _forward(
   """`Implementation.forward`."""
   grid = _grid(q, v, reverse=False)
   padded, info = segments_by_step(segment_ids, grid)
-  inputs = pallas_forward.Inputs(_flat(q), _flat(k), _flat(v), info, _padded_state(initial_state))
-  found = pallas_forward.forward(inputs, g_gamma, padded, grid, scale=scale, final=final, save=save)
+  inputs = pallas_kernels.ForwardInputs(_flat(q), _flat(k), _flat(v), info, _padded_state(initial_state))
+  found = pallas_kernels.forward(inputs, g_gamma, padded, grid, scale=scale, final=final, save=save)
   key_dim, value_dim = q.shape[3], v.shape[3]
   final_state, states = (None if x is None else x[..., :key_dim, :value_dim] for x in found[1:])
   return _heads(found.o, v), final_state, states
@@ -60,27 +55,13 @@ def _backward(
   """`Implementation.backward`."""
   grid = _grid(q, v, reverse=True)
   padded, info = segments_by_step(segment_ids, grid)
-  inputs = pallas_backward.Inputs(
+  inputs = pallas_kernels.BackwardInputs(
     _flat(q), _flat(k), _flat(v), _flat(do), info, _padded_state(states), _padded_state(dfinal_state)
   )
-  found = pallas_backward.backward(inputs, g_gamma, padded, grid, scale=scale, initial=initial)
+  found = pallas_kernels.backward(inputs, g_gamma, padded, grid, scale=scale, initial=initial)
   dstate = found.dinitial_state
   dstate = None if dstate is None else dstate[..., : q.shape[3], : v.shape[3]]
   return _heads(found.dq, q), _heads(found.dk, k), _heads(found.dv, v), dstate
-
-
-def differentiable[F: Callable[..., Any]](kernel: F, twin: F) -> F:
-  """The kernel with the derivative of its twin in plain JAX: for the gradient of a gradient, no kernel is needed."""
-
-  def call(*args: Any, **static: Any) -> Any:
-    run = jax.custom_vjp(functools.partial(kernel, **static))
-    run.defvjp(
-      lambda *args: (kernel(*args, **static), args),
-      lambda args, cotangents: jax.vjp(functools.partial(twin, **static), *args)[1](cotangents),
-    )
-    return run(*args)
-
-  return cast(F, call)
 
 
 _twin = in_chunks_of(None)
@@ -107,7 +88,7 @@ def segments_by_step(segment_ids: jax.Array | None, grid: Grid) -> tuple[jax.Arr
 
 
 def _up_to_lanes(dim: int) -> int:
-  return -(-dim // _LANES) * _LANES
+  return -(-dim // LANES) * LANES
 
 
 def _flat(x: jax.Array) -> jax.Array:
