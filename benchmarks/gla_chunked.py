@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxtext_ling2.ops.gla import gla
-from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.base import GlaInputs
+from maxtext_ling2.ops.gla.chunked import chunked
 
 LENGTH, HEADS, DIM = 4096, 4, 128
 ROUNDS = 7
@@ -27,7 +28,8 @@ def by_rule(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array
 
 
 def by_autodiff(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
-  return in_chunks_of(None).forward(q, k, v, g, None, None, scale=DIM**-0.5, final=False, save=False)[0]
+  inputs = GlaInputs(q, k, v, g, None, None)
+  return chunked().forward(inputs, scale=DIM**-0.5, output_final_state=False, save_residuals=False).o
 
 
 def gradient(run: Callable[..., jax.Array], dtype: Any) -> Any:

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_ling2.ops.gla import gla, log_decay
-from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.base import GlaInputs
+from maxtext_ling2.ops.gla.chunked import chunked
 
 DIM = 128
 NAMES = ("o", "dq", "dk", "dv")
@@ -50,8 +51,8 @@ class Case:
     return f"{self.model}, T={self.length}, H={self.heads}{packed}"
 
   @property
-  def decay(self) -> Any:
-    """[H] float32, of a layer in the middle."""
+  def g_gamma(self) -> Any:
+    """[H] float32, log decay per token of a layer in the middle."""
     return log_decay(10, 20, self.heads, 0)
 
 
@@ -74,7 +75,7 @@ def make_inputs(case: Case, device: str) -> list[Any]:
 
 
 def ours(case: Case, inputs: Sequence[Any], gradients: bool, chunk: int | None = None) -> Run:
-  """Our backend, compiled, on the same memory; `chunk` replaces the backend's own number of tokens a chunk."""
+  """Our backend, compiled, on the same memory; `chunk` replaces the backend's own chunk size."""
   q, k, v, do = (jax.dlpack.from_dlpack(x) for x in inputs)
   lengths = jnp.asarray(case.documents, jnp.int32)
   count = len(case.documents)
@@ -82,10 +83,9 @@ def ours(case: Case, inputs: Sequence[Any], gradients: bool, chunk: int | None =
 
   def output(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
     if chunk is None:
-      return gla(q, k, v, case.decay, segment_ids=ids, backend="chunked")[0]
-    decay = jnp.asarray(case.decay)
-    run = in_chunks_of(chunk)
-    return run(q, k, v, decay, segment_ids=ids, initial_state=None, scale=DIM**-0.5, final=False)[0]
+      return gla(q, k, v, case.g_gamma, segment_ids=ids, backend="chunked")[0]
+    inputs = GlaInputs(q, k, v, jnp.asarray(case.g_gamma), ids, None)
+    return chunked(chunk_size=chunk)(inputs, scale=DIM**-0.5, output_final_state=False)[0]
 
   def all_of_it(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, ...]:
     if not gradients:
@@ -98,17 +98,17 @@ def ours(case: Case, inputs: Sequence[Any], gradients: bool, chunk: int | None =
 
 
 def theirs(case: Case, inputs: Sequence[Any], gradients: bool) -> Run:
-  """`chunk_simple_gla` of flash-linear-attention, whose `g_gamma` is our decay."""
+  """`chunk_simple_gla` of flash-linear-attention, with the same `g_gamma`."""
   import torch
   from fla.ops.simple_gla import chunk_simple_gla
 
   q, k, v, do = (x.detach().requires_grad_(gradients and x is not inputs[3]) for x in inputs)
-  decay = torch.from_numpy(case.decay).to(q.device)
+  g_gamma = torch.from_numpy(case.g_gamma).to(q.device)
   bounds = [sum(case.documents[:i]) for i in range(len(case.documents) + 1)]
   cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device=q.device) if case.documents else None
 
   def run() -> tuple[Any, ...]:
-    o, _ = chunk_simple_gla(q, k, v, g_gamma=decay, cu_seqlens=cu_seqlens)
+    o, _ = chunk_simple_gla(q, k, v, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
     return (o, *torch.autograd.grad(o, (q, k, v), do)) if gradients else (o,)
 
   return run
@@ -129,7 +129,7 @@ def exact(case: Case, inputs: Sequence[Any], heads: Sequence[int]) -> list[Any]:
       rows = slice(start, min(start + ROWS, case.length))
       distance = place[rows, None] - place
       seen = (distance >= 0) & (document[rows, None] == document)
-      weight = torch.where(seen, torch.exp(float(case.decay[head]) * distance.clamp(min=0)) * DIM**-0.5, 0.0)
+      weight = torch.where(seen, torch.exp(float(case.g_gamma[head]) * distance.clamp(min=0)) * DIM**-0.5, 0.0)
       scores, dscores = weight * (q[rows] @ k.T), weight * (do[rows] @ v.T)  # [rows, T]
       o[rows], dq[rows] = scores @ v, dscores @ k
       dk += dscores.T @ q[rows]
@@ -188,7 +188,7 @@ def graph(run: Run) -> Run | None:
 
 
 def medians(runs: dict[str, Run], wait: Callable[[Any], None], repeats: int) -> dict[str, float]:
-  """Seconds a call, the runs in turn."""
+  """Seconds per call, the runs in turn."""
   times: dict[str, list[float]] = {name: [] for name in runs}
   for repeat in range(repeats + 2):  # two to warm up
     for name, run in runs.items():
@@ -255,7 +255,7 @@ def main() -> None:
       everything = runs if recorded is None else runs | {"fla, graph": recorded}
       rows.append(row(f"{case} | {name}", medians(everything, wait, args.repeats)))
       print(rows[-1], file=sys.stderr, flush=True)
-  print(f"\nMicroseconds a call, median of {args.repeats}\n")
+  print(f"\nMicroseconds per call, median of {args.repeats}\n")
   print("| | passes | chunked | fla | fla, graph | chunked / fla | chunked / graph |\n|---|---|---|---|---|---|---|")
   print("\n".join(rows), flush=True)
   for case, chunk in itertools.product((CASES[0], CASES[3]), args.chunks):

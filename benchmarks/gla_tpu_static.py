@@ -116,7 +116,7 @@ def _busiest(kernel: Kernel) -> str:
 
 
 def limit_us(chip: str, length: int, heads: int, passes: str) -> float:
-  chunk = make_grid(length, heads, reverse=False, kind=TESTED[chip]).tile.chunk
+  chunk = make_grid(length, heads, reverse=False, kind=TESTED[chip]).block.chunk_size
   count, operations = 8 * DIM, 4 * chunk * DIM + 4 * DIM**2
   if passes == "both":
     count += 14 * DIM + 4 * DIM**2 // chunk

@@ -13,7 +13,7 @@ from maxtext.common import common_types as ct
 from maxtext.utils.sharding import get_logical_axis_rules, logical_to_mesh_axes
 
 from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
-from maxtext_ling2.ops.gla import gla, gla_over_ranks
+from maxtext_ling2.ops.gla import gla, gla_context_parallel
 
 FLAT = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD)
 """Logical axes of q, k, v and o, [B, T, H * D]."""
@@ -50,7 +50,7 @@ def sharded_gla(
     o [B, T, H, D], and the final state [B, H, D, D] float32 or None.
   """
   batch, length, heads = _axes_of(q.shape[:3], mesh)
-  operation = functools.partial(gla_over_ranks, axis_name=length) if length else gla
+  operation = functools.partial(gla_context_parallel, axis_name=length) if length else gla
   tokens, ids, states = jax.P(batch, length, heads, None), jax.P(batch, length), jax.P(batch, heads, None, None)
 
   @functools.partial(

@@ -6,8 +6,9 @@ from gla_closed_form import closed_form, make_case
 from gla_suite import GlaSuite, assert_close, jit
 
 from maxtext_ling2.ops.gla import gla
+from maxtext_ling2.ops.gla.base import GlaInputs
 from maxtext_ling2.ops.gla.block_sizes import chunk_size
-from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.chunked import chunked
 
 
 class TestChunked(GlaSuite):
@@ -18,9 +19,8 @@ class TestChunked(GlaSuite):
   def test_the_size_of_the_chunks_does_not_matter(self, chunk_size):
     case = make_case(130, 3, 8, segments=True)
     expected = closed_form(case)
-    args = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.g)]
-    options = {"segment_ids": jnp.asarray(case.ids), "initial_state": jnp.asarray(case.state), "scale": 8**-0.5}
-    o, state = jit(lambda: in_chunks_of(chunk_size)(*args, **options, final=True))()
+    inputs = GlaInputs(*(jnp.asarray(x) for x in (case.q, case.k, case.v, case.g, case.ids, case.state)))
+    o, state = jit(lambda: chunked(chunk_size=chunk_size)(inputs, scale=8**-0.5, output_final_state=True))()
     assert_close({"o": o, "final_state": state}, {n: expected[n] for n in ("o", "final_state")}, 2e-6)
 
   def test_no_decay_overflows_before_it_is_masked(self):
@@ -29,7 +29,8 @@ class TestChunked(GlaSuite):
     q, k, v, state = (jnp.asarray(x) for x in (case.q, case.k, case.v, case.state))
 
     def total(g):
-      return in_chunks_of(None).forward(q, k, v, g, None, state, scale=1.0, final=False, save=False)[0].sum()
+      inputs = GlaInputs(q, k, v, g, None, state)
+      return chunked().forward(inputs, scale=1.0, output_final_state=False, save_residuals=False).o.sum()
 
     gradient = jit(jax.grad(total))(jnp.float32([-50, -1, -1e-6]))
     assert bool(jnp.isfinite(gradient).all())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxtext_ling2.ops.gla import gla, gla_over_ranks
+from maxtext_ling2.ops.gla import gla, gla_context_parallel
 
 BATCH, LENGTH, HEADS, DIM = 2, 48, 3, 8
 DECAY = np.log(np.array([0.5, 0.9, 0.999], np.float32))
@@ -40,7 +40,7 @@ def in_pieces(x, ranks):
 
 def over_ranks(q, k, v, state, ids, ranks, backend="chunked"):
   """o [B, T, H, D] and the final states of all ranks [N, B, H, D, D]."""
-  run = functools.partial(gla_over_ranks, axis_name="ranks", output_final_state=True, backend=backend)
+  run = functools.partial(gla_context_parallel, axis_name="ranks", output_final_state=True, backend=backend)
 
   def one(q, k, v, ids):
     return run(q, k, v, DECAY, segment_ids=ids, initial_state=state)

@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from maxtext_ling2.ops.gla import block_sizes, gla, log_decay
-from maxtext_ling2.ops.gla.block_sizes import Tile, tiles_for
+from maxtext_ling2.ops.gla.block_sizes import Block, block_sizes_for
 from maxtext_ling2.ops.gla.pallas_grid import Grid
 from maxtext_ling2.ops.gla.pallas_tpu import segments_by_step
 
@@ -75,7 +75,7 @@ class TestPallas(GlaSuite):
   def test_long_chunks_of_two_blocks(self, segments, monkeypatch):
     monkeypatch.setattr(block_sizes, "device_kind", lambda: "TPU v6 lite")
     case = make_case(600, 1, 8, batch=1, segments=segments)
-    assert tiles_for(600, 1, 128, 4).forward == Tile(256, 3, 1)
+    assert block_sizes_for(600, 1, 128, 4).forward == Block(256, 3, 1)
     assert_close(self.results(case), closed_form(case), 3e-6)
 
   @pytest.mark.slow
@@ -131,16 +131,16 @@ def test_float32_is_multiplied_in_full_and_bfloat16_in_one_pass():
 
 
 def test_which_steps_hold_padding():
-  grid = Grid(2, 1000, 4, 128, 128, Tile(128, 2, 4), reverse=False)
+  grid = Grid(2, 1000, 4, 128, 128, Block(128, 2, 4), reverse=False)
   ids = np.ones((2, 1000), np.int32)
   ids[1, 700:705] = 0
-  padded, info = segments_by_step(jnp.asarray(ids), grid)
-  np.testing.assert_array_equal(padded, [[0, 0, 0, 1], [0, 0, 1, 1]])  # 24 places are left of the last step
-  assert info.shape == (2, 8, 1024)
+  has_padding, meta = segments_by_step(jnp.asarray(ids), grid)
+  np.testing.assert_array_equal(has_padding, [[0, 0, 0, 1], [0, 0, 1, 1]])  # 24 places are left of the last step
+  assert meta.shape == (2, 8, 1024)
   assert segments_by_step(None, dataclasses.replace(grid, length=1024)) == (None, None)
 
 
-def test_one_document_of_whole_steps_needs_no_information_on_segments():
+def test_one_document_of_whole_steps_needs_no_segment_metadata():
   def inputs(length, ids=None):
     x = jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16)
     run = functools.partial(gla, g_gamma=np.float32([-0.1, -0.2]), segment_ids=ids, backend="pallas")
@@ -154,15 +154,15 @@ def test_one_document_of_whole_steps_needs_no_information_on_segments():
 @pytest.mark.parametrize(
   ("length", "heads", "width", "itemsize", "forward"),
   [
-    (4096, 16, 128, 2, Tile(128, 8, 8)),
-    (4096, 4, 128, 2, Tile(128, 8, 4)),
-    (4096, 7, 128, 2, Tile(128, 8, 7)),
-    (4096, 11, 128, 2, Tile(128, 8, 1)),
-    (4096, 16, 128, 4, Tile(128, 8, 4)),
-    (4096, 16, 1024, 4, Tile(128, 4, 1)),
-    (300, 16, 128, 2, Tile(128, 3, 8)),
-    (1, 1, 128, 2, Tile(128, 1, 1)),
+    (4096, 16, 128, 2, Block(128, 8, 8)),
+    (4096, 4, 128, 2, Block(128, 8, 4)),
+    (4096, 7, 128, 2, Block(128, 8, 7)),
+    (4096, 11, 128, 2, Block(128, 8, 1)),
+    (4096, 16, 128, 4, Block(128, 8, 4)),
+    (4096, 16, 1024, 4, Block(128, 4, 1)),
+    (300, 16, 128, 2, Block(128, 3, 8)),
+    (1, 1, 128, 2, Block(128, 1, 1)),
   ],
 )
-def test_tiles_fit_the_shape(length, heads, width, itemsize, forward):
-  assert tiles_for(length, heads, width, itemsize, "TPU7x").forward == forward
+def test_block_sizes_fit_the_shape(length, heads, width, itemsize, forward):
+  assert block_sizes_for(length, heads, width, itemsize, "TPU7x").forward == forward

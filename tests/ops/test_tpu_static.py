@@ -77,12 +77,12 @@ def test_the_limit_is_that_of_the_specification():
   }
 
 
-def test_every_chip_of_the_table_has_tiles_of_its_own():
+def test_every_chip_of_the_table_has_block_sizes_of_its_own():
   chunks = {chip: block_sizes.chunk_size(4096, kind) for chip, kind in gla_tpu_static.TESTED.items()}
   assert chunks == {"v5e": 256, "v5p": 128, "v6e": 256, "v7x": 128}
   for kind in gla_tpu_static.TESTED.values():
-    forward, backward = block_sizes.tiles_for(4096, 16, 128, 2, kind)
-    assert forward.chunk == backward.chunk
+    forward, backward = block_sizes.block_sizes_for(4096, 16, 128, 2, kind)
+    assert forward.chunk_size == backward.chunk_size
 
 
 @pytest.fixture(scope="module")

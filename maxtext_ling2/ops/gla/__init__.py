@@ -1,19 +1,30 @@
-"""Gated linear attention with a constant decay per head: the operation, and the decays of a LING2 layer."""
+"""Gated linear attention with a constant decay per head: the operation, and the decays of a LING2 layer.
 
+README.md beside this file has the equations, the grid of the TPU kernels, and what each file does.
+"""
+
+import warnings
 from typing import Any
 
 from maxtext_ling2.ops.gla.api import gla
 from maxtext_ling2.ops.gla.block_sizes import chunk_size
-from maxtext_ling2.ops.gla.context_parallel import gla_over_ranks
+from maxtext_ling2.ops.gla.context_parallel import gla_context_parallel
 from maxtext_ling2.ops.gla.decay import log_decay, slopes
 
-__all__ = ["chunk_size", "gla", "gla_over_ranks", "log_decay", "slopes"]
+__all__ = ["chunk_size", "gla", "gla_context_parallel", "log_decay", "slopes"]
 
 
 def __getattr__(name: str) -> Any:
-  """`gated_norm` and `rotated_norm`, which were here before `ops.fused_norm`, for one more release."""
-  if name in ("gated_norm", "rotated_norm"):
-    from maxtext_ling2.ops import fused_norm
+  """Former names, for one release."""
+  from maxtext_ling2.ops import fused_norm
 
-    return getattr(fused_norm, name)
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  former = {
+    "gla_over_ranks": ("ops.gla.gla_context_parallel", gla_context_parallel),
+    "rotated_norm": ("ops.fused_norm.rotated_norm", fused_norm.rotated_norm),
+    "gated_norm": ("ops.fused_norm.gated_norm", fused_norm.gated_norm),
+  }
+  if name not in former:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  new_name, value = former[name]
+  warnings.warn(f"{__name__}.{name} is now maxtext_ling2.{new_name}", DeprecationWarning, stacklevel=2)
+  return value

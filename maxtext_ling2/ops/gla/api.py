@@ -1,49 +1,29 @@
-"""The one entry to GLA: checks the arguments, fills in the defaults and hands over to a backend."""
+"""The entry to GLA: checks the arguments, fills in the defaults, and calls a backend."""
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxtext_ling2.ops.gla.chunked import in_chunks_of
+from maxtext_ling2.ops.gla.base import Backend, GlaInputs
+from maxtext_ling2.ops.gla.chunked import chunked
 from maxtext_ling2.ops.gla.pallas_tpu import pallas
 from maxtext_ling2.ops.gla.reference import reference
 from maxtext_ling2.ops.gla.vjp import Implementation
 
-
-class Backend(Protocol):
-  """An implementation of GLA. Its arguments are those of `gla`, checked and with the defaults filled in.
-
-  It returns o [B, T, H, Dv] in v's dtype and the final state [B, H, D, Dv] float32, or None unless `final`.
-  """
-
-  def __call__(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
-    scale: float,
-    final: bool,
-  ) -> tuple[jax.Array, jax.Array | None]: ...
-
-
-_xla = in_chunks_of(None)
+_chunked = chunked()
 
 
 def _auto_forward(*args: Any, **static: Any) -> Any:
-  tpu, default = (functools.partial(x.forward, **static) for x in (pallas, _xla))
+  tpu, default = (functools.partial(x.forward, **static) for x in (pallas, _chunked))
   return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
 
 
 def _auto_backward(*args: Any, **static: Any) -> Any:
-  tpu, default = (functools.partial(x.backward, **static) for x in (pallas, _xla))
+  tpu, default = (functools.partial(x.backward, **static) for x in (pallas, _chunked))
   return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
 
 
@@ -57,7 +37,7 @@ whose own devices are CPUs. So both are traced, and only the one for the platfor
 _BACKENDS: Final[Mapping[str, Backend]] = {
   "auto": auto,
   "reference": reference,
-  "chunked": in_chunks_of(None),
+  "chunked": _chunked,
   "pallas": pallas,
 }
 _OPERANDS: Final = (jnp.float32, jnp.bfloat16)
@@ -77,7 +57,7 @@ def gla(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Gated linear attention with one constant decay per head, causal over the sequence.
 
-  For each batch row and head h, over the tokens t of the sequence, with a float32 state S [D, Dv]:
+  For each sequence and head h, over the tokens t, with a float32 state S [D, Dv]:
 
       S_t = exp(g_gamma[h]) * S_{t-1} + k_t v_t^T
       o_t = scale * q_t S_t
@@ -85,28 +65,28 @@ def gla(
   Source: lightning attention (Qin et al. 2024, arXiv:2405.17381); "simple GLA" with a constant gate.
 
   Padding and documents: `segment_ids` gives the document of each token, and id 0 marks padding.
-  - A padded token does not exist: it adds nothing, does not decay the state, and its output is 0. So with padding on
-    the right the final state is the state after the last real token, and a row of nothing but padding returns its
-    initial state. The values of q, k and v there are never used: even a NaN does no harm.
+  - A padded token is skipped: it adds nothing, does not decay the state, and its output is 0. So with padding on the
+    right the final state is the state after the last real token, and a row of padding only returns its initial state.
+    The values of q, k and v at padding are never used: they may be NaN.
   - The state restarts at zero at each real token whose id differs from that of the last real token before it, however
-    much padding lies between. If the ids are equal, the state goes on across the padding. Ids need no order, and an
+    much padding lies between. If the ids are equal, the state continues across the padding. Ids need no order, and an
     id that comes back later (1, 2, 1) is a new document.
-  - `initial_state` belongs to the document of the first real token. A caller who cuts a sequence and passes the state
-    on must therefore zero the state of the rows where the cut falls on a border of documents.
+  - `initial_state` belongs to the document of the first real token. A caller that splits a sequence and passes the
+    state on must therefore zero the state of the rows that are split at a document boundary.
 
   Args:
     q: queries [B, T, H, D], float32 or bfloat16, T at least 1.
     k: keys [B, T, H, D], float32 or bfloat16.
     v: values [B, T, H, Dv], float32 or bfloat16; Dv may differ from D.
-    g_gamma: natural log of the decay per token, [H] float32, at most 0. A constant: it gets no gradient.
-    segment_ids: [B, T] integer, or None when each row is one document without padding.
+    g_gamma: [H] float32, natural log of the decay per token, at most 0. A constant: it gets no gradient.
+    segment_ids: [B, T] integer; None: each sequence is one document without padding.
     initial_state: [B, H, D, Dv] float32, or None for zeros.
     output_final_state: whether to return the state after the last token.
     scale: factor of the outputs (not of the state); None means D ** -0.5.
     backend: "reference" (the recurrence in float32, slow), "chunked" (plain JAX matmuls), "pallas" (a TPU kernel), or
       "auto": "pallas" where the program is compiled for a TPU, else "chunked". Both multiply in bfloat16 with float32
-      sums if q, k and v are all bfloat16, else in full float32. "pallas" must not be sharded from outside (use
-      `jax.shard_map` over batch and heads).
+      sums if q, k and v are all bfloat16, else in full float32. The compiler cannot partition "pallas": call it under
+      `jax.shard_map` over batch and heads.
 
   Returns:
     o [B, T, H, Dv] in v's dtype, and the final state [B, H, D, Dv] float32 (None without output_final_state). Both
@@ -117,11 +97,9 @@ def gla(
   """
   run = _backend(backend)
   _check(q, k, v, g_gamma, segment_ids, initial_state)
-  g_gamma = jax.lax.stop_gradient(jnp.asarray(g_gamma))
+  inputs = GlaInputs(q, k, v, jax.lax.stop_gradient(jnp.asarray(g_gamma)), segment_ids, initial_state)
   scale = q.shape[3] ** -0.5 if scale is None else scale
-  return run(
-    q, k, v, g_gamma, segment_ids=segment_ids, initial_state=initial_state, scale=scale, final=output_final_state
-  )
+  return run(inputs, scale=scale, output_final_state=output_final_state)
 
 
 def backends() -> tuple[str, ...]:
@@ -130,7 +108,6 @@ def backends() -> tuple[str, ...]:
 
 
 def _backend(name: str) -> Backend:
-  """The backend of a name."""
   try:
     return _BACKENDS[name]
   except KeyError:
@@ -138,14 +115,7 @@ def _backend(name: str) -> Backend:
     raise ValueError(f"gla: backend is {name!r}, expected one of {choices}.") from None
 
 
-def _check(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  g_gamma: jax.Array | np.ndarray,
-  segment_ids: jax.Array | None,
-  initial_state: jax.Array | None,
-) -> None:
+def _check(q: Any, k: Any, v: Any, g_gamma: Any, segment_ids: Any, initial_state: Any) -> None:
   """Raises ValueError for the first argument that is wrong in itself or does not fit those before it."""
   for name, value in (("q", q), ("v", v)):
     if value.ndim != 4 or 0 in value.shape:

@@ -1,6 +1,6 @@
 """The constant decay of each GLA head: a slope per head, scaled by the depth of the layer.
 
-Heads get the geometric slopes of ALiBi (Press et al. 2022); deeper layers forget more slowly (lightning attention,
+The slopes are the geometric ones of ALiBi (Press et al. 2022); deeper layers decay more slowly (lightning attention,
 Qin et al. 2024). Nothing here is a parameter.
 """
 
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-# Keeps the slope of the deepest layer above zero; part of what the released models were trained with.
+# Keeps the slope of the deepest layer above zero; the released models were trained with it.
 _SLOPE_FLOOR = 1e-5
 
 
 def slopes(num_heads: int) -> NDArray[np.float64]:
-  """Slopes of the heads before the scaling by depth.
+  """Slopes per head, before the scaling by depth.
 
   Args:
-    num_heads: number of heads H, at least 1; it need not be a power of two.
+    num_heads: number of heads H, at least 1; need not be a power of two.
 
   Returns:
     [H] float64, positive.
@@ -31,8 +31,8 @@ def slopes(num_heads: int) -> NDArray[np.float64]:
   if num_heads < 1:
     raise ValueError(f"slopes: num_heads is {num_heads}, expected at least 1.")
   power = 1 << (num_heads.bit_length() - 1)
-  between = _geometric(2 * power)[0::2][: num_heads - power]
-  return np.concatenate([_geometric(power), between])
+  interleaved = _geometric(2 * power)[0::2][: num_heads - power]
+  return np.concatenate([_geometric(power), interleaved])
 
 
 def _geometric(power: int) -> NDArray[np.float64]:
@@ -50,11 +50,11 @@ def log_decay(
   """Log decay per token of each head of one layer: `-slope_h * (1 - (layer_index - offset) / (num_layers - 1) + 1e-5)`.
 
   Args:
-    layer_index: 0-based index of the layer in the decoder (MTP layers not counted): a Python int, or a scalar integer
-      array, which may be traced (a layer scan stacks it). Both give the same float32 values.
+    layer_index: 0-based index of the layer in the decoder, without MTP layers: a Python int, or a scalar integer array,
+      which may be traced (in a scan over layers). Both give the same float32 values.
     num_layers: number of decoder layers L, at least 2.
     num_heads: number of heads H.
-    offset: 0 as Megatron and SGLang count layers (what was trained), 1 as the Hugging Face code does.
+    offset: 0 as in Megatron and SGLang (the models were trained with it), 1 as in the Hugging Face code.
 
   Returns:
     `g_gamma` for `gla`: [H] float32, natural log of the decay per token, negative. A numpy array for an int
@@ -72,8 +72,8 @@ def log_decay(
     return jnp.asarray(table).at[layer_index].get(mode="fill", fill_value=jnp.nan)
   if not 0 <= layer_index < num_layers:
     raise ValueError(f"log_decay: layer_index is {layer_index}, expected 0 to {num_layers - 1} for {num_layers} layers.")
-  decay: NDArray[np.float32] = table[layer_index].copy()  # the table is shared
-  return decay
+  g_gamma: NDArray[np.float32] = table[layer_index].copy()  # the table is cached
+  return g_gamma
 
 
 @functools.cache

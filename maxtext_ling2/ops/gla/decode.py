@@ -13,13 +13,13 @@ def gla_step(
   *,
   scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """One token of each row, for the recurrence of `gla`.
+  """One token per sequence, by the recurrence of `gla`.
 
   Args:
     q: query [B, H, D], float32 or bfloat16.
     k: key [B, H, D].
     v: value [B, H, Dv].
-    g_gamma: natural log of the decay per token, [H] float32.
+    g_gamma: [H] float32, natural log of the decay per token.
     state: [B, H, D, Dv] float32.
     scale: factor of the outputs; None means D ** -0.5.
 
@@ -31,10 +31,10 @@ def gla_step(
   """
   _check(q, k, v, g_gamma, state)
   scale = q.shape[2] ** -0.5 if scale is None else scale
-  # At one token the time goes into reading and writing the state: sums of products in float32, no matrix unit.
+  # One token is bound by reading and writing the state: elementwise products and sums in float32, not the MXU.
   q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
   decay = jnp.exp(g_gamma)[:, None, None]  # [H, 1, 1]
-  new = decay * state + k[..., None] * v32[..., None, :]
+  new = decay * state + k[..., None] * v32[..., None, :]  # [B, H, D, Dv]
   o = scale * (q[..., None] * new).sum(axis=2)  # [B, H, Dv]
   return o.astype(v.dtype), new
 

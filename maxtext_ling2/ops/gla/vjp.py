@@ -1,85 +1,31 @@
-"""The gradient of GLA, for every implementation that works in chunks: q, k and v are kept, and a state for each chunk.
+"""The gradient rule of GLA for every chunked implementation: it saves q, k, v and one state per chunk.
 
-Notable: the implementation is chosen inside of the gradient rule, not around it. So a choice by platform keeps what one
-implementation keeps, instead of what all of them would.
+Notable: the implementation is chosen inside the gradient rule, not around it. So a choice by platform saves the residuals
+of the implementation that runs, not those of all.
 """
 
 import dataclasses
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-
-class Forward(Protocol):
-  """The forward pass. Operands have one dtype, float32 or bfloat16.
-
-  It returns o [B, T, H, Dv], the state after the last token [B, H, D, Dv] float32 (None unless `final`), and the states
-  that enter the chunks [B, H, N, D, Dv] in the dtype of the operands (None unless `save`).
-  """
-
-  def __call__(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
-    *,
-    scale: float,
-    final: bool,
-    save: bool,
-  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]: ...
-
-
-class Backward(Protocol):
-  """The backward pass: dq, dk, dv in the dtype of the operands, and the gradient of the initial state, float32.
-
-  `states` are those of the forward pass; the last is None unless `initial`.
-  """
-
-  def __call__(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array,
-    segment_ids: jax.Array | None,
-    states: jax.Array,
-    do: jax.Array,
-    dfinal_state: jax.Array | None,
-    *,
-    scale: float,
-    initial: bool,
-  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]: ...
+from maxtext_ling2.ops.gla.base import Backward, Forward, GlaInputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-  """A backend of GLA that works in chunks of `tiles.chunk_size` tokens."""
+  """A `Backend` that works in chunks of `block_sizes.chunk_size` tokens."""
 
   forward: Forward
   backward: Backward
 
-  def __call__(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g_gamma: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
-    scale: float,
-    final: bool,
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """Arguments and results as in `api.Backend`."""
-    dtype = jnp.result_type(q, k, v)
-    call = _Call(self, scale, final, initial_state is not None)
-    o, final_state = _run(call, *(x.astype(dtype) for x in (q, k, v)), g_gamma, segment_ids, initial_state)
-    return o.astype(v.dtype), final_state
+  def __call__(self, inputs: GlaInputs, *, scale: float, output_final_state: bool) -> tuple[jax.Array, jax.Array | None]:
+    dtype = jnp.result_type(*inputs[:3])
+    q, k, v = (x.astype(dtype) for x in inputs[:3])
+    call = _Call(self, scale, output_final_state, inputs.initial_state is not None)
+    o, final_state = _run(call, inputs._replace(q=q, k=k, v=v))
+    return o.astype(inputs.v.dtype), final_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,50 +34,34 @@ class _Call:
 
   implementation: Implementation
   scale: float
-  final: bool  # whether the final state is wanted
-  initial: bool  # whether there is an initial state
+  output_final_state: bool
+  has_initial_state: bool
 
 
-_Results = tuple[jax.Array, jax.Array | None]
-_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
+_Results = tuple[jax.Array, jax.Array | None]  # o, final_state
+_Residuals = tuple[GlaInputs, jax.Array]  # inputs without initial_state, chunk_states [B, H, N, D, Dv]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(
-  call: _Call,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  g_gamma: jax.Array,
-  segment_ids: jax.Array | None,
-  initial_state: jax.Array | None,
-) -> _Results:
+def _run(call: _Call, inputs: GlaInputs) -> _Results:
   forward = call.implementation.forward
-  return forward(q, k, v, g_gamma, segment_ids, initial_state, scale=call.scale, final=call.final, save=False)[:2]
+  return forward(inputs, scale=call.scale, output_final_state=call.output_final_state, save_residuals=False)[:2]
 
 
-def _run_and_keep(
-  call: _Call,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  g_gamma: jax.Array,
-  segment_ids: jax.Array | None,
-  initial_state: jax.Array | None,
-) -> tuple[_Results, _Kept]:
-  o, final_state, states = call.implementation.forward(
-    q, k, v, g_gamma, segment_ids, initial_state, scale=call.scale, final=call.final, save=True
+def _fwd(call: _Call, inputs: GlaInputs) -> tuple[_Results, _Residuals]:
+  o, final_state, chunk_states = call.implementation.forward(
+    inputs, scale=call.scale, output_final_state=call.output_final_state, save_residuals=True
   )
-  assert states is not None
-  return (o, final_state), (q, k, v, g_gamma, segment_ids, states)
+  assert chunk_states is not None
+  return (o, final_state), (inputs._replace(initial_state=None), chunk_states)
 
 
-def _pull_back(call: _Call, kept: _Kept, cotangents: _Results) -> tuple[jax.Array | None, ...]:
-  do, dfinal_state = cotangents
+def _bwd(call: _Call, residuals: _Residuals, cotangents: _Results) -> tuple[GlaInputs]:
   dq, dk, dv, dinitial_state = call.implementation.backward(
-    *kept, do, dfinal_state, scale=call.scale, initial=call.initial
+    *residuals, *cotangents, scale=call.scale, has_initial_state=call.has_initial_state
   )
-  return dq, dk, dv, None, None, dinitial_state  # g_gamma is a constant, segment ids are integers
+  # g_gamma is a constant and segment_ids are integers: no cotangents.
+  return (GlaInputs(dq, dk, dv, None, None, dinitial_state),)  # type: ignore[arg-type]
 
 
-_run.defvjp(_run_and_keep, _pull_back)
+_run.defvjp(_fwd, _bwd)
