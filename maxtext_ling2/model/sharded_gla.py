@@ -12,7 +12,7 @@ import jax
 from maxtext.common import common_types as ct
 from maxtext.utils.sharding import get_logical_axis_rules, logical_to_mesh_axes
 
-from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
+from maxtext_ling2.ops.fused_norm import grouped_rms_norm_gated, qk_norm_rope
 from maxtext_ling2.ops.gla import gla, gla_context_parallel
 
 FLAT = (ct.KV_BATCH, ct.LENGTH, ct.KV_HEAD)
@@ -85,7 +85,7 @@ def sharded_rotated_norm(
   heads: int,
   **options: Any,
 ) -> jax.Array:
-  """`ops.gla.rotated_norm` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
+  """`ops.fused_norm.qk_norm_rope` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
   batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
   wide, narrow = jax.P(batch, length, over_heads), jax.P(batch, length, None)
 
@@ -93,7 +93,7 @@ def sharded_rotated_norm(
     jax.shard_map, mesh=mesh, check_vma=_checked(mesh), in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide
   )
   def run(x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    return rotated_norm(x, scale, cos, sin, **options)
+    return qk_norm_rope(x, scale, cos, sin, **options)
 
   return run(x, scale, cos, sin)
 
@@ -109,13 +109,13 @@ def sharded_gated_norm(
   epsilon: float,
   backend: str,
 ) -> jax.Array:
-  """`ops.gla.gated_norm` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
+  """`ops.fused_norm.grouped_rms_norm_gated` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
   batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
   pieces = math.prod(mesh.shape[name] for name in over_heads or ())
   if groups % pieces:  # a group lies on several devices: the compiler adds up their parts
-    return gated_norm(x, gate, scale, groups=groups, epsilon=epsilon, backend="chunked")
+    return grouped_rms_norm_gated(x, gate, scale, groups=groups, epsilon=epsilon, backend="chunked")
   wide = jax.P(batch, length, over_heads)
-  run = functools.partial(gated_norm, groups=groups // pieces, epsilon=epsilon, backend=backend)
+  run = functools.partial(grouped_rms_norm_gated, groups=groups // pieces, epsilon=epsilon, backend=backend)
   inputs = (wide, wide, jax.P(over_heads))
   return jax.shard_map(run, mesh=mesh, check_vma=_checked(mesh), in_specs=inputs, out_specs=wide)(x, gate, scale)
 

@@ -1,4 +1,4 @@
-"""Compiles GLA and the stages around it ahead of time for a TPU that is not there.
+"""Compiles GLA and the fused norms ahead of time for a TPU that is not there.
 
 `python compile_for_tpu.py CHIP` prints {program: its kernels}.
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.tpu_static import one_device
-from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
+from maxtext_ling2.ops.fused_norm import grouped_rms_norm_gated, qk_norm_rope
 from maxtext_ling2.ops.gla import gla
 
 PROGRAMS = {  # dtype, T, H, D, Dv
@@ -28,12 +28,12 @@ PROGRAMS = {  # dtype, T, H, D, Dv
   "float32, beyond the last step": (jnp.float32, 2100, 6, 128, 128),
   "wide heads": (jnp.float32, 600, 2, 512, 256),
 }
-STAGES = {  # dtype, T, H, D, groups
-  "stages as in LING2": (jnp.bfloat16, 4096, 16, 128, 4),
-  "stages, an odd length": (jnp.float32, 77, 3, 128, 3),
-  "stages, wide heads, one group": (jnp.float32, 600, 5, 512, 1),
-  "stages, two heads a block": (jnp.bfloat16, 300, 6, 64, 6),
-  "stages, four heads a block": (jnp.float32, 77, 4, 32, 2),
+NORMS = {  # dtype, T, H, D, groups
+  "norms as in LING2": (jnp.bfloat16, 4096, 16, 128, 4),
+  "norms, an odd length": (jnp.float32, 77, 3, 128, 3),
+  "norms, wide heads, one group": (jnp.float32, 600, 5, 512, 1),
+  "norms, two heads a block": (jnp.bfloat16, 300, 6, 64, 6),
+  "norms, four heads a block": (jnp.float32, 77, 4, 32, 2),
 }
 
 
@@ -55,12 +55,12 @@ def program(dtype, length, heads, dim, value_dim):
   return jax.value_and_grad(loss, (0, 1, 2, 3)), (key, key, value, state, ids)
 
 
-def stages_program(dtype, length, heads, dim, groups):
+def norms_program(dtype, length, heads, dim, groups):
   """Norm, rotation, norm and gate in a row, rematerialised, with all gradients; and their arguments."""
 
   def loss(x, gate, scale, output_scale, cos, sin):
-    y = rotated_norm(x, scale, cos, sin, rotated=dim // 2, epsilon=1e-6)
-    y = gated_norm(y, gate, output_scale, groups=groups, epsilon=1e-6)
+    y = qk_norm_rope(x, scale, cos, sin, rotated=dim // 2, epsilon=1e-6)
+    y = grouped_rms_norm_gated(y, gate, output_scale, groups=groups, epsilon=1e-6)
     return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
   x = jax.ShapeDtypeStruct((2, length, heads * dim), dtype)
@@ -74,7 +74,7 @@ def main(chip):
   sharding = jax.NamedSharding(mesh, jax.P())
   found = {}
   programs = {name: program(*shape) for name, shape in PROGRAMS.items()}
-  programs |= {name: stages_program(*shape) for name, shape in STAGES.items()}
+  programs |= {name: norms_program(*shape) for name, shape in NORMS.items()}
   for name, (function, args) in programs.items():
     with jax.set_mesh(mesh):
       compiled = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()

@@ -12,7 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.fused_norm import gated_norm, rotated_norm
+from maxtext_ling2.ops.fused_norm import grouped_rms_norm_gated, qk_norm_rope
 
 EPSILON = 1e-6
 
@@ -43,14 +43,16 @@ def rotation_case(length, heads, dim, rotated, norm, dtype=np.float32):
   operands = (random(0, 2, length, heads * dim, dtype=dtype), random(1, dim) if norm else None)
 
   def run(backend):
-    return lambda x, scale: rotated_norm(x, scale, cos, sin, rotated=rotated, epsilon=EPSILON, backend=backend)
+    return lambda x, scale: qk_norm_rope(x, scale, cos, sin, rotated=rotated, epsilon=EPSILON, backend=backend)
 
   return run, operands
 
 
 def gate_case(length, columns, groups, dtype=np.float32):
   operands = (*(random(seed, 2, length, columns, dtype=dtype) for seed in (2, 3)), random(4, columns))
-  return lambda backend: functools.partial(gated_norm, groups=groups, epsilon=EPSILON, backend=backend), operands
+  return lambda backend: functools.partial(
+    grouped_rms_norm_gated, groups=groups, epsilon=EPSILON, backend=backend
+  ), operands
 
 
 def values_and_gradients(function, operands):
@@ -87,14 +89,14 @@ GATES = [  # length, columns, groups
 
 
 @pytest.mark.parametrize("case", ROTATIONS, ids=str)
-def test_rotated_norm_kernels_are_plain_jax(case):
+def test_qk_norm_rope_kernels_are_plain_jax(case):
   run, operands = rotation_case(*case)
   for found, expected in zip(*(values_and_gradients(run(name), operands) for name in ("pallas", "chunked")), strict=True):
     assert error(found, expected) < 2e-6
 
 
 @pytest.mark.parametrize("case", GATES, ids=str)
-def test_gated_norm_kernels_are_plain_jax(case):
+def test_grouped_rms_norm_gated_kernels_are_plain_jax(case):
   run, operands = gate_case(*case)
   for found, expected in zip(*(values_and_gradients(run(name), operands) for name in ("pallas", "chunked")), strict=True):
     assert error(found, expected) < 2e-6
@@ -114,19 +116,19 @@ def test_bfloat16_rounds_once(backend, make):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "pallas"])
-def test_rotated_norm_closed_form(backend):
+def test_qk_norm_rope_closed_form(backend):
   run, (x, scale) = rotation_case(12, 2, 128, 64, True)
   cos, sin = (np.asarray(table, np.float64)[:, :, None] for table in tables(2, 12, 128, 64))
   heads = np.asarray(x, np.float64).reshape(2, 12, 2, 128)
   normed = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + EPSILON) * np.asarray(scale, np.float64)
   pairs = normed[..., :32] + 1j * normed[..., 32:64]  # a rotation is a product of complex numbers
-  turned = pairs * (cos[..., :32] + 1j * sin[..., 32:64])
-  expected = np.concatenate([turned.real, turned.imag, normed[..., 64:]], axis=-1).reshape(x.shape)
+  rotated = pairs * (cos[..., :32] + 1j * sin[..., 32:64])
+  expected = np.concatenate([rotated.real, rotated.imag, normed[..., 64:]], axis=-1).reshape(x.shape)
   assert error(np.asarray(run(backend)(x, scale)), expected) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["chunked", "pallas"])
-def test_gated_norm_closed_form(backend):
+def test_grouped_rms_norm_gated_closed_form(backend):
   run, (x, gate, scale) = gate_case(12, 256, 2)
   groups = np.asarray(x, np.float64).reshape(2, 12, 2, 128)
   normed = (groups / np.sqrt((groups**2).mean(-1, keepdims=True) + EPSILON)).reshape(x.shape)
@@ -137,7 +139,7 @@ def test_gated_norm_closed_form(backend):
 def test_rotating_back_undoes_it_and_norms_stay():
   cos, sin = tables(2, 12, 128, 64)
   x = random(0, 2, 12, 256)
-  turn = functools.partial(rotated_norm, rotated=64, epsilon=EPSILON, backend="pallas")
+  turn = functools.partial(qk_norm_rope, rotated=64, epsilon=EPSILON, backend="pallas")
   there = turn(x, None, cos, sin)
   np.testing.assert_allclose(turn(there, None, cos, -sin), x, atol=1e-6)
   np.testing.assert_allclose(jnp.linalg.norm(there), jnp.linalg.norm(x), rtol=1e-6)
@@ -156,13 +158,13 @@ def test_gradients_of_gradients(make):
 
 def test_what_does_not_fit_is_named():
   run, (x, scale) = rotation_case(12, 2, 128, 64, True)
-  with pytest.raises(ValueError, match=r"rotated_norm: cos has shape \(2, 12, 128\), expected \(1, 12, 128\)"):
+  with pytest.raises(ValueError, match=r"qk_norm_rope: cos has shape \(2, 12, 128\), expected \(1, 12, 128\)"):
     run("pallas")(x[:1], scale)
   with pytest.raises(ValueError, match="x has 192 columns, no whole number of heads of 128"):
     run("pallas")(x[..., :192], scale)
-  with pytest.raises(ValueError, match=r"rotated_norm: scale has shape \(64,\), expected \(128,\)"):
+  with pytest.raises(ValueError, match=r"qk_norm_rope: scale has shape \(64,\), expected \(128,\)"):
     run("pallas")(x, scale[:64])
-  with pytest.raises(ValueError, match=r"gated_norm: gate has shape \(2, 12, 128\), expected \(2, 12, 256\)"):
-    gated_norm(x, x[..., :128], jnp.ones(256), groups=2, epsilon=EPSILON)
+  with pytest.raises(ValueError, match=r"grouped_rms_norm_gated: gate has shape \(2, 12, 128\), expected \(2, 12, 256\)"):
+    grouped_rms_norm_gated(x, x[..., :128], jnp.ones(256), groups=2, epsilon=EPSILON)
   with pytest.raises(ValueError, match="groups=3 does not divide the 256 columns"):
-    gated_norm(x, x, jnp.ones(256), groups=3, epsilon=EPSILON)
+    grouped_rms_norm_gated(x, x, jnp.ones(256), groups=3, epsilon=EPSILON)

@@ -22,10 +22,10 @@ def test_compiles_for(chip):
   assert run.returncode == 0, run.stderr[-3000:]
   (line,) = (line for line in run.stdout.splitlines() if line.startswith("KERNELS "))
   found = json.loads(line.removeprefix("KERNELS "))
-  stages = ["gated_norm", "gated_norm_gradient", "rotated_norm", "rotated_norm_gradient"]
+  norms = ["gated_norm", "gated_norm_gradient", "rotated_norm", "rotated_norm_gradient"]
   assert len(found) == 9
   for program, kernels in found.items():
-    assert kernels == (stages if program.startswith("stages") else ["gla_backward", "gla_forward"]), program
+    assert kernels == (norms if program.startswith("norms") else ["gla_backward", "gla_forward"]), program
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ def __getattr__(name: str) -> Any:
 
   former = {
     "gla_over_ranks": ("ops.gla.gla_context_parallel", gla_context_parallel),
-    "rotated_norm": ("ops.fused_norm.rotated_norm", fused_norm.rotated_norm),
-    "gated_norm": ("ops.fused_norm.gated_norm", fused_norm.gated_norm),
+    "rotated_norm": ("ops.fused_norm.qk_norm_rope", fused_norm.qk_norm_rope),
+    "gated_norm": ("ops.fused_norm.grouped_rms_norm_gated", fused_norm.grouped_rms_norm_gated),
   }
   if name not in former:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
