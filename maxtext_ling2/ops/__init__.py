@@ -1,1 +1,1 @@
-"""Operations of the LING2 model: ordinary JAX functions that know nothing of MaxText."""
+"""Operations of the LING2 model: ordinary JAX functions, independent of MaxText."""

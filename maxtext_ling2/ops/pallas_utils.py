@@ -1,4 +1,4 @@
-"""What all Pallas TPU kernels of this package share: sizes of the hardware, products, sharding types, derivatives."""
+"""Helpers that all Pallas TPU kernels of this package share: hardware sizes, products, sharding types, derivatives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ LANES: Final = 128
 """Lanes of a vector register: the last axis of a block is a multiple of it."""
 
 VMEM_LIMIT: Final = 60 * 2**20
-"""Bytes of VMEM that a kernel may use; a kernel stays far below, the compiler's default limit is too low for some."""
+"""Bytes of VMEM that a kernel may use: more than the compiler's default, which is too low for some shapes."""
 
 NN: Final = ((1,), (0,))  # contracted dimensions of x y
 NT: Final = ((1,), (1,))  # of x y^T
@@ -28,7 +28,7 @@ def dot(x: jax.Array, y: jax.Array, contracted: tuple[Sequence[int], Sequence[in
 
 
 def vary_alike(arrays: Any) -> Any:
-  """Within a `jax.shard_map` that checks them, all arrays of a kernel must vary over the same mesh axes."""
+  """Makes all arrays vary over the same mesh axes, as a kernel within a `jax.shard_map` with `check_vma` requires."""
   varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
   def vary(x: jax.Array) -> jax.Array:
@@ -39,15 +39,16 @@ def vary_alike(arrays: Any) -> Any:
 
 
 def like_input(like: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """The shape of an output that varies over mesh axes as an input does."""
+  """The shape of an output, varying over the mesh axes of the input `like`."""
   return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def differentiable[F: Callable[..., Any]](kernel: F, xla_fallback: F) -> F:
   """The kernel with the derivative of the same function in plain JAX.
 
-  A kernel stands inside the gradient rule of its operation, which first derivatives use. This rule is for the gradient of
-  a gradient: JAX differentiates the rule itself then, and a `pallas_call` has no derivative.
+  Operations call their kernels inside a gradient rule of their own (a `custom_vjp`), which serves first derivatives. The
+  rule here, a second `custom_vjp` within the first, is needed for gradients of gradients: JAX then differentiates the
+  first rule, kernels included, and a `pallas_call` has no derivative.
   """
 
   def call(*args: Any, **static: Any) -> Any:

@@ -1,9 +1,9 @@
 """Tiles of the experts' grouped products: data, chosen for each TPU generation by counting cycles.
 
 Made by `python benchmarks/experts_tiles.py --table`: of the tiles that it compiles, those of the fastest twelve products
-of a layer. K is whole, so that each weight is read once. N is whole, too, or in two blocks on chips of two cores, which
-share them. What does not fit the VMEM is halved. More rows per tile suit experts with many rows: whatever the tile, each
-expert's rows end within one, which is computed whole.
+of a layer. K is not split, so that each weight is read once. Nor is N, except into two blocks on chips with two cores,
+which share them. A tile that does not fit VMEM is halved. More rows per tile suit experts with many rows: the last tile
+of each expert is computed in full, even if it is partly filled.
 """
 
 from typing import Final, NamedTuple
@@ -18,11 +18,11 @@ AXES: Final = {
   "wo_dlhs": ("embed_dim", "mlp_dim"),
   "wo_drhs": ("mlp_dim", "embed_dim"),
 }
-"""What K and N of each product are. fwd: [rows, K] x [K, N]; dlhs: gradient of the rows; drhs: of the weights, [K, N]."""
+"""K and N of each product. fwd: [rows, K] x [K, N]; dlhs: gradient of the rows; drhs: of the weights, [K, N]."""
 
 
 class Tiles(NamedTuple):
-  """What one grid step of a kernel works on; for drhs rows are contracted."""
+  """The work of one grid step of a kernel; for drhs rows are contracted."""
 
   rows: int
   k: int
@@ -30,9 +30,9 @@ class Tiles(NamedTuple):
 
 
 class Chip(NamedTuple):
-  """What decides where the table has no entry."""
+  """What the rule for shapes without a table entry depends on."""
 
-  cores: int  # that share the blocks of N
+  cores: int  # they share the blocks of N
   vmem: int  # bytes that a kernel may use unless it asks for more
 
 
@@ -90,11 +90,11 @@ def tiles(kind: str, product: str, k: int, n: int, rows: float, itemsize: int = 
   """Tiles of one product.
 
   Args:
-    kind: the kind of device; for one that is no TPU there are none: None.
+    kind: the kind of device; the result is None unless it is a TPU.
     product: of AXES.
     k: the product's K on a device.
     n: the product's N on a device.
-    rows: tokens that an expert of the device is given.
+    rows: tokens per expert on the device.
     itemsize: bytes of an element.
   """
   if not kind.startswith("TPU"):
@@ -109,7 +109,7 @@ def tiles(kind: str, product: str, k: int, n: int, rows: float, itemsize: int = 
 
 
 def vmem(product: str, tile: Tiles, itemsize: int = 2) -> int:
-  """Bytes of a grid step: its blocks, twice for the copies of the next one, and the float32 accumulator."""
+  """Bytes of VMEM of a grid step: its blocks, twice for prefetching, and the float32 accumulator."""
   result = tile.k * tile.n if product.endswith("drhs") else tile.rows * tile.n
   return 2 * itemsize * (tile.rows * tile.k + tile.k * tile.n + tile.rows * tile.n) + 4 * result
 
@@ -120,12 +120,12 @@ def vmem_of(kind: str) -> int:
 
 
 def _at_least(by_rows: dict[int, tuple[tuple[int, int, int], ...]], rows: float) -> tuple[tuple[int, int, int], ...]:
-  """The entry with the most rows that are not more than there are."""
+  """The entry with the most rows that does not exceed `rows`, else the smallest."""
   return by_rows[max((least for least in by_rows if least <= rows), default=min(by_rows))]
 
 
 def _by_rule(chip: Chip, k: int, n: int, rows: float) -> Tiles:
-  """Whole K, and N in as many blocks as there are cores. Rows are those of ling2."""
+  """All of K, and N in as many blocks as there are cores. Rows are those of ling2."""
   tile = Tiles(512 if rows >= 4096 else 256 if rows >= 1024 or chip.cores == 1 else 128, k, n)
   if chip.cores > 1 and n % (chip.cores * LANES) == 0:
     tile = tile._replace(n=n // chip.cores)
@@ -140,6 +140,6 @@ def _fit(chip: Chip, product: str, tile: Tiles, itemsize: int) -> Tiles:
     ]
     if not smaller:
       break
-    wide = product.endswith("drhs") and tile.k > tile.n  # of gmm K stays whole as long as N can be halved
+    wide = product.endswith("drhs") and tile.k > tile.n  # for gmm K is not split as long as N can be halved
     tile = smaller[-1] if wide else smaller[0]
   return tile

@@ -112,8 +112,9 @@ def _local_state(k: jax.Array, v: jax.Array, g_gamma: jax.Array, segments: Segme
 
 def _initial_state(shards: _Shards, g_gamma: jax.Array, device: jax.Array, initial_state: jax.Array | None) -> jax.Array:
   """The initial state of a device's shard, [B, H, D, Dv] float32: zero where the shard begins another document."""
-  zeros = jnp.zeros_like(shards.local_state[0])
-  state = jnp.where(device >= 0, 0.0 if initial_state is None else initial_state, zeros)
+  # `device >= 0` is always true; it makes the state vary over the axis, as `shard_map` requires.
+  start = 0.0 if initial_state is None else initial_state
+  state = jnp.where(device >= 0, start, jnp.zeros_like(shards.local_state[0]))
   document = jnp.zeros_like(shards.first_document[0])  # of the state; 0: none yet
   result = state
   for shard in range(shards.local_state.shape[0]):

@@ -54,7 +54,8 @@ def _backward(
   dq, dk, dv, dinitial_state = pallas_kernels.backward(
     arrays, g_gamma, has_padding, grid, scale=scale, has_initial_state=has_initial_state
   )
-  return Gradients(_heads(dq, q), _heads(dk, k), _heads(dv, v), _unpad_state(dinitial_state, q, v))
+  dinitial_state = _unpad_state(dinitial_state, q, v)
+  return Gradients(_heads(dq, q), _heads(dk, k), _heads(dv, v), dinitial_state)
 
 
 _xla_fallback = chunked()
