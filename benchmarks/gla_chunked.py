@@ -1,9 +1,9 @@
-"""What the gradient rule of GLA's plain JAX backend saves, against JAX's own derivative of the same chunks, in one run.
+"""Memory and time of the gradient rule of GLA's plain JAX backend, compared with JAX's derivative of the same chunks.
 
     python benchmarks/gla_chunked.py
 
-Memory is what the compiled program needs beside its arguments and results; the time is the best of several runs, the
-variants in turn, on whatever device JAX finds (the ratios are what counts).
+Memory is that of the compiled program without its arguments and results; the time is the best of several runs, the
+variants alternating, on the device that JAX finds (the ratios matter).
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""GLA on an NVIDIA GPU: our backend `chunked` beside flash-linear-attention's Triton kernels (`fla`), in one run.
+"""GLA on an NVIDIA GPU: our backend `chunked` and flash-linear-attention's Triton kernels (`fla`), in one run.
 
     python benchmarks/gla_gpu.py [--quick] [--repeats N] [--chunks N ...]
 
@@ -30,7 +30,7 @@ from maxtext_ling2.ops.gla.chunked import chunked
 DIM = 128
 NAMES = ("o", "dq", "dk", "dv")
 PASSES = {"forward": False, "both": True}
-CALLS = 10  # queued before each wait, so that the start of one hides behind the work of another
+CALLS = 10  # queued before each wait, so that the launch of one overlaps the work of another
 TOLERANCE = 0.01  # of the Frobenius norm; bfloat16 operands give 0.002 to 0.005
 ROWS = 2048  # of the scores [T, T] that the float64 computation holds at a time
 
@@ -39,7 +39,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-  """A shape of LING2, and the lengths of the documents its row is packed of (one document if there are none)."""
+  """A shape of LING2, and the lengths of the documents packed into its sequence (none: one document)."""
 
   model: str
   length: int
@@ -118,16 +118,16 @@ def exact(case: Case, inputs: Sequence[Any], heads: Sequence[int]) -> list[Any]:
   """o, dq, dk and dv [T, heads, D] from the definition, in float64: every pair of tokens of one document."""
   import torch
 
-  place = torch.arange(case.length, device=inputs[0].device)
-  ends = torch.tensor(case.documents or (case.length,), device=place.device).cumsum(0)
-  document = torch.searchsorted(ends, place, right=True)
+  index = torch.arange(case.length, device=inputs[0].device)
+  ends = torch.tensor(case.documents or (case.length,), device=index.device).cumsum(0)
+  document = torch.searchsorted(ends, index, right=True)
   results = []
   for head in heads:
     q, k, v, do = (x[0, :, head].double() for x in inputs)
     o, dq, dk, dv = (torch.zeros_like(x) for x in (v, q, k, v))
     for start in range(0, case.length, ROWS):
       rows = slice(start, min(start + ROWS, case.length))
-      distance = place[rows, None] - place
+      distance = index[rows, None] - index
       seen = (distance >= 0) & (document[rows, None] == document)
       weight = torch.where(seen, torch.exp(float(case.g_gamma[head]) * distance.clamp(min=0)) * DIM**-0.5, 0.0)
       scores, dscores = weight * (q[rows] @ k.T), weight * (do[rows] @ v.T)  # [rows, T]
@@ -139,7 +139,7 @@ def exact(case: Case, inputs: Sequence[Any], heads: Sequence[int]) -> list[Any]:
 
 
 def errors(found: Sequence[Any], expected: Sequence[Any], heads: Sequence[int]) -> list[tuple[float, float]]:
-  """For each array the norm of the difference by that of the expected, and their largest absolute values likewise."""
+  """Relative errors per array: of the norm, and of the largest absolute value."""
   import torch
 
   pairs = []
@@ -151,7 +151,7 @@ def errors(found: Sequence[Any], expected: Sequence[Any], heads: Sequence[int]) 
 
 
 def compare(case: Case, inputs: Sequence[Any], runs: dict[str, Run]) -> bool:
-  """Prints how far the results of each are from the exact ones; whether all are near enough."""
+  """Prints the errors of each run; returns whether all are within the tolerance."""
   heads = (0, case.heads // 2, case.heads - 1)
   expected = exact(case, inputs, heads)
   near = True
@@ -203,7 +203,7 @@ def medians(runs: dict[str, Run], wait: Callable[[Any], None], repeats: int) -> 
 
 
 def missing() -> str | None:
-  """What this benchmark needs and does not find."""
+  """What this benchmark lacks, None if nothing."""
   if jax.default_backend() != "gpu":
     return f"JAX runs on {jax.default_backend()!r}; install a JAX with CUDA, and do not set JAX_PLATFORMS=cpu"
   for module, package in {"torch": "torch", "fla": "fla-core"}.items():
@@ -215,7 +215,7 @@ def missing() -> str | None:
 
 
 def row(first: str, times: dict[str, float]) -> str:
-  """Microseconds, and ours by theirs."""
+  """A line of the table: microseconds, and the ratios of ours to theirs."""
   found = {name: f"{1e6 * value:.0f}" for name, value in times.items()}
   ratios = [times["chunked"] / times[name] if name in times else None for name in ("fla", "fla, graph")]
   cells = [first, found["chunked"], found["fla"], found.get("fla, graph", "")]

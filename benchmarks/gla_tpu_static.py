@@ -1,12 +1,13 @@
-"""GLA's TPU kernels against what the hardware allows, on every chip, without one.
+"""GLA's TPU kernels compared with the limits of the hardware, for every chip, without one.
 
     python benchmarks/gla_tpu_static.py --quick   T = 4096, 16 heads, with targets; fails if one is missed
     python benchmarks/gla_tpu_static.py           everything: writes benchmarks/results/gla_tpu_static.{json,md,png}
 
 Microseconds are those of `tpu_static.py`: cycles of libtpu's schedule, at least the bytes over the bandwidth. Packed: the
-kernel for several documents a row, which masks every chunk, so that their number does not matter. The limit is the larger
-of the bytes and the operations an implementation with this chunk cannot do without: per token and head, forward 8 D bytes
-and 4 C D + 4 D^2 operations; backward 14 D and 10 C D + 8 D^2, and 4 D^2 / C bytes for states written and read again.
+kernel for several documents per sequence, which masks every chunk, so that their number does not matter. The limit is the
+longer time of the bytes and of the operations that an implementation with this chunk size needs at least. Per token and
+head: forward 8 D bytes and 4 C D + 4 D^2 operations; backward 14 D and 10 C D + 8 D^2, and 4 D^2 / C bytes for states
+written and read again.
 """
 
 import argparse
@@ -51,7 +52,7 @@ class Row:
     length: tokens T of a sequence; the batch is 1.
     heads: H.
     passes: "forward" (for inference: no states are saved), or "both" (forward that saves them, and backward).
-    packed: several documents a row, instead of one.
+    packed: several documents per sequence, instead of one.
     us: the estimate in microseconds; None if the program does not fit the chip.
     limit_us: what the hardware allows.
     busiest: of the longest kernel: its busiest unit, and the share of the cycles in which it is.
@@ -185,7 +186,7 @@ def _markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-  """Ratio to the limit over the length, a panel a chip."""
+  """Ratio to the limit over the length, one panel per chip."""
   import matplotlib
 
   matplotlib.use("Agg")

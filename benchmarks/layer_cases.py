@@ -26,9 +26,9 @@ SETTINGS |= {"attention": "flash"}
 
 
 class PlainComposition(GatedLinearAttention):
-  """The same layer as one writes it at first: modules in a row on [B, T, H, D], only GLA itself as a kernel.
+  """The same layer as a sequence of modules on [B, T, H, D], with only GLA itself as a kernel.
 
-  For training. What `GatedLinearAttention` is measured against.
+  For training. The baseline of `GatedLinearAttention`.
   """
 
   def __call__(
@@ -37,11 +37,11 @@ class PlainComposition(GatedLinearAttention):
     cfg = self.config
     q, k, v = jnp.moveaxis(self.query_key_value(x), 2, 0)
     q, k = (self._rotated(norm(part), positions) for norm, part in ((self.query_norm, q), (self.key_norm, k)))
-    decay = log_decay(layer_index, cfg.num_decoder_layers, cfg.num_query_heads, cfg.gla_decay_layer_offset)
-    o, _ = sharded_gla(q, k, v, jnp.asarray(decay), segment_ids, mesh=self.mesh, backend=cfg.gla_backend)
+    g_gamma = log_decay(layer_index, cfg.num_decoder_layers, cfg.num_query_heads, cfg.gla_decay_layer_offset)
+    o, _ = sharded_gla(q, k, v, jnp.asarray(g_gamma), segment_ids, mesh=self.mesh, backend=cfg.gla_backend)
     groups = o.astype(jnp.float32).reshape(*x.shape[:2], cfg.group_norm_size, -1)
-    root = jax.lax.rsqrt(jnp.mean(jnp.square(groups), axis=-1, keepdims=True) + cfg.normalization_layer_epsilon)
-    normed = (groups * root).reshape(*x.shape[:2], -1) * self.output_norm.scale[...].astype(jnp.float32)
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(groups), axis=-1, keepdims=True) + cfg.normalization_layer_epsilon)
+    normed = (groups * rstd).reshape(*x.shape[:2], -1) * self.output_norm.scale[...].astype(jnp.float32)
     gate = jax.nn.sigmoid(self.output_gate(x).astype(jnp.float32))
     return self.out((normed.reshape(gate.shape) * gate).astype(cfg.dtype))
 
@@ -72,7 +72,7 @@ def gla_layer(length: int = 4096, *, gradients: bool = False, plain: bool = Fals
 
 
 def mla_layer(length: int = 4096, *, gradients: bool = False) -> Program:
-  """MLA, with MaxText's flash attention; one document a row."""
+  """MLA, with MaxText's flash attention; one document per sequence."""
   return _program(
     length,
     gradients,
@@ -89,7 +89,7 @@ def router(length: int = 4096, *, gradients: bool = False) -> Program:
 
 
 def shared_expert(length: int = 4096, *, gradients: bool = False) -> Program:
-  """The expert that every token passes."""
+  """The expert of all tokens."""
   return _program(
     length,
     gradients,
@@ -99,7 +99,7 @@ def shared_expert(length: int = 4096, *, gradients: bool = False) -> Program:
 
 
 def mtp_input(length: int = 4096, *, gradients: bool = False) -> Program:
-  """What an MTP layer does before its decoder layer: two norms and the product of both, side by side."""
+  """The input of an MTP layer's decoder layer: two norms, concatenated, and a projection."""
 
   def make(config: Any, mesh: Any) -> nnx.Module:
     layer = MultiTokenPredictionLayer(config, mesh, 1, Ling2MtpLayer, rngs=nnx.Rngs(0))

@@ -1,11 +1,11 @@
-"""A GLA layer of ling2 on TPUs that need not be there: what its kernels take, and what XLA moves around them.
+"""A GLA layer of ling2 on TPUs, without one: the time of its kernels, and the bytes XLA moves around them.
 
     python benchmarks/layer_tpu_static.py --chip v6e   the table of a chip, with targets; fails if one is missed
     python benchmarks/layer_tpu_static.py              all chips: writes benchmarks/results/layer_tpu_static.{json,md,png}
-    python benchmarks/layer_tpu_static.py --rest       beside GLA: MLA, router, shared expert, MTP's input
+    python benchmarks/layer_tpu_static.py --rest       the other parts of a layer: MLA, router, shared expert, MTP's input
 
 T = 4096, batch 1, bfloat16, one device: products for q, k, v and gate, norm, rotation, GLA, norm and gate, product of the
-output. "Plain" is the layer as modules in a row, in which GLA alone is a kernel; "fused" is the plugin's. Kernels are
+output. "Plain" is the layer as a sequence of modules, in which only GLA is a kernel; "fused" is the plugin's. Kernels are
 counted by `tpu_static.py`. Around them: bytes that XLA's own operations read and write. Their floor: each product reads
 its two operands and writes its result, once, and nothing else. In microseconds, products are at the peak of the chip or
 at the bandwidth of their floor, whichever is slower, and what is moved beyond the floor is at full bandwidth.
@@ -31,9 +31,9 @@ PRODUCTS = {"forward": 5, "both": 15}
 """q, k, v, gate and output; backward two more for each."""
 
 TARGET_MIB = {"forward": 280, "both": 1100}
-"""Of the fused layer, around the kernels; of v6e."""
+"""Bytes around the kernels of the fused layer, on v6e."""
 KERNEL_TARGET = 1.25
-"""Of v6e: time of the kernels, over that of the bytes they must move. (On v7x GLA's own kernels take 1.28.)"""
+"""On v6e: time of the kernels over that of the bytes they must move. (On v7x GLA's own kernels take 1.28.)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
     kernels: name -> microseconds, all its runs together.
     kernel_ratio: time of all kernels over that of their bytes at full bandwidth.
     around: MiB.
-    floor: MiB around the kernels that cannot be saved.
+    floor: MiB around the kernels that are needed in any case.
   """
 
   chip: str
@@ -60,7 +60,7 @@ class Row:
 
   @property
   def product_us(self) -> float:
-    """Operations of the products at the chip's peak."""
+    """Time of the products at the chip's peak."""
     return PRODUCTS[self.passes] * 2 * LENGTH * EMBED * HEADS * DIM / PEAK_TFLOPS[self.chip] / 1e6
 
   def moved_us(self, mib: float) -> float:
@@ -68,7 +68,7 @@ class Row:
     return mib * 2**20 / CHIPS[self.chip].gigabytes_per_second / 1e3
 
   def parts(self) -> dict[str, float]:
-    """What the time of the layer, in microseconds, is made of."""
+    """The parts of the layer's time, in microseconds."""
     gla = sum(us for name, us in self.kernels.items() if name.startswith("gla_"))
     return {
       "GLA": gla,
@@ -127,7 +127,7 @@ def rest(chip: str) -> str:
 
 HEADINGS = (
   *("chip", "passes", "form", "around, MiB", "target", "floor", "x floor", "around, us", "products, us", "GLA, us"),
-  *("stages, us", "kernels x HBM", "target", "layer, us"),
+  *("norms, us", "kernels x HBM", "target", "layer, us"),
 )
 
 
@@ -151,7 +151,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-  """Stacked bars: what the time of a layer is made of, a panel a chip."""
+  """Stacked bars: the parts of a layer's time, one panel per chip."""
   import matplotlib
 
   matplotlib.use("Agg")

@@ -13,7 +13,7 @@ from flax import nnx
 from maxtext_ling2.checkpoint import hf_config, hf_rope
 from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.rope import rotary_embedding
-from maxtext_ling2.ops.fused_norm import rotated_norm
+from maxtext_ling2.ops.fused_norm import qk_norm_rope
 
 BASE = {"rope_theta": 6e6, "max_position_embeddings": 131072, "head_dim": 128, "partial_rotary_factor": 0.5}
 BASE |= {"qk_rope_head_dim": 64, "hidden_size": 64, "num_attention_heads": 2}
@@ -85,7 +85,7 @@ def test_rotation(scaling, factor, _, interleaved):
   close(ours, expected)
   if not interleaved:  # linear attention does it in a stage of its own, with these tables
     tables = embedding.tables(jnp.asarray(positions)[None], 64)
-    stage = rotated_norm(jnp.asarray(x.reshape(1, 9, 128)), None, *tables, rotated=64, epsilon=0.0, backend="chunked")
+    stage = qk_norm_rope(jnp.asarray(x.reshape(1, 9, 128)), None, *tables, rotated=64, epsilon=0.0, backend="chunked")
     close(np.asarray(stage).reshape(9, 2, 64), expected)
 
 
