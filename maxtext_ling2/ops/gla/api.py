@@ -1,8 +1,8 @@
 """The entry to GLA: checks the arguments, fills in the defaults, and calls a backend."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,15 @@ from maxtext_ling2.ops.gla.vjp import Implementation
 _chunked = chunked()
 
 
-def _auto_forward(*args: Any, **static: Any) -> Any:
-  tpu, default = (functools.partial(x.forward, **static) for x in (pallas, _chunked))
-  return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
+def _by_platform[F: Callable[..., Any]](tpu: F, default: F) -> F:
+  def call(*args: Any, **static: Any) -> Any:
+    tpu_pass, default_pass = (functools.partial(x, **static) for x in (tpu, default))
+    return jax.lax.platform_dependent(*args, tpu=tpu_pass, default=default_pass)
+
+  return cast(F, call)
 
 
-def _auto_backward(*args: Any, **static: Any) -> Any:
-  tpu, default = (functools.partial(x.backward, **static) for x in (pallas, _chunked))
-  return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
-
-
-auto = Implementation(_auto_forward, _auto_backward)
+auto = Implementation(_by_platform(pallas.forward, _chunked.forward), _by_platform(pallas.backward, _chunked.backward))
 """TPU kernels where the program is compiled for a TPU, plain JAX elsewhere.
 
 The platform is known only when a program is lowered: a program compiled ahead of time for a TPU is traced on a machine
