@@ -26,20 +26,20 @@ class Ling2Block(nnx.Module):
   ) -> None:
     self.config = config
     self.remat_policy = remat_policy
-    self.num_local = config.inhomogeneous_layer_cycle_interval - 1
+    self.num_gla_layers = config.inhomogeneous_layer_cycle_interval - 1
 
     def layer(layer_rngs: nnx.Rngs, mla: bool) -> Ling2DecoderLayer:
       return Ling2DecoderLayer(config, mesh, model_mode, layer_rngs, quant, mla=mla, dense=False)
 
-    if self.num_local:
-      self.local_layers = nnx_scan.create_scanned_layers(
+    if self.num_gla_layers:
+      self.gla_layers = nnx_scan.create_scanned_layers(
         lambda layer_rngs: layer(layer_rngs, mla=False),
-        length=self.num_local,
+        length=self.num_gla_layers,
         param_scan_axis=config.param_scan_axis,
-        metadata_axis_name="local_layers",
+        metadata_axis_name="local_layers",  # an axis for which MaxText has sharding rules
         rngs=rngs,
       )
-    self.global_layer = layer(rngs, mla=True)
+    self.mla_layer = layer(rngs, mla=True)
 
   def __call__(
     self,
@@ -59,18 +59,18 @@ class Ling2Block(nnx.Module):
       y, _ = layer(x, *args, previous_chunk=previous_chunk, slot=slot, layer_index=index)
       return y, index + 1
 
-    if self.num_local:
+    if self.num_gla_layers:
       carry = nnx_scan.apply_scanned_layers(
-        self.local_layers,
+        self.gla_layers,
         carry,
-        length=self.num_local,
+        length=self.num_gla_layers,
         param_scan_axis=self.config.param_scan_axis,
         apply_fn=one,
         remat=rematerialises(self.config),
         remat_policy=self.remat_policy,
         prevent_cse=_prevents_cse(self.config, in_scan=True),
       )
-    return apply_layer(self.global_layer, carry, one, self.config, self.remat_policy, in_scan=True), None
+    return apply_layer(self.mla_layer, carry, one, self.config, self.remat_policy, in_scan=True), None
 
 
 def rematerialises(config: Any) -> bool:

@@ -12,7 +12,7 @@ from maxtext.layers.normalizations import RMSNorm
 
 from maxtext_ling2.model.block import Carry, Ling2Block, apply_layer
 from maxtext_ling2.model.layer import Ling2DecoderLayer, Ling2MtpLayer
-from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
+from maxtext_ling2.model.layer_layout import ScanLayout, is_dense, is_mla
 
 
 class Ling2Decoder(NNXDecoder):

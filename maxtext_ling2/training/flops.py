@@ -16,7 +16,7 @@ A training step is three forward passes; rematerialisation is not counted.
 import dataclasses
 from typing import Any
 
-from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla
 from maxtext_ling2.ops.gla import chunk_size
 
 

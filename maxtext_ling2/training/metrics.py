@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxtext_ling2.model.layout import layer_names
+from maxtext_ling2.model.layer_layout import layer_names
 from maxtext_ling2.training.balancing import load_metrics
 from maxtext_ling2.training.statistics import RouterStatistics
 

@@ -22,7 +22,7 @@ from maxtext.utils.globals import EPS
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host.registry import WAY_OUT
 from maxtext_ling2.model.layer import ACTIVATIONS
-from maxtext_ling2.model.layout import layer_names
+from maxtext_ling2.model.layer_layout import layer_names
 from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
 from maxtext_ling2.model.mtp import scored_tokens
 from maxtext_ling2.training.statistics import collect

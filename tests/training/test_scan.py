@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maxtext_ling2.maxtext_api import session
-from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
+from maxtext_ling2.model.layer_layout import ScanLayout, is_dense, is_mla
 from tiny import Run, batch, cached_run, config, model
 
 SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}

@@ -1,7 +1,14 @@
 """Which layer is what, and where it stands: the one home of rules that layers, conversion and FLOPs count share."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Final
+
+GLA_LAYERS: Final = "gla_layers"
+MLA_LAYER: Final = "mla_layer"
+"""Modules of a scanned cycle: its GLA layers, themselves scanned, and its MLA layer. Checkpoints hold these names."""
+
+FORMER_NAMES: Final = {"local_layers": GLA_LAYERS, "global_layer": MLA_LAYER}
+"""Names in checkpoints of an earlier release -> today's."""
 
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
@@ -73,7 +80,7 @@ def layer_names(path: tuple[Any, ...], config: Any) -> list[str]:
     config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
   )
   last = layout.cycle - 1
-  positions = range(last) if "local_layers" in words else range(last, last + 1)
+  positions = range(last) if GLA_LAYERS in words else range(last, last + 1)
   starts = range(layout.start, layout.end, layout.cycle)
   return [_layer_name(start + position) for start in starts for position in positions]
 
