@@ -125,5 +125,5 @@ def _place(entry: Entry, layout: ScanLayout) -> tuple[int, int, Path] | None:
   root, layer, *rest = entry.path
   if root != "decoder" or not layer.startswith("layers_"):
     return None
-  place = layout.place(int(layer.removeprefix("layers_")))
+  place = layout.locate(int(layer.removeprefix("layers_")))
   return None if place is None else (*place, tuple(rest))

@@ -98,7 +98,7 @@ class GatedLinearAttention(nnx.Module):
     x: jax.Array,
     segment_ids: jax.Array | None,
     positions: jax.Array,
-    layer_index: int | jax.Array,
+    layer_idx: int | jax.Array,
     model_mode: str = ct.MODEL_MODE_TRAIN,
   ) -> jax.Array:
     """Applies the layer.
@@ -107,7 +107,7 @@ class GatedLinearAttention(nnx.Module):
       x: [B, T, C], the input after the layer norm.
       segment_ids: [B, T] int, 0 for padding; None: one document a row.
       positions: [B, T] int, positions within each document.
-      layer_index: 0-based index in the decoder; may be traced.
+      layer_idx: 0-based index in the decoder; may be traced.
       model_mode: MaxText's; in prefill and decoding (T = 1) `recurrent_state` is read and moved on.
 
     Returns:
@@ -116,7 +116,7 @@ class GatedLinearAttention(nnx.Module):
     decoding = model_mode == ct.MODEL_MODE_AUTOREGRESSIVE
     backend = "chunked" if decoding else self.config.gla_backend  # one token is not worth a kernel
     q, k, v = map(self._per_head, self._project(x, positions, backend))
-    decay = log_decay(layer_index, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
+    decay = log_decay(layer_idx, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
     o = self._attend(q, k, v, jnp.asarray(decay), segment_ids, model_mode)
     o = checkpoint_name(self._shard(_flat(o)), "context")
     (gate,) = self._products(self.output_gate, x)

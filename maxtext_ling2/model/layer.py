@@ -40,7 +40,7 @@ class Ling2DecoderLayer(nnx.Module):
     quant: MaxText's quantisation, or None.
     mla: whether its attention is MLA instead of GLA.
     dense: whether its MLP is dense instead of a mixture of experts.
-    layer_idx: 0-based index in the decoder; None in a layer scan, where the call tells it.
+    layer_idx: 0-based index in the decoder; None in a layer scan, where it is an argument of the call.
   """
 
   def __init__(
@@ -128,7 +128,7 @@ class Ling2DecoderLayer(nnx.Module):
     slot: int | None = None,
     kv_cache: Any = None,
     attention_metadata: Any = None,
-    layer_index: int | jax.Array | None = None,
+    layer_idx: int | jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Applies the layer; MaxText's calling convention for decoder layers.
 
@@ -142,7 +142,7 @@ class Ling2DecoderLayer(nnx.Module):
       slot: for paged attention; handed to MLA.
       kv_cache: returned as it is: LING2's layers keep their own caches.
       attention_metadata: unused (vLLM).
-      layer_index: 0-based index in the decoder where the layer does not know it itself (in a layer scan).
+      layer_idx: 0-based index in the decoder, given in a layer scan; None: that of the constructor.
 
     Returns:
       (outputs [B, T, C], kv_cache).
@@ -165,9 +165,9 @@ class Ling2DecoderLayer(nnx.Module):
           slot=slot,
         )
     else:
-      index = self.layer_idx if layer_index is None else layer_index
+      layer_idx = self.layer_idx if layer_idx is None else layer_idx
       with jax.named_scope("gla"):
-        attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index, model_mode)
+        attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, layer_idx, model_mode)
     x = x + self._shard(attended)
     segment_ids = decoder_segment_ids if model_mode == MODEL_MODE_TRAIN else None  # nothing is counted in decoding
     with jax.named_scope("norm"):
