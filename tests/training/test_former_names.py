@@ -24,7 +24,7 @@ LAST, STEPS = 1, 3  # the step of the checkpoint, and the steps of a whole run
 
 
 def former(text):
-  for name, today in {today: name for name, today in FORMER_NAMES.items()}.items():
+  for name, today in FORMER_NAMES.items():
     text = text.replace(today, name)
   return text
 

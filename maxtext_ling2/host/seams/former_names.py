@@ -152,4 +152,4 @@ def _renamed(state: Any, names: Mapping[str, str]) -> Any:
   from flax import nnx
 
   flat = nnx.to_flat_state(state)
-  return nnx.from_flat_state([(tuple(names.get(word, word) for word in path), leaf) for path, leaf in flat])
+  return nnx.from_flat_state([(tuple(names.get(str(word), word) for word in path), leaf) for path, leaf in flat])
