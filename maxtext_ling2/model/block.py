@@ -49,11 +49,11 @@ class Ling2Block(nnx.Module):
     slot: int | None = None,
     previous_chunk: Any = None,
   ) -> tuple[Carry, None]:
-    """Applies the cycle to x [B, T, C] and its layer index; the other arguments are those of a layer."""
+    """Applies the cycle to the carry; the other arguments are those of a layer."""
     args = (decoder_segment_ids, decoder_positions, deterministic, model_mode)
 
     def apply(layer: Ling2DecoderLayer, carry: Carry) -> Carry:
-      x, layer_idx = carry
+      x, layer_idx = carry  # [B, T, C], []
       y, _ = layer(x, *args, previous_chunk=previous_chunk, slot=slot, layer_idx=layer_idx)
       return y, layer_idx + 1
 

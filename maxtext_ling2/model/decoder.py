@@ -42,7 +42,7 @@ class Ling2Decoder(NNXDecoder):
 
   def _init_scanned_layers(self, decoder_block_classes: Any, rngs: nnx.Rngs, mesh: Any) -> None:
     del decoder_block_classes, mesh
-    # MaxText's __call__ hands the stack to `_apply_qwen3_next_scanned_blocks`, the family that is closest.
+    # With it MaxText's __call__ leaves the layers to `_apply_qwen3_next_scanned_blocks`, the closest of its families.
     self.is_qwen3_next = True
     c = self.config
     self.scan_layout = ScanLayout.of(c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval, c.first_num_dense_layers)
@@ -67,13 +67,13 @@ class Ling2Decoder(NNXDecoder):
   def _apply_qwen3_next_scanned_blocks(
     self, y: jax.Array, layer_args: tuple[Any, ...], layer_kwargs: dict[str, Any], kv_caches: Any = None
   ) -> jax.Array:
-    """Applies all layers, [B, T, C] -> [B, T, C]; called by MaxText's decoder."""
+    """Applies all layers, y [B, T, C] -> [B, T, C]; called by MaxText's decoder."""
     if kv_caches is not None:
       raise ValueError("kv_caches: LING2's layers keep their own caches; vLLM's external ones are not supported")
     before, after = self.scan_layout.unscanned
     y = self._apply_unscanned(before, y, layer_args, layer_kwargs)
     if self.scan_layout.num_blocks:
-      carry: Carry = (y, jnp.asarray(self.scan_layout.start, jnp.int32))
+      carry: Carry = (y, jnp.asarray(self.scan_layout.start, jnp.int32))  # [B, T, C], []
       (y, _), self.scanned_blocks, _ = self._apply_layers_sequentially(
         self.scanned_blocks,
         carry,
