@@ -4,10 +4,10 @@ Effects seen with libtpu 0.0.52 and one mesh axis over the whole slice (tests/tr
 again):
 - The threshold keeps XLA from turning a matmul with sharded weights into a windowed einsum, a loop over the devices that
   reads and writes its accumulator in each iteration. v5p and v4 do that; v5e, v6e and tpu7x do not.
-- The SparseCore flags make all-gathers of weights and reductions of gradients asynchronous, and give a
-  reduce-scatter where XLA otherwise all-reduces the whole gradient and slices it. `all_gather` and `reduce_scatter` alone change nothing;
-  the dimensions in the gather's variant are those of the generation's torus. tpu7x does both by default, v5e has no
-  SparseCore, and on v4 the collectives remain synchronous.
+- The SparseCore flags make all-gathers of weights and reductions of gradients asynchronous, and give a reduce-scatter
+  where XLA otherwise all-reduces the whole gradient and slices it. `all_gather` and `reduce_scatter` alone change
+  nothing; the dimensions in the gather's variant are those of the generation's torus. tpu7x does both by default, v5e
+  has no SparseCore, and on v4 the collectives remain synchronous.
 """
 
 import functools
