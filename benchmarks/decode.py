@@ -81,7 +81,7 @@ def main() -> None:
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
   import jax
 
-  from maxtext_ling2.model.layout import is_mla
+  from maxtext_ling2.model.layer_layout import is_mla
 
   configs = {context: config(context) for context in CONTEXTS}
   layers = configs[CONTEXTS[0]].num_decoder_layers

@@ -18,6 +18,7 @@ from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.seams.diloco import DilocoCheckpointSeam, DilocoSeam
 from maxtext_ling2.host.seams.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.seams.flops import FlopsSeam
+from maxtext_ling2.host.seams.former_names import FormerNamesErrorSeam, FormerNamesSeam
 from maxtext_ling2.host.seams.hf_tables import HfTablesSeam
 from maxtext_ling2.host.seams.mfu import MfuSeam
 from maxtext_ling2.host.seams.mmap_documents import MmapDocumentsSeam
@@ -28,10 +29,12 @@ from maxtext_ling2.host.seams.muon import MuonSeam
 from maxtext_ling2.host.seams.quantization_rules import QuantizationRulesSeam
 from maxtext_ling2.host.seams.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.seams.shared_expert import SharedExpertSeam
+from maxtext_ling2.host.seams.stacked_axes import StackedAxesSeam
 from maxtext_ling2.host.seams.to_huggingface import Exporter, ToHuggingFaceSeam
 from maxtext_ling2.host.seams.to_maxtext import Request, Target, ToMaxTextSeam
 from maxtext_ling2.host.seams.train_step import TrainStepSeam
 from maxtext_ling2.host.seams.weight_variables import PretrainedWeightsSeam, WeightLoadingSeam, WeightVariablesSeam
+from maxtext_ling2.model.layer_layout import FORMER_NAMES, GLA_LAYERS
 
 CONFIGS = Path(__file__).parent / "configs"
 MODEL_NAMES = tuple(sorted(path.stem for path in (CONFIGS / "models").glob("*.yml")))
@@ -122,9 +125,9 @@ REGISTRY = Registry(
       FIELDS,
       MODEL_NAMES,
       {"MaxTextConfig": validation.validate, "RLConfig": validation.validate_rl},
-      validation.shown_to_maxtext,
+      validation.validation_overrides,
     ),
-    ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS, DECODER_BLOCK, validation.INSTEAD_OF_BASE),
+    ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS, DECODER_BLOCK, validation.BASE_OVERRIDES),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
     FlopsSeam(DECODER_BLOCK, _tflops),
     TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
@@ -138,11 +141,14 @@ REGISTRY = Registry(
     QuantizationRulesSeam(DECODER_BLOCK),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
+    FormerNamesSeam(FORMER_NAMES),
     DilocoCheckpointSeam(DECODER_BLOCK, ("gate", "bias")),
     PretrainedWeightsSeam(DECODER_BLOCK, "routed_bias", ("gate", "bias")),
+    FormerNamesErrorSeam(DECODER_BLOCK, FORMER_NAMES),
     MuonSeam(("query_key_value", "output_gate")),
     ResultTokensSeam(),
     HfTablesSeam(_tables),
+    StackedAxesSeam(GLA_LAYERS),
     ToMaxTextSeam(DECODER_BLOCK, _check_import, _import),
     ToHuggingFaceSeam(DECODER_BLOCK, _open_export),
   ),

@@ -12,7 +12,7 @@ from flax import nnx
 from maxtext.kernels.ragged import ragged_gather_reduce, ragged_gather_reduce_v2
 
 from maxtext_ling2.maxtext_api import session
-from maxtext_ling2.model.layout import layer_names
+from maxtext_ling2.model.layer_layout import layer_names
 from maxtext_ling2.training import step
 from mesh_runs import ROWS
 from tiny import Run, batch

@@ -38,6 +38,7 @@ from maxtext_ling2.checkpoint.safetensors_file import NewTensor
 from maxtext_ling2.checkpoint.stacking import Leaf
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.model import yarn
+from maxtext_ling2.model.layer_layout import FORMER_NAMES
 
 logger = logging.getLogger("maxtext_ling2")
 Array = NDArray[Any]
@@ -231,7 +232,8 @@ def match(checkpoint: epath.Path, config: Any) -> tuple[list[Leaf], dict[mapping
     CheckpointError: tensors are missing or misshapen, or the checkpoint has some that the model does not have; they are
       named. Only MTP layers may be left out, which one log line says.
   """
-  leaves, arrays = stacking.leaves(config), orbax_store.open_arrays(checkpoint)
+  leaves, opened = stacking.leaves(config), orbax_store.open_arrays(checkpoint)
+  arrays = {tuple(FORMER_NAMES.get(word, word) for word in path): array for path, array in opened.items()}
   stores, problems = {}, []
   for leaf in leaves:
     store = _find(leaf, arrays)

@@ -12,7 +12,7 @@ from typing import Any
 
 from maxtext_ling2.checkpoint import exported_code
 from maxtext_ling2.checkpoint.decay_offset import FIELD as OFFSET
-from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla
 
 logger = logging.getLogger("maxtext_ling2")
 

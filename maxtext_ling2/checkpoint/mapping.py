@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla
 
 Array = NDArray[Any]
 Path = tuple[str, ...]

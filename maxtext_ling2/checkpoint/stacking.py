@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint.mapping import Entry, Path, entries
-from maxtext_ling2.model.layout import ScanLayout
+from maxtext_ling2.model.layer_layout import GLA_LAYERS, MLA_LAYER, ScanLayout
 
 Array = NDArray[Any]
 
@@ -99,7 +99,7 @@ def leaves(config: Any) -> list[Leaf]:
       singles.append(_single(entry, config))
     else:
       block, position, rest = place
-      kind = "global_layer" if position == layout.cycle - 1 else "local_layers"
+      kind = MLA_LAYER if position == layout.cycle - 1 else GLA_LAYERS
       stacks.setdefault(("decoder", "scanned_blocks", kind, *rest), []).append((block, entry))
   return singles + [_stack(path, members, layout, config) for path, members in stacks.items()]
 
@@ -117,7 +117,7 @@ def _stack(path: Path, members: list[tuple[int, Entry]], layout: ScanLayout, con
   entry = blocks[0][0]
   is_parameter = _is_parameter(entry, config)
   axis = min(config.param_scan_axis, len(entry.shape)) if is_parameter else 0
-  return Leaf(path, blocks, 1 if path[2] == "global_layer" else 2, axis, is_parameter)
+  return Leaf(path, blocks, 1 if path[2] == MLA_LAYER else 2, axis, is_parameter)
 
 
 def _place(entry: Entry, layout: ScanLayout) -> tuple[int, int, Path] | None:
@@ -125,5 +125,5 @@ def _place(entry: Entry, layout: ScanLayout) -> tuple[int, int, Path] | None:
   root, layer, *rest = entry.path
   if root != "decoder" or not layer.startswith("layers_"):
     return None
-  place = layout.place(int(layer.removeprefix("layers_")))
+  place = layout.locate(int(layer.removeprefix("layers_")))
   return None if place is None else (*place, tuple(rest))

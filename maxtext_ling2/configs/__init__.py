@@ -1,4 +1,5 @@
-"""LING2's configuration: its fields (`fields.py`), its rules (`validation.py`) and its models (`models/*.yml`).
+"""LING2's configuration: fields (`fields.py`), rules (`validation.py` and the files it calls), models (`models/*.yml`)
+and training recipes (`recipes/*.yml`).
 
-Nothing here imports MaxText; the host layer brings it there.
+Nothing here imports MaxText.
 """

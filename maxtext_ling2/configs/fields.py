@@ -1,8 +1,8 @@
-"""The config fields LING2 adds to MaxText: the RFC's 16, the decay offset its sources disagree about, GLA's backend,
-YaRN's two scales, the switch of the XLA flags by chip.
+"""The config fields that LING2 adds to MaxText.
 
-Names, owners, types and defaults are those of the RFC "Refactor PR1 - Ling2 config extension". A field that the installed
-MaxText already defines stays MaxText's own.
+Those are the 16 of the RFC "Refactor PR1 - Ling2 config extension", with its names, owners, types and defaults; the decay
+offset, on which LING2's sources disagree; GLA's backend; YaRN's two scales; and the switch of the XLA flags. A field that
+the installed MaxText already defines remains MaxText's.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ class Field:
   """One config field.
 
   Attributes:
-    name: as in a yml or on the command line.
-    owner: the class of `maxtext.configs.types` it belongs to.
+    name: as in a YAML file or on the command line.
+    owner: the class of `maxtext.configs.types` to which it belongs.
     annotation: its type, the name of a builtin or of a type in `maxtext.configs.types`.
-    default: changes no model but LING2.
-    description: what it does, and its Megatron name where it has one.
+    default: the value at which it changes no other model.
+    description: what it does, and its Megatron name if it has one.
+    ling2_only: whether only LING2 reads it, so that another model's run refuses any value but the default.
   """
 
   name: str
@@ -26,6 +27,7 @@ class Field:
   annotation: str
   default: Any
   description: str
+  ling2_only: bool = True
 
 
 FIELDS = (
@@ -120,13 +122,41 @@ FIELDS = (
     "Whether train and eval step are compiled for a TPU with the XLA flags that LING2 has for its generation; "
     "compile_xla_flags wins over them.",
   ),
-  Field("blend_cache_dir", "GrainDataset", "PathStr", "", "Cache folder of the blended Megatron dataset's indices."),
-  Field("blend_index_dir", "GrainDataset", "PathStr", "", "Folder of pre-generated blended dataset indices."),
-  Field("reset_attention_mask", "GrainDataset", "bool", True, "Start a new segment after each end-of-document token."),
   Field(
-    "eod_mask_loss", "GrainDataset", "bool", False, "Exclude positions whose input is end-of-document from the loss."
+    "blend_cache_dir",
+    "GrainDataset",
+    "PathStr",
+    "",
+    "Cache folder of the blended Megatron dataset's indices.",
+    ling2_only=False,
   ),
-  Field("mmap_split_sentences", "GrainDataset", "bool", False, "Whether the data was made with --split-sentences."),
+  Field(
+    "blend_index_dir", "GrainDataset", "PathStr", "", "Folder of pre-generated blended dataset indices.", ling2_only=False
+  ),
+  Field(
+    "reset_attention_mask",
+    "GrainDataset",
+    "bool",
+    True,
+    "Start a new segment after each end-of-document token.",
+    ling2_only=False,
+  ),
+  Field(
+    "eod_mask_loss",
+    "GrainDataset",
+    "bool",
+    False,
+    "Exclude positions whose input is end-of-document from the loss.",
+    ling2_only=False,
+  ),
+  Field(
+    "mmap_split_sentences",
+    "GrainDataset",
+    "bool",
+    False,
+    "Whether the data was made with --split-sentences.",
+    ling2_only=False,
+  ),
   Field("pad_id", "Tokenizer", "int", 0, "Padding token of the mmap pipeline, so that it needs no tokenizer for it."),
   Field("bos_id", "Tokenizer", "int", 1, "BOS token inserted between documents with concat_then_split packing."),
   Field(
@@ -138,7 +168,5 @@ FIELDS = (
     "with equal weight (Megatron: not --no-calculate-per-token-loss).",
   ),
 )
-
-GLA_BACKENDS = ("auto", "pallas", "chunked", "reference")  # those of ops/gla, named here so that no config needs JAX
 
 DEFAULTS = {field.name: field.default for field in FIELDS}

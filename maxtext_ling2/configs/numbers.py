@@ -1,4 +1,4 @@
-"""The numbers of a LING2 configuration: which must be positive, which may be zero. NaN and infinity are neither."""
+"""Rules about numbers, in the form of `validation`: which must be positive, which may be 0; none NaN or infinite."""
 
 import math
 from collections.abc import Iterator
@@ -10,24 +10,24 @@ _POSITIVE = {
   "base_moe_mlp_dim": "the width of an expert",
   "head_dim": "the width of a head",
   "vocab_size": "the number of tokens",
-  "normalization_layer_epsilon": "what keeps a norm from dividing by zero",
+  "normalization_layer_epsilon": "the epsilon of norms",
   "max_position_embeddings": "the number of positions",
   "rope_max_timescale": "the base of RoPE's frequencies",
   "routed_scaling_factor": "the scale of the routed experts",
-  "max_target_length": "the number of tokens of a row",
-  "per_device_batch_size": "the number of rows",
+  "max_target_length": "the number of tokens per sequence",
+  "per_device_batch_size": "the number of sequences per device",
 }
 _POSITIVE_WITH_YARN = {
-  "rope_factor": "how far YaRN stretches the context",
-  "original_max_position_embeddings": "the context before YaRN stretches it",
-  "beta_fast": "the turns above which YaRN keeps a frequency",
-  "beta_slow": "the turns below which YaRN stretches a frequency",
+  "rope_factor": "the factor by which YaRN extends the context",
+  "original_max_position_embeddings": "the context length before YaRN",
+  "beta_fast": "the number of rotations above which YaRN keeps a frequency",
+  "beta_slow": "the number of rotations below which YaRN divides a frequency by rope_factor",
 }
 _ZERO_IS_OFF = ("moe_z_loss_weight", "moe_shared_expert_dim", "routed_bias_update_rate", "mtp_num_layers")
 
 
 def problems(c: Any) -> Iterator[str]:
-  """What is wrong with the numbers of a config, one sentence each."""
+  """Broken rules about the numbers of a LING2 config, one sentence each."""
   yarn = getattr(c.rope_type, "value", c.rope_type) == "yarn"
   for field, meaning in (_POSITIVE | (_POSITIVE_WITH_YARN if yarn else {})).items():
     if not 0 < getattr(c, field) < math.inf:

@@ -1,7 +1,7 @@
-"""Tiles of the experts' grouped products: which of MaxText's fields hold them, and what a user may set. As `validation`.
+"""Tiles of the experts' grouped matmuls: MaxText's fields for them, and rules about them in the form of `validation`.
 
-A tile that nobody sets is BY_CHIP in a LING2 run; the table of `ops/experts/tiles.py` answers for it once the chip is
-known, when a program is traced.
+A tile that the user does not set is BY_CHIP in a LING2 run: the table in `ops/experts/tiles.py` decides when a program is
+traced and the chip is known.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 BY_CHIP: Final = 0
-"""The value of a field that the user has not set. No tile has this size."""
+"""The value of a field that the user has not set; not the size of any tile."""
 
 DIRECTIONS: Final = ("fwd", "dlhs", "drhs")
 AXES: Final = ("batch_seq", "embed_dim", "mlp_dim")
@@ -22,29 +22,31 @@ TILES: Final = {
   for direction in directions
   for axis in AXES
 }
-"""Field -> (product, axis). The eval_ ones are those of the forward pass in an evaluation."""
+"""Field -> (matmul, axis). Those with eval_ are for the forward pass of an evaluation."""
 
 SMALLEST_ROWS: Final = 128
-"""Every number of rows in the table is this times a power of two."""
+"""Every batch_seq tile in the table is this times a power of two."""
 
 _SUBLANES: Final = 8
-"""Rows of a register; a tile holds a multiple of them."""
+"""Rows of a vector register; a tile has a multiple of them."""
 
 
 def padding(field: str) -> str:
-  """The field to whose multiples MaxText pads the rows, for a product's `batch_seq` field."""
+  """The field to whose multiples MaxText pads the rows of the matmul with this `batch_seq` field."""
   return "eval_wi_tile_fwd_batch_seq" if field.startswith("eval_") else "wi_tile_fwd_batch_seq"
 
 
 def problems(config: Any) -> Iterator[str]:
-  """Sentences about the tiles of a LING2 config, where a kernel reads them.
+  """Broken rules about the tiles of a LING2 config, one sentence each.
 
-  MaxText pads the rows to `wi_tile_fwd_batch_seq` alone, and megablox refuses rows that its tiles do not divide.
+  MaxText pads the rows to multiples of `wi_tile_fwd_batch_seq` alone, and megablox needs tiles that divide the rows.
   """
   for field in TILES:
     if getattr(config, field, BY_CHIP) < 0:
       yield f"{field}={getattr(config, field)}: a tile cannot be negative; leave it out for the one that suits the chip"
-  if not (config.sparse_matmul and config.megablox and not config.use_tokamax_gmm):  # others take any number of rows
+  if not (
+    config.sparse_matmul and config.megablox and not config.use_tokamax_gmm
+  ):  # other kernels take any number of rows
     return
   for field, (_, axis) in TILES.items():
     if axis == "batch_seq" and (tile := getattr(config, field, BY_CHIP)) > 0:
@@ -52,18 +54,16 @@ def problems(config: Any) -> Iterator[str]:
 
 
 def _rows(config: Any, field: str, tile: int) -> Iterator[str]:
-  """A number of rows that the user has set."""
-  whole = padding(field)
-  if field == whole:
+  """A batch_seq tile that the user has set."""
+  padded_to = padding(field)
+  if field == padded_to:
     if math.gcd(tile, SMALLEST_ROWS) < _SUBLANES:
-      yield (
-        f"{field}={tile}: the rows of the experts are padded to it and tiles hold {_SUBLANES} at a time; use a multiple"
-      )
+      yield f"{field}={tile}: the rows of the experts are padded to it, so it must be a multiple of {_SUBLANES}"
     return
-  padded = getattr(config, whole, BY_CHIP)
+  padded = getattr(config, padded_to, BY_CHIP)
   if (padded or SMALLEST_ROWS) % tile:
-    found = f"{padded}" if padded else f"chosen by chip, at least {SMALLEST_ROWS}"
+    multiple = f"{padded}" if padded else f"chosen by chip, at least {SMALLEST_ROWS}"
     yield (
-      f"{field}={tile}: the rows of the experts are padded to multiples of {whole} ({found}), so this tile must divide "
-      f"it; set {whole}={math.lcm(padded or SMALLEST_ROWS, tile)}, too, or leave {field} out"
+      f"{field}={tile}: the rows of the experts are padded to multiples of {padded_to} ({multiple}), so this tile must "
+      f"divide it; set {padded_to}={math.lcm(padded or SMALLEST_ROWS, tile)}, too, or leave {field} out"
     )

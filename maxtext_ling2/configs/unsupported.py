@@ -1,4 +1,4 @@
-"""Features of MaxText that would compute something else than LING2, or nothing, or fail late."""
+"""Rules, in the form of `validation`, against features of MaxText that would not compute LING2 or would fail late."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +23,11 @@ OFF = {
   "mlp_bias": False,
   "prefuse_moe_weights": False,  # checkpoints keep gate and up apart
   "padded_base_moe_mlp_dim": None,
-  "weight_block_size": None,  # of the scales of fp8 weights, as the next one
+  "weight_block_size": None,  # this and the next are about the scales of fp8 weights
   "unquantized_modules": [],
   "use_untrainable_positional_embedding": False,
   "trainable_position_size": -1,
-  # Which MaxText's other decoders read.
+  # Read by MaxText's other decoders only.
   "rope_linear_scaling_factor": 1.0,
   "local_rope_max_timescale": -1,
   "interleave_moe_layer_step": 1,
@@ -42,16 +42,16 @@ OFF = {
   "use_post_ffw_norm": False,
   "mlp_activations_limit": -1.0,  # clips routed experts, never dense and shared ones
 }
-"""Field -> its value where the feature is off."""
+"""Field -> the value at which the feature is off."""
 
 
 def rope_type(c: Any) -> str:
-  """MaxText's `rope_type` as it is spelled in a yml, of a checked config and of a raw one."""
+  """The name of `rope_type`, of a validated config or a raw one."""
   return str(getattr(c.rope_type, "value", c.rope_type))
 
 
 def problems(c: Any) -> Iterator[str]:
-  """Features of MaxText that would compute something else than LING2, or fail late."""
+  """Broken rules about features of MaxText, one sentence each."""
   yield from _of_meshes(c)
   yield from _of_training(c)
   yield from _of_layers(c)
@@ -85,7 +85,7 @@ def _of_meshes(c: Any) -> Iterator[str]:
 def _of_training(c: Any) -> Iterator[str]:
   if c.enable_streaming_diloco:
     yield (
-      "enable_streaming_diloco=true: its fragments are synchronised one after the other, and router biases, which are no "
+      "enable_streaming_diloco=true: its fragments are synchronised one after the other, and router biases, not being "
       "parameters, are in none of them; set it to false, for plain DiLoCo"
     )
   if c.enable_diloco and c.compile_xla_flags:
@@ -96,17 +96,17 @@ def _of_training(c: Any) -> Iterator[str]:
   if c.use_qk_clip and c.attention != "dot_product" and not (c.use_tokamax_splash and c.hardware == "tpu"):
     yield (
       f"use_qk_clip=true, attention={c.attention}: of MaxText's attentions only dot_product and, on TPUs, tokamax's "
-      "splash attention tell the largest logit; set use_tokamax_splash=true, or attention=dot_product"
+      "splash attention report the largest logit; set use_tokamax_splash=true, or attention=dot_product"
     )
   if c.adamw_mask and c.opt_type == "muon":
     yield (
-      f"adamw_mask={c.adamw_mask}: MaxText 0.2.5 does not hand it to muon, so that norms would decay; leave it empty and "
+      f"adamw_mask={c.adamw_mask}: MaxText 0.2.5 does not pass it to muon, so norms would decay; leave it empty and "
       "set adam_weight_decay=0.0, or use opt_type=adamw"
     )
   if c.scan_layers and c.param_scan_axis not in (0, 1):
     yield (
-      f"param_scan_axis={c.param_scan_axis}: the scales of norms have one axis, so layers are stacked before or behind "
-      "it; use 0 or 1"
+      f"param_scan_axis={c.param_scan_axis}: the scales of norms have one axis, so layers can only be stacked before or "
+      "after it; use 0 or 1"
     )
 
 
@@ -114,11 +114,11 @@ def _of_layers(c: Any) -> Iterator[str]:
   if c.attention in _EXTERNAL_CACHES:
     yield (
       f"attention={c.attention}: LING2's layers keep caches of their own, not vLLM's pages, so MaxText's vLLM adapter "
-      "and the eval framework on top of it cannot run them; export with to_huggingface and serve that, or use "
+      "and its eval framework cannot run them; export with to_huggingface and serve the export, or use "
       "`maxtext-ling2 eval` and `generate`"
     )
   if rope_type(c) not in ("default", "yarn"):
-    yield f"rope_type={rope_type(c)!r}: LING2 computes rope_type=default and yarn, no other; use one of them"
+    yield f"rope_type={rope_type(c)!r}: LING2 supports rope_type=default and yarn only; use one of them"
   for field, off in OFF.items():
     if getattr(c, field, off) != off:
       yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"

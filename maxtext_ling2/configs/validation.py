@@ -1,7 +1,7 @@
-"""LING2's rules about a configuration, checked before MaxText touches a device.
+"""LING2's rules about a configuration, checked before MaxText uses a device.
 
-Each rule yields sentences that name the field, its value, the reason and the way out. The functions read attributes
-only, so that any object with MaxText's field names will do.
+A rule is a function of the config that yields one sentence per violation: field, value, reason, what to do. It only reads
+attributes, so any object with MaxText's field names will do.
 """
 
 import functools
@@ -10,22 +10,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from maxtext_ling2.configs import documents, numbers, tiles, unsupported, without_effect
-from maxtext_ling2.configs.fields import DEFAULTS, GLA_BACKENDS
+from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.unsupported import rope_type
 
 logger = logging.getLogger("maxtext_ling2")
 
 DECODER_BLOCK = "ling2"
-INSTEAD_OF_BASE = {
+BASE_OVERRIDES = {
   "mla_naive_kvcache": "false",  # see `_mla`
   "moe_use_direct_token_gather": "true",  # no copy of each token for each of its experts
-  "router_topk_matmul_vjp": "true",  # a product in place of a serial scatter
+  "router_topk_matmul_vjp": "true",  # a matmul in place of a serial scatter
   **dict.fromkeys(tiles.TILES, str(tiles.BY_CHIP)),
 }
-"""What a LING2 model takes where only MaxText's base.yml says otherwise."""
+"""Values that a LING2 model takes in place of those in MaxText's base.yml, unless the user sets others."""
 
 CUSTOM_MODEL = "ling2-custom"
-"""The model whose sizes stand in the user's base yml, not in one of ours."""
+"""The model whose sizes are in the user's base YAML file."""
 DTYPES = ("bfloat16", "float32")
 BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
@@ -36,7 +36,7 @@ def is_ling2(config: Any) -> bool:
 
 
 def validate(config: Any) -> None:
-  """Checks a config against LING2's rules, or, for another model, that none of LING2's fields is set in vain.
+  """Checks a config against LING2's rules, or, for another model, that it sets no field that only LING2 reads.
 
   Raises:
     ValueError: all broken rules, one sentence each.
@@ -52,13 +52,13 @@ def validate(config: Any) -> None:
 
 
 def _warn_of_lost_softmax_factor(c: Any) -> None:
-  """The first release gave MLA's softmax scale MaxText's factor without YaRN, too, which LING2's reference has not."""
+  """In the first release MLA's softmax scale had MaxText's factor also without YaRN, unlike LING2's reference."""
   longest, original = c.max_position_embeddings, c.original_max_position_embeddings
   if rope_type(c) != "yarn" and longest > original and c.rope_mscale_all_dim < 0:
     _warn_once(
       f"max_position_embeddings={longest} exceeds original_max_position_embeddings={original} without rope_type=yarn: "
-      "MLA's softmax scale has no factor for that any more, as in LING2's reference; a run that was trained with the "
-      f"first release had (0.1 * mscale * ln(rope_factor={c.rope_factor}) + 1)^2, and computes something else now"
+      "MLA's softmax scale has no factor for that any more, as in LING2's reference; a model trained with the first "
+      f"release had the factor (0.1 * mscale * ln(rope_factor={c.rope_factor}) + 1)^2, and computes something else now"
     )
 
 
@@ -68,7 +68,7 @@ def _warn_once(text: str) -> None:
 
 
 def validate_rl(config: Any) -> None:
-  """As `validate`, for MaxText's reinforcement learning, whose trainer has a loss of its own.
+  """As `validate`, for MaxText's reinforcement learning, whose trainer has its own loss.
 
   Raises:
     ValueError: all broken rules, one sentence each.
@@ -81,12 +81,12 @@ def validate_rl(config: Any) -> None:
     )
 
 
-def shown_to_maxtext(config: Any) -> dict[str, Any]:
-  """Values that LING2's fields show to MaxText's own validation, whose rules about them know only its own models.
+def validation_overrides(config: Any) -> dict[str, Any]:
+  """Field -> the value that MaxText's validation sees instead, because its rules know only its own models.
 
   MaxText allows `routed_bias_update_rate` only for DeepSeek, `partial_rotary_factor` only for Qwen3-Next, and muon only
-  for models whose parameters it knows (`host/seams/muon.py` tells it about ours). And it takes a model with cycles of one
-  layer and no dense layer for one whose dense width must equal the experts'.
+  for models whose parameters it knows (`host/seams/muon.py` adds LING2's). With cycles of one layer and no dense layer it
+  requires the dense width to equal the experts'.
   """
   if not is_ling2(config):
     return {}
@@ -112,8 +112,8 @@ def _heads(c: Any) -> Iterator[str]:
       f"group_norm_size={c.group_norm_size}: it is the number of groups and must divide heads * head_dim = {width}; "
       "choose a divisor, 1 for one RMSNorm over all heads"
     )
-  possible = 0.0 < c.partial_rotary_factor <= 1.0  # NaN is not
-  rotary = int(c.head_dim * c.partial_rotary_factor) if possible else 0
+  in_range = 0.0 < c.partial_rotary_factor <= 1.0  # False for NaN
+  rotary = int(c.head_dim * c.partial_rotary_factor) if in_range else 0
   if rotary < 2 or rotary % 2:
     yield (
       f"partial_rotary_factor={c.partial_rotary_factor}: it rotates int(head_dim * factor) = {rotary} of "
@@ -122,6 +122,8 @@ def _heads(c: Any) -> Iterator[str]:
 
 
 def _layers(c: Any) -> Iterator[str]:
+  from maxtext_ling2.ops.gla.api import backends  # needs JAX
+
   layers = c.base_num_decoder_layers
   if layers < 2:
     yield f"base_num_decoder_layers={layers}: the decay of linear attention divides by layers - 1; use at least 2"
@@ -140,8 +142,8 @@ def _layers(c: Any) -> Iterator[str]:
       f"gla_decay_layer_offset={c.gla_decay_layer_offset}: it must be 0 (as trained; Megatron, SGLang, vLLM) or 1 (as in "
       "the Hugging Face code)"
     )
-  if c.gla_backend not in GLA_BACKENDS:
-    yield f"gla_backend={c.gla_backend!r}: use one of {', '.join(GLA_BACKENDS)}; auto picks the fastest for the platform"
+  if c.gla_backend not in backends():
+    yield f"gla_backend={c.gla_backend!r}: use one of {', '.join(backends())}; auto picks the fastest for the platform"
 
 
 def _mla(c: Any) -> Iterator[str]:
@@ -160,7 +162,7 @@ def _mla(c: Any) -> Iterator[str]:
     yield "quantize_kvcache=True: MaxText cannot quantise MLA's compressed cache; set it to false"
   if c.use_chunked_prefill:
     yield (
-      "use_chunked_prefill=True: MaxText's compressed cache of MLA cannot be filled piece by piece; set it to false and "
+      "use_chunked_prefill=True: MaxText's compressed cache of MLA cannot be filled in chunks; set it to false and "
       "max_prefill_predict_length to the longest prompt"
     )
   if c.qk_rope_head_dim % 2:
@@ -188,7 +190,7 @@ def _experts(c: Any) -> Iterator[str]:
 
 
 def _groups(c: Any) -> Iterator[str]:
-  groups, kept = c.n_routing_groups, c.topk_routing_group
+  groups, chosen = c.n_routing_groups, c.topk_routing_group
   if groups < 1 or c.num_experts % groups:
     yield (
       f"n_routing_groups={groups}: it must divide num_experts={c.num_experts} into equal groups; choose a divisor, or -1 "
@@ -201,12 +203,12 @@ def _groups(c: Any) -> Iterator[str]:
       f"n_routing_groups={groups}: a group's score is the sum of its two best experts, but num_experts={c.num_experts} "
       f"gives groups of {size}; use fewer groups, or -1 for none"
     )
-  if not 1 <= kept <= groups:
-    yield f"topk_routing_group={kept}: between 1 and n_routing_groups={groups} groups can be kept"
-  elif kept * size < c.num_experts_per_tok:
+  if not 1 <= chosen <= groups:
+    yield f"topk_routing_group={chosen}: between 1 and n_routing_groups={groups} groups can be chosen"
+  elif chosen * size < c.num_experts_per_tok:
     yield (
-      f"topk_routing_group={kept}: {kept} groups of {size} experts hold fewer than num_experts_per_tok="
-      f"{c.num_experts_per_tok}; keep more groups"
+      f"topk_routing_group={chosen}: {chosen} groups of {size} experts hold fewer than num_experts_per_tok="
+      f"{c.num_experts_per_tok}; choose more groups"
     )
 
 
@@ -228,13 +230,14 @@ def _dtypes(c: Any) -> Iterator[str]:
 
 
 def _unread(c: Any) -> Iterator[str]:
-  """LING2's fields in a run of another model: nothing reads them there."""
+  """Fields that only LING2 reads, in a run of another model."""
   block = getattr(c.decoder_block, "value", c.decoder_block)
-  for field in LING2_ONLY:
-    if getattr(c, field, DEFAULTS[field]) != DEFAULTS[field]:
+  for field in FIELDS:
+    value = getattr(c, field.name, field.default)
+    if field.ling2_only and value != field.default:
       yield (
-        f"{field}={getattr(c, field)!r}: only decoder_block=ling2 reads this field, this run has decoder_block={block}; "
-        f"remove it, or set it to {DEFAULTS[field]!r}"
+        f"{field.name}={value!r}: only decoder_block=ling2 reads this field, this run has decoder_block={block}; "
+        f"remove it, or set it to {field.default!r}"
       )
 
 
@@ -249,23 +252,4 @@ _RULES = (
   tiles.problems,
   unsupported.problems,
   without_effect.problems,
-)
-
-LING2_ONLY = (
-  "moe_z_loss_weight",
-  "moe_shared_expert_dim",
-  "routed_bias_dtype",
-  "enable_routed_bias_grad",
-  "routed_bias_zero_mean_update",
-  "mla_interleaved_rope",
-  "rope_mscale_all_dim",
-  "rope_attention_factor",
-  "group_norm_size",
-  "use_linear_silu",
-  "gla_decay_layer_offset",
-  "gla_backend",
-  "tuned_xla_flags",
-  "calculate_per_token_loss",
-  "pad_id",
-  "bos_id",
 )

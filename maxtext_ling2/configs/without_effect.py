@@ -1,7 +1,7 @@
-"""Settings of MaxText that no LING2 run reads: refused where they are not at their default, so that none is set in vain.
+"""Settings of MaxText that no LING2 run reads: any value but the default is refused, since it would have no effect.
 
-The list comes from observation: `scripts/settings_table` notes what is read while tiny LING2 models are built, trained,
-evaluated and decoded; docs/settings.md shows that. `tests/settings/test_settings_table.py` holds list and page together.
+The list was observed: `scripts/settings_table` records what is read while tiny LING2 models are built, trained, evaluated
+and decoded, and docs/settings.md shows it. `tests/settings/test_settings_table.py` checks that list and page agree.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     *("global_rope_proportion", "local_rope_proportion", "mrope_section", "use_ragged_attention", "ragged_block_size"),
     *("compute_axis_order", "reshape_q"),
   ),
-  "mla_interleaved_rope tells how MLA pairs the dimensions it rotates": ("rope_interleave",),
+  "mla_interleaved_rope says how MLA pairs rotary dimensions": ("rope_interleave",),
   "LING2's output head has no tied embedding": ("normalize_embedding_logits",),
   "LING2 has no sliding-window or local attention": tuple(
     f"{prefix}local_{name}"
@@ -100,21 +100,21 @@ FP8_FULL = (
   *("weight_quantization_calibration_method", "act_quantization_calibration_method"),
   *("bwd_quantization_calibration_method", "drhs_grad_quantization_calibration_method"),
 )
-"""What MaxText reads with Qwix and quantization=fp8_full alone (`layers/quantizations.py`)."""
+"""Fields that MaxText reads only with Qwix and quantization=fp8_full (`layers/quantizations.py`)."""
 
 CUSTOM_REMAT = (
   *("context", "mlpwi_0", "mlpwi_1", "mlpwo", "moe_x_sorted", "moe_routing_maps", "moe_mlpwi_0", "moe_mlpwi_1"),
   *("moe_mlpwo", "query_proj", "key_proj", "value_proj", "query_wa_proj", "kv_wa_proj", "mla_q", "mla_kv"),
   *("attention_out", "out_proj", "decoder_layer_input"),
 )
-"""Tensors of LING2's layers that remat_policy=custom keeps or moves."""
+"""Fields of MaxText for tensors of LING2's layers, read only with remat_policy=custom."""
 
 NO_TENSOR = ("mlpwi", "kv_proj", "qkv_proj", "indexer_cutoff_threshold", "engram")
-"""Those that LING2 does not have."""
+"""Fields of MaxText for tensors that LING2 does not have."""
 
 
 def problems(c: Any) -> Iterator[str]:
-  """Sentences about settings of a LING2 config that nothing reads. A config that is no pydantic model has none."""
+  """Settings of a LING2 config that nothing reads, one sentence each; none for a config that is not a pydantic model."""
   for field, reason in WITHOUT_EFFECT.items():
     yield from _unless_default(c, field, reason)
   if not (c.use_qwix_quantization and c.quantization == "fp8_full"):
@@ -136,7 +136,7 @@ def problems(c: Any) -> Iterator[str]:
 
 
 def warnings(c: Any) -> Iterator[str]:
-  """The same about what MaxText's own ymls of post-training set: with another remat_policy it does nothing there, too."""
+  """The same as warnings, for settings that MaxText's own YAML files for post-training contain."""
   if c.remat_policy != "custom":
     for field in CUSTOM_REMAT:
       yield from _unless_default(c, field, "MaxText reads it with remat_policy=custom alone")
@@ -148,10 +148,10 @@ def _unless_default(c: Any, field: str, reason: str) -> Iterator[str]:
     return
   default, value = info.get_default(call_default_factory=True), getattr(c, field)
   if value != default and value != _written_by_maxtext(c, field):
-    shown, usual = (repr(getattr(x, "value", x)) for x in (value, default))
-    yield f"{field}={shown}: has no effect on LING2: {reason}; leave it at {usual}"
+    value_text, default_text = (repr(getattr(x, "value", x)) for x in (value, default))
+    yield f"{field}={value_text}: has no effect on LING2: {reason}; leave it at {default_text}"
 
 
 def _written_by_maxtext(c: Any, field: str) -> Any:
-  """What MaxText itself gives a field that nobody has set, in a config that is checked a second time."""
+  """The value that MaxText gives to a field that the user has not set, found when a config is validated a second time."""
   return getattr(c, field.replace("local_", ""), None) if "local_" in field else None

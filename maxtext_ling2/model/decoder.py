@@ -1,4 +1,4 @@
-"""LING2's decoder: MaxText's, with LING2's layers, unrolled or scanned."""
+"""LING2's decoder: MaxText's, with LING2's layers, scanned or unscanned."""
 
 import functools
 from collections.abc import Iterable
@@ -10,16 +10,17 @@ from flax import nnx
 from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.layers.normalizations import RMSNorm
 
-from maxtext_ling2.model.block import Carry, Ling2Block, apply_layer
+from maxtext_ling2.model.block import Carry, Ling2Block
 from maxtext_ling2.model.layer import Ling2DecoderLayer, Ling2MtpLayer
-from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
+from maxtext_ling2.model.layer_layout import ScanLayout, is_dense, is_mla
+from maxtext_ling2.model.remat import apply_layer
 
 
 class Ling2Decoder(NNXDecoder):
   """The stack of LING2 layers; embedding, final norm and head are MaxText's.
 
-  With `scan_layers`, whole cycles are stacked in `scanned_blocks`; the layers before and after them are unrolled and keep
-  their names `layers_{index}`, as all layers have without it.
+  With `scan_layers`, whole cycles are stacked in `scanned_blocks`; the layers before and after them are unscanned and
+  named `layers_{index}`, as all layers are without `scan_layers`.
   """
 
   def get_decoder_layers(self) -> list[type[nnx.Module]]:
@@ -41,11 +42,11 @@ class Ling2Decoder(NNXDecoder):
 
   def _init_scanned_layers(self, decoder_block_classes: Any, rngs: nnx.Rngs, mesh: Any) -> None:
     del decoder_block_classes, mesh
-    # MaxText's __call__ hands the stack to `_apply_qwen3_next_scanned_blocks`, the family that is closest.
+    # With it MaxText's __call__ leaves the layers to `_apply_qwen3_next_scanned_blocks`, the closest of its families.
     self.is_qwen3_next = True
     c = self.config
     self.scan_layout = ScanLayout.of(c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval, c.first_num_dense_layers)
-    for indices in self.scan_layout.unrolled:
+    for indices in self.scan_layout.unscanned:
       self._create_layers(indices, rngs)
     if self.scan_layout.num_blocks:
       self.scanned_blocks = self._create_scanned_layers(
@@ -66,29 +67,29 @@ class Ling2Decoder(NNXDecoder):
   def _apply_qwen3_next_scanned_blocks(
     self, y: jax.Array, layer_args: tuple[Any, ...], layer_kwargs: dict[str, Any], kv_caches: Any = None
   ) -> jax.Array:
-    """Applies all layers, [B, T, C] -> [B, T, C]; called by MaxText's decoder."""
+    """Applies all layers, y [B, T, C] -> [B, T, C]; called by MaxText's decoder."""
     if kv_caches is not None:
       raise ValueError("kv_caches: LING2's layers keep their own caches; vLLM's external ones are not supported")
-    before, after = self.scan_layout.unrolled
-    y = self._apply_unrolled(before, y, layer_args, layer_kwargs)
+    before, after = self.scan_layout.unscanned
+    y = self._apply_unscanned(before, y, layer_args, layer_kwargs)
     if self.scan_layout.num_blocks:
-      carry: Carry = (y, jnp.asarray(self.scan_layout.start, jnp.int32))
+      carry: Carry = (y, jnp.asarray(self.scan_layout.start, jnp.int32))  # [B, T, C], []
       (y, _), self.scanned_blocks, _ = self._apply_layers_sequentially(
         self.scanned_blocks,
         carry,
         *layer_args,
         length=self.scan_layout.num_blocks,
-        skip_block_remat=True,  # each layer of a block rematerialises for itself
+        skip_block_remat=True,  # each layer of a block is rematerialised on its own
         **layer_kwargs,
       )
-    return self._apply_unrolled(after, y, layer_args, layer_kwargs)
+    return self._apply_unscanned(after, y, layer_args, layer_kwargs)
 
-  def _apply_unrolled(
+  def _apply_unscanned(
     self, indices: Iterable[int], y: jax.Array, layer_args: tuple[Any, ...], layer_kwargs: dict[str, Any]
   ) -> jax.Array:
-    def one(layer: Ling2DecoderLayer, y: jax.Array) -> jax.Array:
+    def apply(layer: Ling2DecoderLayer, y: jax.Array) -> jax.Array:
       return layer(y, *layer_args, **layer_kwargs)[0]
 
     for index in indices:
-      y = apply_layer(getattr(self, f"layers_{index}"), y, one, self.config, self.get_remat_policy())
+      y = apply_layer(getattr(self, f"layers_{index}"), y, apply, self.config, self.get_remat_policy())
     return y

@@ -1,12 +1,12 @@
 """Gated linear attention with a constant decay per head ("lightning attention"), as a layer.
 
     q, k, v = split(silu?(x Wqkv));  q, k = RoPE(RMSNorm(q)), RoPE(RMSNorm(k))
-    o = gla(q, k, v, decay);         y = (GroupRMSNorm(o) * sigmoid(x Wg)) Wo
+    o = gla(q, k, v, g_gamma);       y = (GroupRMSNorm(o) * sigmoid(x Wg)) Wo
 
-The decay depends on the layer's index only; it is neither a parameter nor part of a checkpoint.
+The log decay g_gamma depends on the layer's index only; it is neither a parameter nor part of a checkpoint.
 
-Between the products all arrays are [B, T, H * D]: on TPU a reshape to [B, T, H, D] copies, unless another one back
-follows at once, as around `gla`.
+Between the matmuls all arrays are [B, T, H * D]: on a TPU a reshape to [B, T, H, D] is a copy, unless a reshape back
+follows directly, as around `gla`.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ class GatedLinearAttention(nnx.Module):
 
   Parameters (names as in the checkpoint mapping): query_key_value [C, 3, H, D], query_norm [D], key_norm [D] (with
   `use_qk_norm`), output_gate [C, H, D], output_norm [H * D], out [H, D, C]. For prefill and decoding also the cache
-  recurrent_state [B, H, D, D] float32, whose size does not depend on the length of the context.
+  recurrent_state [B, H, D, D] float32, whose size does not depend on the context length.
   """
 
   def __init__(self, config: Any, mesh: Any, model_mode: str, quant: Any, rngs: nnx.Rngs):
@@ -60,7 +60,7 @@ class GatedLinearAttention(nnx.Module):
       self.recurrent_state = self._cache(model_mode)
 
   def _cache(self, model_mode: str) -> nnx.Cache[jax.Array]:
-    """MaxEngine knows this cache by its name, and its batch axis by the name of the logical axis."""
+    """The recurrent state. MaxEngine finds it by its attribute name, and its batch axis by its logical axis."""
     batch, _ = max_utils.get_batch_seq_len_for_mode(self.config, model_mode)
     heads, dim = self.config.num_query_heads, self.config.head_dim
     batch_axis = ct.CACHE_BATCH_PREFILL if model_mode == ct.MODEL_MODE_PREFILL else ct.CACHE_BATCH
@@ -98,52 +98,53 @@ class GatedLinearAttention(nnx.Module):
     x: jax.Array,
     segment_ids: jax.Array | None,
     positions: jax.Array,
-    layer_index: int | jax.Array,
+    layer_idx: int | jax.Array,
     model_mode: str = ct.MODEL_MODE_TRAIN,
   ) -> jax.Array:
     """Applies the layer.
 
     Args:
       x: [B, T, C], the input after the layer norm.
-      segment_ids: [B, T] int, 0 for padding; None: one document a row.
+      segment_ids: [B, T] int, 0 at padding; None: one document per sequence.
       positions: [B, T] int, positions within each document.
-      layer_index: 0-based index in the decoder; may be traced.
-      model_mode: MaxText's; in prefill and decoding (T = 1) `recurrent_state` is read and moved on.
+      layer_idx: 0-based index in the decoder; may be traced.
+      model_mode: MaxText's; prefill and decoding (T = 1) read and update `recurrent_state`.
 
     Returns:
-      [B, T, C] in the dtype of the config. Rows of padding hold no information.
+      [B, T, C] in the dtype of the config; arbitrary at padding.
     """
+    heads = self.config.num_query_heads
     decoding = model_mode == ct.MODEL_MODE_AUTOREGRESSIVE
     backend = "chunked" if decoding else self.config.gla_backend  # one token is not worth a kernel
-    q, k, v = map(self._per_head, self._project(x, positions, backend))
-    decay = log_decay(layer_index, self.config.num_decoder_layers, q.shape[2], self.config.gla_decay_layer_offset)
-    o = self._attend(q, k, v, jnp.asarray(decay), segment_ids, model_mode)
-    o = checkpoint_name(self._shard(_flat(o)), "context")
-    (gate,) = self._products(self.output_gate, x)
+    q, k, v = (split_heads(part, heads) for part in self._qkv(x, positions, backend))  # [B, T, H, D] each
+    g_gamma = log_decay(layer_idx, self.config.num_decoder_layers, heads, self.config.gla_decay_layer_offset)
+    o = self._attend(q, k, v, jnp.asarray(g_gamma), segment_ids, model_mode)  # [B, T, H, D]
+    o = checkpoint_name(self._shard(merge_heads(o)), "context")  # [B, T, H * D]
+    (gate,) = self._project(self.output_gate, x)  # [B, T, H * D]
     gate = checkpoint_name(gate, "output_gate")
-    y = self.output_norm(o, gate, mesh=self.mesh, heads=self.config.num_query_heads, backend=backend)
-    return checkpoint_name(self.out(self._per_head(self._shard(y))), "out_proj")
+    y = self.output_norm(o, gate, mesh=self.mesh, heads=heads, backend=backend)
+    return checkpoint_name(self.out(split_heads(self._shard(y), heads)), "out_proj")  # [B, T, C]
 
   def _attend(
-    self, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, segment_ids: jax.Array | None, model_mode: str
+    self, q: jax.Array, k: jax.Array, v: jax.Array, g_gamma: jax.Array, segment_ids: jax.Array | None, model_mode: str
   ) -> jax.Array:
-    """o [B, T, H, D]."""
+    """q, k, v [B, T, H, D], g_gamma [H] -> o [B, T, H, D]."""
     options: dict[str, Any] = {"mesh": self.mesh, "backend": self.config.gla_backend}
     if model_mode == ct.MODEL_MODE_TRAIN:
-      return sharded_gla(q, k, v, decay, segment_ids, **options)[0]
-    state = self.recurrent_state[...]
-    new: jax.Array | None
+      return sharded_gla(q, k, v, g_gamma, segment_ids, **options)[0]
+    state = self.recurrent_state[...]  # [B, H, D, D]
+    final_state: jax.Array | None
     if model_mode == ct.MODEL_MODE_AUTOREGRESSIVE:
-      o, new = gla_step(q[:, 0], k[:, 0], v[:, 0], decay, state)
-      o = o[:, None]
+      o, final_state = gla_step(q[:, 0], k[:, 0], v[:, 0], g_gamma, state)
+      o = o[:, None]  # [B, H, D] -> [B, 1, H, D]
     else:
-      o, new = sharded_gla(q, k, v, decay, segment_ids, initial_state=state, output_final_state=True, **options)
-    self.recurrent_state[...] = new
+      o, final_state = sharded_gla(q, k, v, g_gamma, segment_ids, initial_state=state, output_final_state=True, **options)
+    self.recurrent_state[...] = final_state
     return o
 
-  def _project(self, x: jax.Array, positions: jax.Array, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k (normalised and rotated) and v, each [B, T, H * D]."""
-    projected = self._products(self.query_key_value, x)
+  def _qkv(self, x: jax.Array, positions: jax.Array, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, T, C] -> q, k (normalised and rotated) and v, each [B, T, H * D]."""
+    projected = self._project(self.query_key_value, x)
     if self.config.use_linear_silu:
       projected = [jax.nn.silu(part) for part in projected]
     names = ("query_proj", "key_proj", "value_proj")
@@ -151,33 +152,34 @@ class GatedLinearAttention(nnx.Module):
     options = {"rotated": self.rotary_dims, "epsilon": self.config.normalization_layer_epsilon, "backend": backend}
     options |= {"mesh": self.mesh, "heads": self.config.num_query_heads}
     scales = (self.query_norm.scale[...], self.key_norm.scale[...]) if self.config.use_qk_norm else (None, None)
-    tables = self.rotary_embedding.tables(jnp.broadcast_to(positions, x.shape[:2]), self.config.head_dim)
+    tables = self.rotary_embedding.tables(jnp.broadcast_to(positions, x.shape[:2]), self.config.head_dim)  # [B, T, D]
     q, k = (sharded_rotated_norm(part, scale, *tables, **options) for part, scale in zip((q, k), scales, strict=True))
     return q, k, v
 
-  def _products(self, dense: DenseGeneral, x: jax.Array) -> list[jax.Array]:
-    """x [B, T, C] times the kernel [C, H, D], or those stacked in it [C, n, H, D]: n arrays [B, T, H * D].
+  def _project(self, dense: DenseGeneral, x: jax.Array) -> list[jax.Array]:
+    """x [B, T, C] times a kernel [C, H, D] or [C, n, H, D] -> 1 or n arrays [B, T, H * D].
 
-    Products of their own: the parts of one product would be cut out of it by copies. For one token it is the kernel
-    whose parts are large.
+    One matmul per array, since slices of a single matmul's output are copies. With one token slices of the kernel would
+    be the larger copies.
     """
     if dense.quant is not None or dense.kernel_scale is not None or x.shape[1] == 1:
-      whole = dense(x)
-      return [_flat(whole[:, :, i]) for i in range(whole.shape[2])] if whole.ndim == 5 else [_flat(whole)]
-    kernel = jnp.asarray(dense.kernel[...], dense.dtype)
-    kernels = [kernel[:, i] for i in range(kernel.shape[1])] if kernel.ndim == 4 else [kernel]
+      y = dense(x)  # [B, T, n, H, D] or [B, T, H, D]
+      return [merge_heads(y[:, :, i]) for i in range(y.shape[2])] if y.ndim == 5 else [merge_heads(y)]
+    kernel = jnp.asarray(dense.kernel[...], dense.dtype)  # [C, n, H, D] or [C, H, D]
+    kernels = [kernel[:, i] for i in range(kernel.shape[1])] if kernel.ndim == 4 else [kernel]  # [C, H, D] each
     precision = jax.lax.Precision(dense.matmul_precision)
     x = jnp.asarray(x, dense.dtype)
     return [jnp.dot(x, part.reshape(x.shape[-1], -1), precision=precision) for part in kernels]
-
-  def _per_head(self, x: jax.Array) -> jax.Array:
-    """[B, T, H * D] -> [B, T, H, D]."""
-    return x.reshape(*x.shape[:2], self.config.num_query_heads, -1)
 
   def _shard(self, x: jax.Array) -> jax.Array:
     return maybe_shard_with_logical(x, FLAT, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding)
 
 
-def _flat(x: jax.Array) -> jax.Array:
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+  """[B, T, H * D] -> [B, T, H, D]."""
+  return x.reshape(*x.shape[:2], heads, -1)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
   """[B, T, H, D] -> [B, T, H * D]."""
   return x.reshape(*x.shape[:2], -1)

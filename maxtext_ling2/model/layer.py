@@ -17,11 +17,11 @@ from maxtext_ling2.model.mla import MultiHeadLatentAttention
 from maxtext_ling2.model.moe import Ling2MoE
 
 ACTIVATIONS = "ling2_"
-"""Prefix of the names under which MaxText's layers sow; `training/objective.py` puts the layers in order."""
+"""Prefix of the names under which LING2's layers sow their statistics; `training/objective.py` orders them by layer."""
 
 
 def activation_statistics(y: jax.Array) -> dict[str, jax.Array]:
-  """What MaxText logs of a layer's output [B, T, C] with record_internal_nn_metrics."""
+  """The statistics of a layer's output [B, T, C] that MaxText logs with record_internal_nn_metrics, [] each."""
   return {
     "activation_mean": jnp.mean(y),
     "activation_stdev": jnp.std(y),
@@ -38,9 +38,9 @@ class Ling2DecoderLayer(nnx.Module):
     model_mode: MaxText's model mode.
     rngs: random streams.
     quant: MaxText's quantisation, or None.
-    mla: whether its attention is MLA instead of GLA.
-    dense: whether its MLP is dense instead of a mixture of experts.
-    layer_idx: 0-based index in the decoder; None in a layer scan, where the call tells it.
+    mla: True for MLA, False for GLA.
+    dense: True for a dense MLP, False for a mixture of experts.
+    layer_idx: 0-based index in the decoder; None in a layer scan, where it is an argument of the call.
   """
 
   def __init__(
@@ -128,27 +128,27 @@ class Ling2DecoderLayer(nnx.Module):
     slot: int | None = None,
     kv_cache: Any = None,
     attention_metadata: Any = None,
-    layer_index: int | jax.Array | None = None,
+    layer_idx: int | jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Applies the layer; MaxText's calling convention for decoder layers.
 
     Args:
       inputs: [B, T, C].
-      decoder_segment_ids: [B, T] int, 0 for padding, or None.
+      decoder_segment_ids: [B, T] int, 0 at padding, or None.
       decoder_positions: [B, T] int, positions within each document.
-      deterministic: no dropout.
+      deterministic: whether there is no dropout.
       model_mode: MaxText's model mode.
-      previous_chunk: for chunked prefill; handed to MLA.
-      slot: for paged attention; handed to MLA.
-      kv_cache: returned as it is: LING2's layers keep their own caches.
+      previous_chunk: for chunked prefill; passed to MLA.
+      slot: for paged attention; passed to MLA.
+      kv_cache: returned unchanged: LING2's layers keep their own caches.
       attention_metadata: unused (vLLM).
-      layer_index: 0-based index in the decoder where the layer does not know it itself (in a layer scan).
+      layer_idx: 0-based index in the decoder, given in a layer scan; None: that of the constructor.
 
     Returns:
       (outputs [B, T, C], kv_cache).
     """
     del attention_metadata
-    x = checkpoint_name(self._shard(inputs), "decoder_layer_input")
+    x = checkpoint_name(self._shard(inputs), "decoder_layer_input")  # [B, T, C], as all below
     with jax.named_scope("norm"):
       normed = self._shard(self.pre_self_attention_layer_norm(x))
     if self.is_mla:
@@ -165,11 +165,11 @@ class Ling2DecoderLayer(nnx.Module):
           slot=slot,
         )
     else:
-      index = self.layer_idx if layer_index is None else layer_index
+      layer_idx = self.layer_idx if layer_idx is None else layer_idx
       with jax.named_scope("gla"):
-        attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, index, model_mode)
+        attended = self.self_attention(normed, decoder_segment_ids, decoder_positions, layer_idx, model_mode)
     x = x + self._shard(attended)
-    segment_ids = decoder_segment_ids if model_mode == MODEL_MODE_TRAIN else None  # nothing is counted in decoding
+    segment_ids = decoder_segment_ids if model_mode == MODEL_MODE_TRAIN else None  # decoding counts no tokens
     with jax.named_scope("norm"):
       normed = self._shard(self.post_self_attention_layer_norm(x))
     y = x + self._shard(self._mlp(normed, segment_ids, deterministic))

@@ -11,17 +11,17 @@ from maxtext.layers import attention_mla, quantizations
 from maxtext_ling2.model import yarn
 from maxtext_ling2.model.rope import rotary_embedding
 
-# The norms of the q and kv latents keep this whatever the model's epsilon is (the Hugging Face code's class default).
 LATENT_EPSILON = 1e-6
+"""Epsilon of the norms of the q and kv latents, whatever the model's: the class default in Hugging Face's code."""
 
 LARGEST_LOGIT = "largest_logit"
-"""Attribute in which a layer keeps the largest logits of its heads, where `training/qk_clip.py` has put a variable."""
+"""Attribute for the largest logit of each head, [H] float32; `training/qk_clip.py` attaches the variable."""
 
 
 class MultiHeadLatentAttention(attention_mla.MLA):
   """MaxText's MLA for LING2: no qk-norm, no gate, RoPE on all of qk_rope_head_dim.
 
-  `mla_interleaved_rope` says how the checkpoint stores rotary pairs. Called as MaxText's MLA.
+  `mla_interleaved_rope` says how the checkpoint stores rotary pairs. Called like MaxText's MLA.
   """
 
   largest_logit: nnx.Variable[jax.Array]
@@ -54,7 +54,7 @@ class MultiHeadLatentAttention(attention_mla.MLA):
       qk_nope_head_dim=config.qk_nope_head_dim,
       qk_rope_head_dim=config.qk_rope_head_dim,
       v_head_dim=config.v_head_dim,
-      # MaxText scales the softmax where the first of these exceeds the second; it uses them for nothing else.
+      # MaxText scales the softmax if the first of these exceeds the second, and uses them for nothing else.
       max_position_embeddings=0 if mscale is None else 1,
       original_max_position_embeddings=0,
       mscale=mscale,
@@ -68,22 +68,22 @@ class MultiHeadLatentAttention(attention_mla.MLA):
       self.q_norm.epsilon = LATENT_EPSILON
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    """As MaxText's; in a step with QK-clip it also keeps the largest logit of each head."""
+    """Calls MaxText's; in a step with QK-clip it also updates the largest logit of each head."""
     result = super().__call__(*args, **kwargs)
     if hasattr(self, LARGEST_LOGIT):
       logits = jax.lax.stop_gradient(self.attention_op.max_logits.get_value())  # [B, H]
-      self.largest_logit[...] = jnp.maximum(self.largest_logit[...], jnp.max(logits, axis=0))
+      self.largest_logit[...] = jnp.maximum(self.largest_logit[...], jnp.max(logits, axis=0))  # [H]
     return result
 
   def init_rotary_embedding(self) -> nnx.Module:
-    """The rotary embedding of the rope part of q and k, [B, T, H, qk_rope_head_dim]."""
+    """The rotary embedding of the rotary dimensions of q and k, [B, T, H, qk_rope_head_dim]."""
     return rotary_embedding(
       self.config, self.mesh, self.qk_rope_head_dim, interleaved=self.config.mla_interleaved_rope, rngs=self.rngs
     )
 
 
 def _check_room_to_decode(config: Any) -> None:
-  """Raises ValueError if a decode cache has no room after the prompt; ling2.yml leaves none, as it is for training."""
+  """Raises ValueError if a decode cache has no room after the prompt, as with ling2.yml, which is for training."""
   prompt, total = config.max_prefill_predict_length, config.max_target_length
   if prompt >= total:
     raise ValueError(

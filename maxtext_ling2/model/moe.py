@@ -1,10 +1,10 @@
-"""Mixture of experts with DeepSeek-V3 routing: MaxText's RoutedMoE behind a config view, with LING2's own router.
+"""Mixture of experts with DeepSeek-V3's routing: MaxText's RoutedMoE with a view of the config and LING2's own router.
 
-The router computes in float32 at the highest precision whatever the model's dtype is, and adds its bias in float32: one
-expert chosen differently is a different model.
+The router computes in float32 at the highest precision, whatever the model's dtype, and adds its bias in float32: a token
+sent to another expert is another model.
 
-Padding (segment 0) goes through the experts like any token, as MaxText's layer knows no segments, but takes no part in
-what is counted or averaged over tokens: expert counts, z-loss and load-balance loss (Megatron-LM does the same).
+Padding (segment 0) passes through the experts like any token, since MaxText's layer knows no segments. It is left out of
+what is counted or averaged over tokens: expert counts, z-loss and load-balance loss, as in Megatron-LM.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from maxtext_ling2.model.moe_view import DeepSeekRoutingView
 from maxtext_ling2.model.precision import matmul_precision
 
 Z_LOSS_NAME = "moe_z_loss"
-"""Under this name a router sows its raw z-loss."""
+"""The name under which a router sows its z-loss, before its weight."""
 
 
 @dataclasses.dataclass
 class Routing:
-  """One call of the routed experts, between `Ling2MoE`, which knows the segments, and the router, which MaxText calls.
+  """What `Ling2MoE`, which knows the segments, and the router, which MaxText calls, tell each other about one call.
 
   Attributes:
-    real: [B, T] bool, False where there is padding; None: there is none.
-    scores: (biased, unbiased) scores [B, T, E] of the router, once it has been called.
+    valid: [B, T] bool, False at padding; None: there is no padding.
+    scores: (biased, unbiased) scores [B, T, E] of the router, set by its call.
   """
 
-  real: jax.Array | None
+  valid: jax.Array | None
   scores: tuple[jax.Array, jax.Array] | None = None
 
 
@@ -46,8 +46,8 @@ _ROUTING: contextvars.ContextVar[Routing | None] = contextvars.ContextVar("routi
 
 
 @contextlib.contextmanager
-def _routing(real: jax.Array | None) -> Iterator[Routing]:
-  routing = Routing(real)
+def _routing(valid: jax.Array | None) -> Iterator[Routing]:
+  routing = Routing(valid)
   token = _ROUTING.set(routing)
   try:
     yield routing
@@ -55,32 +55,33 @@ def _routing(real: jax.Array | None) -> Iterator[Routing]:
     _ROUTING.reset(token)
 
 
-def mean_over_tokens(x: jax.Array, real: jax.Array | None, axis: int | None = None) -> jax.Array:
-  """Mean of x [B, T, ...] over the real tokens of all rows, or of each row with axis=1; 0 where there is none.
+def mean_over_tokens(x: jax.Array, valid: jax.Array | None, axis: int | None = None) -> jax.Array:
+  """Mean of x [B, T, ...] over the valid tokens of the batch, or of each sequence with axis=1; 0 without valid tokens.
 
   Args:
     x: one value or vector per token.
-    real: [B, T] bool, or None: all are.
-    axis: None (x is [B, T]) or 1.
+    valid: [B, T] bool, or None: all are valid.
+    axis: None (x is [B, T]; returns []) or 1 (returns [B, ...]).
   """
-  if real is None:
+  if valid is None:
     return jnp.mean(x, axis=axis)
-  mask = real.reshape(*real.shape, *(1,) * (x.ndim - 2))
+  mask = valid.reshape(*valid.shape, *(1,) * (x.ndim - 2))  # [B, T, 1, ...]
   number = jnp.sum(mask, axis=axis, dtype=x.dtype)
   return jnp.sum(jnp.where(mask, x, 0), axis=axis) / jnp.maximum(number, 1)
 
 
 def weighs_microbatches(config: Any) -> bool:
-  """Whether the z-loss of a batch is the mean over its tokens, not the mean of its microbatches' means."""
+  """Whether the z-loss is the mean over all tokens of the global batch, not the mean of its microbatches' means."""
   return bool(config.gradient_accumulation_steps > 1 and config.calculate_per_token_loss)
 
 
 class Router(nnx.Module):
   """Scores of all experts for each token: x [B, T, C] -> (biased [B, T, E], unbiased [B, T, E]), float32.
 
-  The bias only selects experts; the weights come from the unbiased scores. During a training step the router also has
-  the sums that `training/statistics.py` attaches: `expert_counts`; with a z-loss, `z_loss`: of the microbatches' means
-  or, where these are weighed, of their sums over tokens; with record_internal_nn_metrics, `score_sums`, over tokens.
+  The bias only selects experts; their weights come from the unbiased scores. In a training step the router also has the
+  sums over microbatches that `training/statistics.py` attaches: `expert_counts`; with a z-loss, `z_loss`, the sum of the
+  microbatches' means or, with `weighs_microbatches`, of their sums over tokens; with record_internal_nn_metrics,
+  `score_sums` over tokens.
   """
 
   expert_counts: nnx.Variable[jax.Array]
@@ -97,7 +98,7 @@ class Router(nnx.Module):
     self.bias = self._bias(config) if config.routed_bias else None
 
   def _bias(self, config: Any) -> nnx.Variable[jax.Array]:
-    """A parameter with gradient and optimizer state, or a variable that only loss-free balancing moves."""
+    """[E]: a parameter with gradient and optimizer state, or a variable that only loss-free balancing changes."""
     bias = jnp.zeros((config.num_experts,), config.routed_bias_dtype or config.weight_dtype)
     variable = nnx.Param if config.enable_routed_bias_grad else moe.MoEBiasVar
     return variable(bias, out_sharding=(None,), **{MARK: True})
@@ -111,32 +112,32 @@ class Router(nnx.Module):
     """Returns (scores + bias, scores)."""
     routing = _ROUTING.get()
     with jax.named_scope("router"):
-      logits = self.logits(x)
+      logits = self.logits(x)  # [B, T, E]
       if self.has_z_loss:
-        self._keep_z_loss(logits, routing.real if routing else None)
+        self._sow_z_loss(logits, routing.valid if routing else None)
       scores = jax.nn.sigmoid(logits)
       biased = scores if self.bias is None else scores + self.bias[...].astype(jnp.float32)
     if routing:
       routing.scores = biased, scores
     return biased, scores
 
-  def _keep_z_loss(self, logits: jax.Array, real: jax.Array | None) -> None:
-    """mean(logsumexp(logits)^2) over all tokens (ST-MoE, Zoph et al. 2022), sown for the objective."""
-    z_loss = mean_over_tokens(jnp.square(jax.nn.logsumexp(logits, axis=-1)), real)
+  def _sow_z_loss(self, logits: jax.Array, valid: jax.Array | None) -> None:
+    """Sows mean(logsumexp(logits)^2) over valid tokens (ST-MoE, Zoph et al. 2022) for the objective."""
+    z_loss = mean_over_tokens(jnp.square(jax.nn.logsumexp(logits, axis=-1)), valid)  # [B, T] -> []
     self.sow(nnx.Intermediate, Z_LOSS_NAME, z_loss)
-    if self.counting:
-      tokens = (logits[..., 0].size if real is None else jnp.sum(real)) if self.weighs_microbatches else 1
+    if self.tracks_load:
+      tokens = (logits[..., 0].size if valid is None else jnp.sum(valid)) if self.weighs_microbatches else 1
       self.z_loss[...] += jax.lax.stop_gradient(z_loss) * tokens
 
   @property
-  def counting(self) -> bool:
-    """Whether a training step is listening."""
+  def tracks_load(self) -> bool:
+    """Whether a training step has attached counts to this router."""
     return hasattr(self, "expert_counts")
 
   def count(self, counts: jax.Array) -> None:
-    """Adds the tokens that this batch sent to each expert: [E], or [..., E] of parts of the batch.
+    """Adds the numbers of tokens sent to each expert: [E] of the batch, or [..., E] of parts of it.
 
-    With defer_small_all_reduces MaxText's ring of experts returns parts: [devices, token chunks, E].
+    With defer_small_all_reduces MaxText's ring of experts returns [devices, token chunks, E].
     """
     self.expert_counts[...] += jnp.sum(counts.reshape(-1, counts.shape[-1]), axis=0)
 
@@ -144,8 +145,8 @@ class Router(nnx.Module):
 class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
   """MaxText's RoutedMoE, routing as DeepSeek-V3 with LING2's router.
 
-  Called as MaxText's; returns (output [B, T, C], 0 or None, expert counts [E] int32 of all positions in a training step).
-  `padding_counts` and `balance_loss` tell the rest, from the scores of such a call.
+  Called like MaxText's class; returns (output [B, T, C], 0 or None, expert counts or None). In a training step the counts
+  [E] int32 are of all positions; `padding_counts` and `balance_loss` compute the rest from the scores of that call.
   """
 
   def __init__(self, config: Any, mesh: Any, quant: Any, rngs: nnx.Rngs):
@@ -166,78 +167,78 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
 
   def should_update_load_balance(self) -> bool:
     """Whether MaxText counts the tokens of each expert and returns the counts."""
-    return self.gate.counting
+    return self.gate.tracks_load
 
   def apply_ffn_activation(self, layer_w0: jax.Array, layer_w1: jax.Array) -> jax.Array:
-    """silu(gate) * up of the routed experts, in `dtype`: with activations_in_float32 rounded once, as in dense MLPs.
+    """silu(gate) * up of the routed experts, in `dtype`; with activations_in_float32 rounded once, as in dense MLPs.
 
-    With sparse_matmul=true MaxText's own layer leaves that setting out.
+    MaxText's own layer ignores that setting with sparse_matmul=true.
     """
     if self.config.activations_in_float32:
       layer_w0, layer_w1 = layer_w0.astype(jnp.float32), layer_w1.astype(jnp.float32)
     return super().apply_ffn_activation(layer_w0, layer_w1)
 
   def load_balance_loss(self, top_k_indices: jax.Array, logits: jax.Array, density_prob: Any = None) -> jax.Array:
-    """0: MaxText computes it from the positions of one device or token chunk, padding among them. See `balance_loss`."""
+    """0: MaxText averages over the positions of one device or token chunk, with padding. See `balance_loss`."""
     del top_k_indices, logits, density_prob
     return jnp.zeros((), jnp.float32)
 
   def balance_loss(self, routing: Routing) -> jax.Array:
-    """MaxText's loss of uneven loads over real tokens: weight * E^2 * mean over rows and experts of f * P, [] float32.
+    """MaxText's load-balance loss over valid tokens: weight * E^2 * mean(f * P) over sequences and experts, [] float32.
 
-    f [B, E] is the share of a row's choices that went to an expert, P [B, E] the row's mean softmax of unbiased scores;
-    with moe_use_megatron_seq_aux_loss choices are the top k of the unbiased scores, without groups, and P the mean of
-    normalised scores. A row of nothing but padding counts as 0.
+    f [B, E] is the fraction of a sequence's choices that went to an expert, P [B, E] the sequence's mean softmax of
+    unbiased scores. With moe_use_megatron_seq_aux_loss choices are the top k of the unbiased scores, without groups, and
+    P is the mean of normalised scores. A sequence of padding alone counts as 0.
     """
     assert routing.scores is not None
     biased, scores = routing.scores
     if moe.uses_megatron_seq_aux_loss(self.config):
-      probabilities, chosen = moe.megatron_aux_loss_inputs(scores, self.num_experts_per_tok)
+      probabilities, chosen = moe.megatron_aux_loss_inputs(scores, self.num_experts_per_tok)  # [B, T, E], [B, T, k]
     else:
       probabilities, chosen = jax.nn.softmax(scores, axis=-1), self.get_topk(biased, scores)[1]
     choices = jnp.sum(jax.nn.one_hot(chosen, self.num_experts, dtype=jnp.float32), axis=2)  # [B, T, E]
-    share = mean_over_tokens(choices, routing.real, axis=1) / self.num_experts_per_tok
-    mean = mean_over_tokens(probabilities, routing.real, axis=1)
-    return jnp.mean(share * mean) * self.num_experts**2 * self.config.load_balance_loss_weight
+    f = mean_over_tokens(choices, routing.valid, axis=1) / self.num_experts_per_tok  # [B, E]
+    p = mean_over_tokens(probabilities, routing.valid, axis=1)  # [B, E]
+    return jnp.mean(f * p) * self.num_experts**2 * self.config.load_balance_loss_weight
 
   def padding_counts(self, routing: Routing) -> jax.Array:
-    """How many positions of padding were sent to each expert, [E] int32.
+    """How many positions of padding were sent to each expert, [E] int32; 0 with random routing.
 
-    Experts are chosen once more for it, but only in a batch that has padding.
+    Experts are chosen a second time for this, but only in a batch with padding.
     """
-    real, scores = routing.real, routing.scores
-    none = jnp.zeros(self.num_experts, jnp.int32)
-    if real is None or scores is None or self.config.use_random_routing:  # random choices cannot be had again
-      return none
+    valid, scores = routing.valid, routing.scores
+    no_counts = jnp.zeros(self.num_experts, jnp.int32)
+    if valid is None or scores is None or self.config.use_random_routing:  # random choices cannot be repeated
+      return no_counts
 
     def count(_: Any) -> jax.Array:
-      chosen = self.get_topk(*scores)[1]
-      return moe.calculate_expert_counts(jnp.where(real[..., None], -1, chosen), self.num_experts)
+      chosen = self.get_topk(*scores)[1]  # [B, T, k]
+      return moe.calculate_expert_counts(jnp.where(valid[..., None], -1, chosen), self.num_experts)
 
-    return jax.lax.cond(jnp.all(real), lambda _: none, count, None)
+    return jax.lax.cond(jnp.all(valid), lambda _: no_counts, count, None)
 
   def score_sums(self, routing: Routing) -> jax.Array:
-    """Sums over real tokens of two numbers each: the mean score of its chosen experts, and the standard deviation of its
-    scores over all experts; [2] float32.
+    """Sums over valid tokens of the mean score of a token's experts, and of the standard deviation of its scores over all
+    experts; [2] float32.
 
-    Of unbiased scores, before they are normalised and scaled to weights; experts are chosen once more for it.
+    The scores are unbiased, before they are normalised and scaled to weights. Experts are chosen a second time for this.
     """
     assert routing.scores is not None
     biased, scores = map(jax.lax.stop_gradient, routing.scores)
-    chosen, _ = self.deepseek_routing(biased, scores)
-    of_tokens = jnp.stack([jnp.mean(chosen, axis=-1), jnp.std(scores, axis=-1)])  # [2, B, T]
-    if routing.real is not None:
-      of_tokens = jnp.where(routing.real, of_tokens, 0.0)
-    return jnp.sum(of_tokens, axis=(1, 2))
+    chosen_scores, _ = self.deepseek_routing(biased, scores)  # [B, T, k]
+    per_token = jnp.stack([jnp.mean(chosen_scores, axis=-1), jnp.std(scores, axis=-1)])  # [2, B, T]
+    if routing.valid is not None:
+      per_token = jnp.where(routing.valid, per_token, 0.0)
+    return jnp.sum(per_token, axis=(1, 2))  # [2]
 
   def deepseek_scale_weights(self, weights: jax.Array) -> jax.Array:
-    """Normalises the chosen scores to sum 1 and scales them; a single expert keeps its raw score (Hugging Face code)."""
+    """Normalises the chosen scores [B, T, k] to sum 1 and scales them; k = 1 keeps raw scores, as Hugging Face does."""
     if self.num_experts_per_tok == 1:
       return weights * self.config.routed_scaling_factor
     return super().deepseek_scale_weights(weights)
 
   def reshape_and_update_weights(self, weights: jax.Array, indices: jax.Array, safe_updates: bool = False) -> jax.Array:
-    """Weights [B, T, k] of experts `indices` as [B, T, E] in their own float32 (MaxText's rounds them to `dtype`)."""
+    """Weights [B, T, k] of experts `indices` [B, T, k] as [B, T, E], in float32 (MaxText rounds them to `dtype`)."""
     del safe_updates  # one_hot of an index out of range is zero
     chosen = jax.nn.one_hot(indices, self.num_experts, dtype=weights.dtype)  # [B, T, k, E]
     return jnp.einsum("btk,btke->bte", weights, chosen, precision=jax.lax.Precision.HIGHEST)
@@ -275,11 +276,11 @@ class Ling2MoE(nnx.Module):
     out_sharding: Any = None,
     segment_ids: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
-    """Applies the experts; the shared ones are neither scaled nor gated. `segment_ids` [B, T] are 0 at padding."""
+    """Applies the experts; shared experts are neither scaled nor gated. `segment_ids` [B, T] are 0 at padding."""
     routed, router = self.MoeBlock_0, self.MoeBlock_0.gate
-    real = None if segment_ids is None else segment_ids != 0
-    with matmul_precision(self.config), jax.named_scope("experts"), _routing(real) as routing:
-      y, load_balance_loss, counts = routed(x, out_sharding=out_sharding)
+    valid = None if segment_ids is None else segment_ids != 0  # [B, T]
+    with matmul_precision(self.config), jax.named_scope("experts"), _routing(valid) as routing:
+      y, load_balance_loss, counts = routed(x, out_sharding=out_sharding)  # [B, T, C], [] or None, [E] or None
     with jax.named_scope("router"):
       if counts is not None:
         router.count(counts)

@@ -1,9 +1,9 @@
-"""How MaxText's MoE is told to route like DeepSeek-V3 for a model of another name, and which tiles its kernels take.
+"""A view of the config that makes MaxText's experts route like DeepSeek-V3, with kernel tiles chosen by chip.
 
-`RoutedMoE` decides by the model's name and by the decoder block; with any name it does not know it silently routes by a
-softmax over biased scores, without groups. So it gets a view of the config that answers as a DeepSeek-V3 model would. And
-it reads the tiles of its grouped products from the config, where they are one size for all models and chips; the view
-answers for those that nobody has set (`configs/tiles.py`) once the mesh is known.
+`RoutedMoE` decides by the model's name and the decoder block; for an unknown name it silently routes by a softmax over
+biased scores, without groups. The view therefore answers as the config of a DeepSeek-V3 model. `RoutedMoE` also reads the
+tiles of its grouped matmuls from the config, where they have one size for all models and chips; for tiles that the user
+has not set (`configs/tiles.py`) the view answers by chip and shape, once the mesh is known.
 """
 
 import math
@@ -16,28 +16,28 @@ from maxtext_ling2.ops.devices import device_kind, kind_of
 from maxtext_ling2.ops.experts import tiles as expert_tiles
 
 _HIDDEN_AXES = ("tensor", "tensor_sequence", "autoregressive")
-"""Mesh axes over which MaxText splits the experts' hidden width in `sparse_matmul` (mlp_no_fsdp); others split tokens."""
+"""Mesh axes over which MaxText shards the experts' hidden width with `sparse_matmul` (mlp_no_fsdp)."""
 
 _CONTEXT_IS_EXPERT = "cp-as-ep"
-"""The custom_mesh_and_rule with which MaxText's MoE divides the experts along the context axis."""
+"""The custom_mesh_and_rule with which MaxText shards the experts over the context axis, too."""
 
 
 class Placement(NamedTuple):
-  """What of a mesh decides about tiles."""
+  """The properties of a mesh that decide about tiles."""
 
-  kind: str  # of device
+  kind: str  # device kind
   devices: int
-  hidden: int  # devices that share the hidden width of an expert
-  experts: int  # devices that share the experts
-  same: int  # devices that hold the same tokens and weights
+  hidden: int  # shards of an expert's hidden width
+  experts: int  # shards of the experts
+  same: int  # devices with the same tokens and weights
 
 
 def placement(mesh: Any, context_is_expert: bool = False) -> Placement:
-  """Of a mesh whose devices need not be there, or of an abstract one.
+  """The placement on a mesh.
 
   Args:
-    mesh: JAX's.
-    context_is_expert: whether MaxText divides the experts among the devices of the context axis, too.
+    mesh: JAX's mesh, concrete or abstract; its devices need not exist.
+    context_is_expert: whether MaxText shards the experts over the context axis, too.
   """
   sizes = dict(mesh.shape)
   device = (mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh).abstract_device
@@ -50,10 +50,9 @@ def placement(mesh: Any, context_is_expert: bool = False) -> Placement:
 class DeepSeekRoutingView:
   """Read-only view of a config for MaxText's MoE layers: DeepSeek-V3's routing, whole expert counts, tiles by chip.
 
-  It becomes part of graph definitions, so it is equal to, and hashes like, any view of the same config object for the
-  same placement.
-  `gradient_accumulation_steps` shows 2, for which `RoutedMoE` returns the expert counts themselves (int32 [E], of the
-  whole batch) in place of a bias update computed from one microbatch.
+  It is part of graph definitions, so views of the same config object and placement are equal and hash alike.
+  `gradient_accumulation_steps` is 2 here: then `RoutedMoE` returns expert counts (int32 [E], of the whole batch), not a
+  bias update from one microbatch.
   """
 
   __slots__ = ("_config", "_placement")
@@ -64,7 +63,7 @@ class DeepSeekRoutingView:
     object.__setattr__(self, "_placement", placement(mesh, _context_is_expert(config)))
 
   def __getattr__(self, name: str) -> Any:
-    if name.startswith("__"):  # copy and pickle ask for what they may call: the config's own would give a config
+    if name.startswith("__"):  # copy and pickle look up methods: the config's own would return a config
       raise AttributeError(name)
     if name == "model_name":
       return "deepseek3-ling2"
@@ -91,7 +90,7 @@ class DeepSeekRoutingView:
     return self
 
   def __deepcopy__(self, memo: Any) -> "DeepSeekRoutingView":
-    return self  # it cannot be changed
+    return self  # it is read-only
 
   def __reduce__(self) -> tuple[Any, ...]:
     return _restored, (self._config, self._placement)
@@ -101,7 +100,7 @@ class DeepSeekRoutingView:
 
 
 def _restored(config: Any, place: Placement) -> DeepSeekRoutingView:
-  """A view that was pickled."""
+  """Unpickles a view."""
   view = object.__new__(DeepSeekRoutingView)
   object.__setattr__(view, "_config", config)
   object.__setattr__(view, "_placement", place)
@@ -114,17 +113,17 @@ def _context_is_expert(config: Any) -> bool:
 
 
 def rows_per_expert(config: Any, place: Placement, evaluation: bool) -> float:
-  """Rows that an expert of a device is given by a balanced router: those of all devices that share the experts."""
+  """Tokens per expert on a device, with a balanced router: those of all devices over which the experts are sharded."""
   batch = config.micro_batch_size_to_eval_on if evaluation else config.micro_batch_size_to_train_on
   routed = batch * config.max_target_length * config.num_experts_per_tok
   return float(routed * place.hidden * place.experts * place.same / (place.devices * config.num_experts))
 
 
 def _tile(config: Any, place: Placement, field: str) -> int:
-  """The tile of a field that nobody has set: the chip's, or MaxText's own where there is no TPU."""
+  """The tile of a field that the user has not set: by chip, or MaxText's default off a TPU."""
   product, axis = TILES[field]
   rows = rows_per_expert(config, place, evaluation=field.startswith("eval_"))
-  chunks = config.num_moe_emb_chunks if product.startswith("wi") else 0  # gate and up are summed over parts of the width
+  chunks = config.num_moe_emb_chunks if product.startswith("wi") else 0  # gate and up are computed in chunks of the width
   widths = {"embed_dim": config.emb_dim // max(chunks, 1), "mlp_dim": config.moe_mlp_dim // place.hidden}
   k_axis, n_axis = expert_tiles.AXES[product]
   itemsize = jax.numpy.dtype(config.dtype).itemsize
@@ -132,9 +131,9 @@ def _tile(config: Any, place: Placement, field: str) -> int:
   if tiles is None:
     from maxtext.configs import types
 
-    found = int(types.MaxTextConfig.model_fields[field].default)
+    tile = int(types.MaxTextConfig.model_fields[field].default)
   else:
-    found = tiles[("batch_seq", k_axis, n_axis).index(axis)]
-  if axis != "batch_seq" or field == (whole := padding(field)):
-    return found
-  return math.gcd(found, getattr(config, whole) or _tile(config, place, whole))
+    tile = tiles[("batch_seq", k_axis, n_axis).index(axis)]
+  if axis != "batch_seq" or field == (padded_to := padding(field)):
+    return tile
+  return math.gcd(tile, getattr(config, padded_to) or _tile(config, place, padded_to))

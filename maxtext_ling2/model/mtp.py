@@ -1,8 +1,7 @@
-"""Multi-token prediction as the released weights expect it.
+"""Multi-token prediction (MTP) as the released weights expect it.
 
-MaxText's block differs in what LING2's checkpoints see: it feeds the hidden state before the final norm, hands the next
-depth an un-normalised state, and averages over the tokens of all depths at once. Parameters are MaxText's, so their names
-are too.
+MaxText's block computes something else: it takes the hidden state before the final norm, passes an un-normalised state to
+the next depth, and averages over the tokens of all depths at once. The parameters and their names are MaxText's.
 """
 
 from typing import Any
@@ -23,9 +22,9 @@ _LOGITS_AXES = ("activation_embed_and_logits_batch", "activation_length", "activ
 class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
   """Depth k predicts token t + k + 1 from the previous depth's output and the embedding of token t + k.
 
-  Depth 1 gets the main stack's hidden state after the final norm, depth k the normalised output of depth k - 1. Documents
-  packed into a row never see each other: where the next token belongs to another document, token id 0 is embedded and
-  the target is masked, as at the end of a row.
+  Depth 1 takes the decoder's hidden state after the final norm, depth k the normalised output of depth k - 1. Documents
+  packed into a sequence do not see each other: where the next token belongs to another document, token id 0 is embedded
+  and the target is masked, as at the end of the sequence.
   """
 
   def __init__(self, config: Any, mesh: Any, transformer_layer_module: Any, decoder: Any, rngs: nnx.Rngs):
@@ -47,27 +46,27 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
     deterministic: bool,
     main_token_embeddings: jax.Array | None = None,
   ) -> dict[str, Any]:
-    """Runs all depths and leaves their losses where MaxText's loss looks for them.
+    """Runs all depths and sets the losses where MaxText's loss function reads them.
 
-    Args: as MaxText's block: hidden state [B, T, C] before the final norm, ids [B, T], mask [B, T] (0: not scored, any
-      other number, such as a segment id: scored).
+    Args: those of MaxText's block: hidden state [B, T, C] before the final norm, ids [B, T], and target_mask [B, T]:
+      0 for tokens without a loss, any other number, such as a segment id, for tokens with one.
 
     Returns:
-      {}; the losses are variables of this module: per depth the mean over its scored tokens, which MaxText then averages.
+      {}; the losses are variables of this module: for each depth the mean over its loss mask, which MaxText averages.
     """
     del main_token_embeddings
     with jax.named_scope("mtp"):
-      hidden = self.decoder.decoder_norm(main_hidden_state)
+      hidden = self.decoder.decoder_norm(main_hidden_state)  # [B, T, C]
       ids = input_ids
       targets = jnp.ones_like(input_ids) if target_ids is None else target_ids
-      scored = jnp.ones_like(input_ids) if target_mask is None else (jnp.asarray(target_mask) != 0).astype(jnp.int32)
-      masks = scored_tokens(scored, input_ids, decoder_segment_ids, self.config)
+      loss_mask = jnp.ones_like(input_ids) if target_mask is None else (jnp.asarray(target_mask) != 0).astype(jnp.int32)
+      masks = loss_masks(loss_mask, input_ids, decoder_segment_ids, self.config)
       sums, predictions = [], []
       for depth in range(1, self.config.mtp_num_layers + 1):
         ids, targets = (stock.roll_and_mask_by_segment(x, decoder_segment_ids) for x in (ids, targets))
         embedded = self.decoder._apply_embedding(
           shared_embedding, ids, position_ids, deterministic, model_mode=model_mode
-        )
+        )  # [B, T, C]
         layer = getattr(self, f"mtp_layer_{depth}")
         output = layer(
           prev_hidden_state=hidden,
@@ -78,13 +77,13 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
           model_mode=model_mode,
         )
         hidden = layer.final_norm(output)
-        logits = self._logits(shared_embedding, hidden, deterministic, model_mode)
-        losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-        sums.append(jnp.sum(losses * masks[depth - 1]))
-        predictions.append(jnp.argmax(logits, axis=-1))
+        logits = self._logits(shared_embedding, hidden, deterministic, model_mode)  # [B, T, V]
+        losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)  # [B, T]
+        sums.append(jnp.sum(losses * masks[depth - 1]))  # []
+        predictions.append(jnp.argmax(logits, axis=-1))  # [B, T]
       if model_mode == MODEL_MODE_TRAIN:
-        self._publish_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))
-      self._publish_predictions(predictions, masks)
+        self._set_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))  # [K], [K]
+      self._set_predictions(predictions, masks)
     return {}
 
   def _logits(self, shared_embedding: Any, hidden: jax.Array, deterministic: bool, model_mode: str) -> jax.Array:
@@ -93,26 +92,26 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       logits, _LOGITS_AXES, self.mesh, self.config.shard_mode, debug_sharding=self.config.debug_sharding
     )
 
-  def _publish_losses(self, sums: jax.Array, tokens: jax.Array) -> None:
-    """Sets what MaxText reads: its MTP loss is sum(losses) / sum(weights) * mtp_loss_scaling_factor.
+  def _set_losses(self, sums: jax.Array, tokens: jax.Array) -> None:
+    """Sets what MaxText reads, [K] each: its MTP loss is sum(losses) / sum(weights) * mtp_loss_scaling_factor.
 
-    `token_sums` [K] is for gradient accumulation, which may have to divide by the tokens of other microbatches too.
+    `token_sums` is for gradient accumulation, which may divide by the tokens of all microbatches.
     """
     self.losses = stock.mtp_losses(sums / (tokens + EPS))
     self.weights = stock.mtp_losses(jnp.ones_like(sums))
     self.token_sums = stock.mtp_losses(sums)
 
-  def _publish_predictions(self, predictions: list[jax.Array], masks: list[jax.Array]) -> None:
-    """Sets the predictions of depth mtp_eval_target_module, of which MaxText's eval step computes the acceptance rate."""
+  def _set_predictions(self, predictions: list[jax.Array], masks: list[jax.Array]) -> None:
+    """Sets the predictions of depth mtp_eval_target_module, from which MaxText's eval step gets the acceptance rate."""
     depth = self.config.mtp_eval_target_module
     if 0 < depth <= len(predictions):
-      # Float, because MaxText differentiates the function that returns them.
+      # In float32, because MaxText differentiates the function that returns them.
       self.mtp_preds = stock.mtp_acceptance(predictions[depth - 1].astype(jnp.float32)[None])
       self.mtp_mask = stock.mtp_acceptance(masks[depth - 1][None])
 
 
 class NoMultiTokenPrediction(nnx.Module):
-  """Stands in a model for prefill and decoding, which has no use for MTP: no parameters, no operations."""
+  """Replaces MTP in a model for prefill and decoding: no parameters, no operations."""
 
   def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
     del args, kwargs
@@ -120,34 +119,34 @@ class NoMultiTokenPrediction(nnx.Module):
 
 
 def mtp_block(config: Any, mesh: Any, transformer_layer_module: Any, decoder: Any, rngs: nnx.Rngs) -> nnx.Module:
-  """The MTP block of a model, built like MaxText's; a stand-in where the decoder is not for training."""
+  """The MTP block, called like MaxText's class; `NoMultiTokenPrediction` unless the decoder is for training."""
   if decoder.model_mode != MODEL_MODE_TRAIN:
     return NoMultiTokenPrediction()
   return Ling2MultiTokenPredictionBlock(config, mesh, transformer_layer_module, decoder, rngs)
 
 
-def scored_tokens(scored: jax.Array, ids: jax.Array, segment_ids: jax.Array | None, config: Any) -> list[jax.Array]:
-  """Which positions are scored at each MTP depth: those whose target, depth tokens further on, is of the same document.
+def loss_masks(loss_mask: jax.Array, ids: jax.Array, segment_ids: jax.Array | None, config: Any) -> list[jax.Array]:
+  """The loss mask of each MTP depth: 1 where the target, depth tokens further on, belongs to the same document.
 
   Args:
-    scored: [B, T] 0/1, the positions scored by the main loss.
+    loss_mask: [B, T] 0/1, that of the main loss.
     ids: [B, T] the input tokens.
-    segment_ids: [B, T] documents, or None for one per row.
+    segment_ids: [B, T] documents, or None for one per sequence.
     config: MaxText config, with K = mtp_num_layers.
 
   Returns:
     K arrays [B, T] of 0/1.
   """
   if segment_ids is not None:
-    # MaxText's mmap pipeline scores an end-of-document token against the next document's first token. Not here: as a
-    # target of depth 1 that token would be predicted from a position which does not see its document at all.
-    following = stock.roll_and_mask(segment_ids)
-    last = jnp.arange(segment_ids.shape[1]) == segment_ids.shape[1] - 1
+    # In MaxText's mmap pipeline the target of an end-of-document token is the next document's first token. MTP must not
+    # learn it: at depth 1 it would be predicted from a position that does not see its document at all.
+    following = stock.roll_and_mask(segment_ids)  # [B, T]
+    last = jnp.arange(segment_ids.shape[1]) == segment_ids.shape[1] - 1  # [T]
     eod = end_of_document(config)
-    goes_on = last if eod is None else last & (ids != eod)  # of the token behind the row, only this can be known
-    scored = jnp.where((segment_ids == following) | goes_on, scored, 0)
+    goes_on = last if eod is None else last & (ids != eod)  # all that is known of the token after the sequence
+    loss_mask = jnp.where((segment_ids == following) | goes_on, loss_mask, 0)
   masks = []
   for _ in range(config.mtp_num_layers):
-    scored = stock.roll_and_mask_by_segment(scored, segment_ids)
-    masks.append(scored)
+    loss_mask = stock.roll_and_mask_by_segment(loss_mask, segment_ids)
+    masks.append(loss_mask)
   return masks

@@ -1,7 +1,7 @@
-"""`matmul_precision` for the products of float32 to which MaxText does not pass it.
+"""`matmul_precision` for the float32 matmuls to which MaxText does not pass it.
 
-Those are the routed experts (`jax.lax.ragged_dot`, and the kernels of grouped products) and MTP's projection. On a TPU
-and a GPU they would round their operands, to bfloat16 and TF32, whatever the config says.
+Those are the routed experts (`jax.lax.ragged_dot` and the grouped matmul kernels) and MTP's projection. Without it a TPU
+rounds their operands to bfloat16 and a GPU to TF32, whatever the config says.
 """
 
 import contextlib
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 
 def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
-  """Within it, products of float32 that name no precision have the config's.
+  """A context in which float32 matmuls without a precision of their own have the config's.
 
-  With bfloat16 it changes nothing: those products are exact at every precision, and kernels refuse another.
+  With dtype bfloat16 it changes nothing: such matmuls are exact at every precision, and kernels refuse any but the
+  default.
   """
   precision = jax.lax.Precision(config.matmul_precision)
   if precision == jax.lax.Precision.DEFAULT or jnp.dtype(config.dtype) != jnp.float32:

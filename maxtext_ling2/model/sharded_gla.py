@@ -1,6 +1,6 @@
-"""GLA, and what stands around it, on a mesh: each device works on its own batch rows, heads and piece of the sequence.
+"""GLA and the norms around it on a mesh: each device computes its own sequences, heads and shard of the sequence.
 
-A TPU kernel cannot be cut by the compiler, so the cut is written here, along the mesh axes that MaxText's logical axis
+The compiler cannot partition a TPU kernel, so `shard_map` does it here, along the mesh axes that MaxText's logical axis
 rules give to batch, sequence and heads.
 """
 
@@ -51,12 +51,13 @@ def sharded_gla(
   """
   batch, length, heads = _axes_of(q.shape[:3], mesh)
   operation = functools.partial(gla_context_parallel, axis_name=length) if length else gla
-  tokens, ids, states = jax.P(batch, length, heads, None), jax.P(batch, length), jax.P(batch, heads, None, None)
+  tokens = jax.P(batch, length, heads, None)  # of [B, T, H, D]
+  ids, states = jax.P(batch, length), jax.P(batch, heads, None, None)  # of [B, T], [B, H, D, D]
 
   @functools.partial(
     jax.shard_map,
     mesh=mesh,
-    check_vma=_checked(mesh),
+    check_vma=_checks_vma(mesh),
     in_specs=(tokens, tokens, tokens, jax.P(heads), ids, states),
     out_specs=(tokens, states if output_final_state else None),
   )
@@ -87,10 +88,10 @@ def sharded_rotated_norm(
 ) -> jax.Array:
   """`ops.fused_norm.qk_norm_rope` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
   batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
-  wide, narrow = jax.P(batch, length, over_heads), jax.P(batch, length, None)
+  tokens, tables = jax.P(batch, length, over_heads), jax.P(batch, length, None)  # of [B, T, H * D], [B, T, D]
 
   @functools.partial(
-    jax.shard_map, mesh=mesh, check_vma=_checked(mesh), in_specs=(wide, jax.P(), narrow, narrow), out_specs=wide
+    jax.shard_map, mesh=mesh, check_vma=_checks_vma(mesh), in_specs=(tokens, jax.P(), tables, tables), out_specs=tokens
   )
   def run(x: jax.Array, scale: jax.Array | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return qk_norm_rope(x, scale, cos, sin, **options)
@@ -111,33 +112,33 @@ def sharded_gated_norm(
 ) -> jax.Array:
   """`ops.fused_norm.grouped_rms_norm_gated` of x [B, T, H * D], sharded over batch, sequence and `heads`, H."""
   batch, length, over_heads = _axes_of((*x.shape[:2], heads), mesh)
-  pieces = math.prod(mesh.shape[name] for name in over_heads or ())
-  if groups % pieces:  # a group lies on several devices: the compiler adds up their parts
+  shards = math.prod(mesh.shape[name] for name in over_heads or ())
+  if groups % shards:  # a group spans several devices: leave its sum to the compiler
     return grouped_rms_norm_gated(x, gate, scale, groups=groups, epsilon=epsilon, backend="chunked")
-  wide = jax.P(batch, length, over_heads)
-  run = functools.partial(grouped_rms_norm_gated, groups=groups // pieces, epsilon=epsilon, backend=backend)
-  inputs = (wide, wide, jax.P(over_heads))
-  return jax.shard_map(run, mesh=mesh, check_vma=_checked(mesh), in_specs=inputs, out_specs=wide)(x, gate, scale)
+  tokens = jax.P(batch, length, over_heads)  # of [B, T, H * D]
+  run = functools.partial(grouped_rms_norm_gated, groups=groups // shards, epsilon=epsilon, backend=backend)
+  specs = (tokens, tokens, jax.P(over_heads))
+  return jax.shard_map(run, mesh=mesh, check_vma=_checks_vma(mesh), in_specs=specs, out_specs=tokens)(x, gate, scale)
 
 
-def _checked(mesh: jax.sharding.Mesh) -> bool:
-  """Whether `shard_map` checks what varies over which axis: what an axis does not cut needs no sum over it backward then.
+def _checks_vma(mesh: jax.sharding.Mesh) -> bool:
+  """Whether `shard_map` tracks which values vary over which axes; then gradients are summed only over axes that need it.
 
-  Not with DiLoCo, whose replicas are a `vmap` over an axis of the mesh: what is mapped varies over that axis, and what is
-  not, like the decay, does not, which the check refuses.
+  Not with DiLoCo, whose replicas are a `vmap` over a mesh axis: mapped values vary over that axis and others, such as
+  g_gamma, do not, which the check refuses.
   """
   return mesh.shape.get("diloco", 1) == 1
 
 
 def _axes_of(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> tuple[_Axes, _Axes, _Axes]:
-  """The mesh axes that cut batch, sequence and heads of a shape (B, T, H)."""
+  """The mesh axes over which batch, sequence and heads of a shape (B, T, H) are sharded."""
   axes = logical_to_mesh_axes(FLAT, mesh=mesh, rules=get_logical_axis_rules()) or (None,) * 3
-  batch, length, heads = (_dividing(part, size, mesh) for part, size in zip(axes, shape, strict=True))
+  batch, length, heads = (_dividing(names, size, mesh) for names, size in zip(axes, shape, strict=True))
   return batch, length, heads
 
 
 def _dividing(axes: Any, size: int, mesh: jax.sharding.Mesh) -> _Axes:
-  """The mesh axes that cut one dimension, or none if they do not divide it (a batch of one row, a few heads)."""
+  """The mesh axes over which one dimension is sharded; None if they do not divide it (one sequence, a few heads)."""
   if axes is None or axes is jax.P.UNCONSTRAINED:
     return None
   names = [name for name in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[name] > 1]

@@ -26,7 +26,7 @@ import dataclasses
 import math
 from typing import Any
 
-from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla
 from maxtext_ling2.plan.chips import Chip
 from maxtext_ling2.plan.parts import COLLECTIVES
 from maxtext_ling2.training import flops as model_flops

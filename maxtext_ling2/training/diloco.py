@@ -1,4 +1,4 @@
-"""DiLoCo's step for LING2: MaxText synchronises parameters, which router biases are not."""
+"""DiLoCo's step for LING2: MaxText synchronises parameters, but router biases are not parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ Step = Callable[..., Any]
 
 
 def with_equal_biases(step: Step, config: Any) -> Step:
-  """MaxText's DiLoCo step, after whose synchronisations the router biases of all replicas are their mean.
+  """MaxText's DiLoCo step, which then averages the router biases over the replicas at each synchronisation.
 
-  Between them each replica balances by the counts of its own tokens.
+  Between synchronisations each replica balances by the counts of its own tokens.
 
   Args:
     step: takes (state, batch, key) and returns (state, metrics).
@@ -31,12 +31,12 @@ def with_equal_biases(step: Step, config: Any) -> Step:
 
 
 def _averaged(inner_state: Any) -> Any:
-  """The state of all replicas, [replicas, ...] each, with the mean of the router biases in every replica."""
+  """The state of all replicas, arrays [replicas, ...], with router biases averaged over the replicas."""
 
   def mean(variable: Any) -> Any:
     if not isinstance(variable, MoEBiasVar):
       return variable
-    bias = variable.get_value()
+    bias = variable.get_value()  # [replicas, ..., E]
     average = jnp.mean(bias.astype(jnp.float32), axis=0, keepdims=True).astype(bias.dtype)
     return variable.replace(jnp.broadcast_to(average, bias.shape))
 

@@ -1,33 +1,33 @@
 """Floating point operations of a LING2 training step, for TFLOP/s and MFU.
 
-Forward, per token (C hidden, V vocabulary, H heads, D head dimension, F, M, S widths of the dense MLP, of an expert, of
-all shared experts together, E experts of which k are used, T sequence, c chunk, n/r/v MLA's nope, rope and value
-dimensions, q/l its query and key-value latents); a product of [a, b] by [b] is 2ab:
+Forward pass, per token. C hidden, V vocabulary, H heads, D head dimension; F, M, S widths of the dense MLP, of an expert,
+and of all shared experts together; E experts, k experts per token, T sequence, c chunk; n, r, v MLA's nope, rope and
+value dimensions, q, l its query and key-value latents. A matrix [a, b] times a vector [b] is 2ab operations:
 
   GLA layer   weights 2 * 5 C H D (qkv, gate, output);  operation H (4 min(c, T) D + 4 D^2)
   MLA layer   weights 2 (C q + q H (n + r)) or 2 C H (n + r), + 2 (C (l + r) + l H (n + v) + H v C)
-              attention H (n + r + v) T, the causal half of the T x T scores and their product with the values
+              attention H (n + r + v) T: the causal half of the T x T scores, and the same of scores times values
   dense MLP   6 C F;   experts  2 C E + 6 C (k M + S)
   head        2 C V;   MTP layer  4 C^2 + an MLA layer with experts + the head
 
-A training step is three forward passes; rematerialisation is not counted.
+A training step counts as three forward passes; rematerialisation is not counted.
 """
 
 import dataclasses
 from typing import Any
 
-from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla
 from maxtext_ling2.ops.gla import chunk_size
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-  """Operations of the forward pass for one token.
+  """Operations of the forward pass per token.
 
   Attributes:
-    weights: products with parameters.
-    gla: linear attention itself.
-    mla: causal softmax attention itself.
+    weights: of matmuls with parameters.
+    gla: of linear attention without its projections.
+    mla: of causal softmax attention without its projections.
   """
 
   weights: float = 0.0
@@ -39,7 +39,7 @@ class ForwardFlops:
 
 
 def forward_flops(config: Any) -> ForwardFlops:
-  """Operations for one token of a sequence of max_target_length tokens, all layers, MTP and head."""
+  """Operations per token of a sequence of max_target_length tokens: all layers, MTP and the head."""
   c = config
   total = _head(c)
   for layer in range(c.num_decoder_layers):
@@ -52,7 +52,7 @@ def forward_flops(config: Any) -> ForwardFlops:
 
 
 def training_tflops_per_device(config: Any) -> tuple[float, float, float]:
-  """(total, with parameters, attention) TFLOP of one optimizer step on one device, as MaxText's function returns them."""
+  """(total, matmuls with parameters, attention) TFLOP per optimizer step and device, as MaxText's function returns."""
   forward = forward_flops(config)
   tokens = config.per_device_batch_size * config.max_target_length * config.gradient_accumulation_steps
   scale = 3 * tokens / 1e12
@@ -62,14 +62,14 @@ def training_tflops_per_device(config: Any) -> tuple[float, float, float]:
 
 
 def gla_layer(c: Any) -> ForwardFlops:
-  """Of the linear attention of one layer, per token."""
+  """Operations per token of the linear attention of one layer."""
   heads, dim = c.num_query_heads, c.head_dim
   operation = heads * (4 * min(chunk_size(c.max_target_length), c.max_target_length) * dim + 4 * dim**2)
   return ForwardFlops(weights=10 * c.emb_dim * heads * dim, gla=operation)
 
 
 def mla_layer(c: Any) -> ForwardFlops:
-  """Of the latent attention of one layer, per token."""
+  """Operations per token of the latent attention of one layer."""
   embed, heads, rank, latent = c.emb_dim, c.num_query_heads, c.q_lora_rank, c.kv_lora_rank
   query_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
   query = embed * rank + rank * heads * query_dim if rank else embed * heads * query_dim

@@ -1,11 +1,11 @@
-"""Scalar metrics of a training step beyond MaxText's; docs/names.md lists them beside Megatron-LM's names.
+"""Scalar metrics of a training step beyond MaxText's; docs/names.md lists them with Megatron-LM's names.
 
-Two cost nothing and are always there: whether loss or gradient is NaN or infinite, and mean and deviation of the router
-biases. The others come with switches of MaxText:
+Always on, since they cost nothing: whether loss or gradient is NaN or infinite; mean and standard deviation of the router
+biases. The others need settings of MaxText:
 
-  log_step_diagnostics             zeros in the gradient, beside the largest gradient that MaxText looks for there;
+  log_step_diagnostics             number of zeros in the gradient;
   record_internal_nn_metrics >= 1  statistics of the router scores, for which experts are chosen a second time;
-  record_internal_nn_metrics >= 2  tokens of each expert: one number per expert and layer.
+  record_internal_nn_metrics >= 2  tokens per expert and layer.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxtext_ling2.model.layout import layer_names
+from maxtext_ling2.model.layer_layout import layer_names
 from maxtext_ling2.training.balancing import load_metrics
 from maxtext_ling2.training.statistics import RouterStatistics
 
@@ -25,7 +25,7 @@ ZEROS = "learning/num_zeros_in_grad"
 _SCORES = ("router_topk_weight_mean", "router_probs_std")
 _MEANS = {"z_loss": "learning/moe_z_loss"}
 _MEANS |= {kind: f"learning/{kind}" for kind in ("router_bias_mean", "router_bias_std", *_SCORES)}
-"""Per-layer metrics whose mean over all routers is logged, too, and its name."""
+"""Per-layer metric -> name under which its mean over all routers is logged, too."""
 
 
 def with_zeros(step_diagnostics: Diagnostics) -> Diagnostics:
@@ -39,25 +39,25 @@ def with_zeros(step_diagnostics: Diagnostics) -> Diagnostics:
 
 
 def zeros_in(gradient: Any) -> jax.Array:
-  """How many elements of all arrays of a gradient are exactly 0, [] float32.
+  """The number of elements of a gradient that are exactly 0, [] float32.
 
-  Exact up to 2^24, rounded to 24 bits above: a stack of expert weights has more elements than int32 counts. For arrays
-  of at most 2^19 rows, each of fewer than 2^31 elements.
+  Exact up to 2^24, rounded to 24 bits above; in float32 because a stack of expert weights has more elements than int32
+  can count. For arrays of at most 2^19 rows with fewer than 2^31 elements each.
   """
   leaves = [leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
   return sum((_zeros(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
 
 
 def _zeros(x: jax.Array) -> jax.Array:
-  rows = jnp.sum(jnp.atleast_1d(x) == 0, axis=tuple(range(1, x.ndim)), dtype=jnp.int32)
-  high, low = (jnp.sum(part).astype(jnp.float32) for part in (rows >> 12, rows & 0xFFF))
+  per_row = jnp.sum(jnp.atleast_1d(x) == 0, axis=tuple(range(1, x.ndim)), dtype=jnp.int32)  # [rows]
+  high, low = (jnp.sum(part).astype(jnp.float32) for part in (per_row >> 12, per_row & 0xFFF))
   return high * 2**12 + low
 
 
 def not_finite(scalars: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """1.0 where the loss or the norm of the gradient is NaN, or infinite; [] float32 each.
+  """Whether the loss or the gradient's norm is NaN, and whether one is infinite: 1.0 or 0.0, [] float32 each.
 
-  With optimizer_memory_host_offload and without log_step_diagnostics MaxText has no norm: then of the loss alone.
+  With optimizer_memory_host_offload and without log_step_diagnostics MaxText has no norm; then they are about the loss.
   """
   names = [name for name in ("learning/loss", "learning/raw_grad_norm") if name in scalars]
   values = jnp.stack([scalars[name].astype(jnp.float32) for name in names])
@@ -73,8 +73,8 @@ def of_routers(
   """The metrics of all routers, under `learning/`.
 
   Args:
-    routers: their statistics, means over the batch.
-    biases: of each router, [..., E] after the step, or None.
+    routers: statistics, as means over the batch.
+    biases: [..., E] of each router after the step, or None.
     config: MaxText config.
   """
   metrics: dict[str, jax.Array] = {}
@@ -86,13 +86,13 @@ def of_routers(
     if config.record_internal_nn_metrics >= 2:
       metrics |= _counts(router.counts, names)
   for kind, name in _MEANS.items():
-    if found := [jnp.ravel(kinds[kind]) for kinds in values if kind in kinds]:
-      metrics[name] = jnp.mean(jnp.concatenate(found))
+    if per_layer := [jnp.ravel(kinds[kind]) for kinds in values if kind in kinds]:
+      metrics[name] = jnp.mean(jnp.concatenate(per_layer))
   return metrics
 
 
 def _of_router(router: RouterStatistics, bias: jax.Array | None) -> dict[str, jax.Array]:
-  """{kind: [...]} of one router, or of a stack of them."""
+  """{metric: [...]} of one router, or of a stack of them."""
   values = load_metrics(router.counts)
   if bias is not None:
     bias = bias.astype(jnp.float32)
@@ -106,10 +106,10 @@ def _of_router(router: RouterStatistics, bias: jax.Array | None) -> dict[str, ja
 
 
 def _counts(counts: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
-  """Tokens sent to each expert, [..., E], as one number each."""
-  rows = counts.reshape(-1, counts.shape[-1])
+  """One metric per layer and expert from counts [..., E]."""
+  per_layer = counts.reshape(-1, counts.shape[-1])  # [layers, E]
   return {
-    f"learning/moe/expert_counts/{name}/expert_{index:03d}": number
-    for name, row in zip(names, rows, strict=True)
-    for index, number in enumerate(row)
+    f"learning/moe/expert_counts/{name}/expert_{index:03d}": count
+    for name, layer_counts in zip(names, per_layer, strict=True)
+    for index, count in enumerate(layer_counts)
   }

@@ -1,8 +1,8 @@
-"""What the routers of a model count during one training step.
+"""What the routers of a model count during a training step.
 
-The variables exist inside the step only: they are attached to the routers before MaxText's step function runs and taken
-off its result. So no checkpoint, evaluation or decoding knows them. MaxText carries such variables through scan,
-rematerialisation and gradient accumulation like any other state that is no parameter, which makes them sums over all
+The variables exist only inside the step: they are attached to the routers before MaxText's step function runs and removed
+from its result, so checkpoints, evaluation and decoding do not have them. MaxText carries them through scan,
+rematerialisation and gradient accumulation like any state that is not a parameter, which makes them sums over all
 microbatches of the global batch.
 """
 
@@ -24,7 +24,7 @@ Path = tuple[Any, ...]
 
 
 class RouterStatistic(nnx.Variable[jax.Array]):
-  """A sum over the microbatches of one step, kept by a router."""
+  """A router's sum over the microbatches of a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class RouterStatistics:
 
   Attributes:
     path: of the router in the train state.
-    counts: tokens sent to each expert by the whole global batch, [..., E] int32.
-    z_loss: the router's sum of its raw z-loss, see `model/moe.Router`, [...] float32; None at weight 0.
+    counts: tokens of the global batch sent to each expert, [..., E] int32.
+    z_loss: sum of the z-loss before its weight, see `model/moe.Router`, [...] float32; None at weight 0.
     scores: sums over tokens of `model/moe.RoutedMoE.score_sums`, [..., 2] float32; None without
       record_internal_nn_metrics.
   """
@@ -46,7 +46,7 @@ class RouterStatistics:
 
 
 def attach(graph: Any, state: Any, config: Any) -> tuple[Any, Any]:
-  """Gives every router of a train state its sums, at zero, and with QK-clip every MLA layer its maxima.
+  """Attaches sums, 0, to every router of a train state, and with QK-clip maxima to every MLA layer.
 
   Args:
     graph: graph definition of MaxText's train state.
@@ -71,21 +71,21 @@ def attach(graph: Any, state: Any, config: Any) -> tuple[Any, Any]:
 
 
 def detach(state: Any) -> tuple[Any, list[RouterStatistics]]:
-  """Takes the sums off a train state that a step returned."""
+  """Removes the sums from a train state that a step returned; returns (state, sums of each router)."""
   flat = dict(nnx.to_flat_state(state))
   sums = {path: flat.pop(path).get_value() for path in list(flat) if isinstance(flat[path], RouterStatistic)}
   routers = sorted((path[:-1] for path in sums if path[-1] == COUNTS), key=str)
-  found = [
+  statistics = [
     RouterStatistics(path, sums[(*path, COUNTS)], sums.get((*path, Z_LOSS)), sums.get((*path, SCORES)))
     for path in routers
   ]
-  return nnx.from_flat_state(list(flat.items())), found
+  return nnx.from_flat_state(list(flat.items())), statistics
 
 
 def _stack(kernel_shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-  """The stacked axes of a router kernel [C, E], which a layer scan inserts at `axis`."""
-  depth = len(kernel_shape) - 2
-  return kernel_shape[axis : axis + depth]
+  """The sizes of the stacked axes of a router kernel [C, E], which a layer scan inserts at `axis`."""
+  stacked = len(kernel_shape) - 2
+  return kernel_shape[axis : axis + stacked]
 
 
 def collect(intermediates: Any, name: str) -> list[jax.Array]:

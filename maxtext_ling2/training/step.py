@@ -1,4 +1,4 @@
-"""MaxText's train and eval step for LING2: the same step functions, with router statistics around and z-loss inside."""
+"""MaxText's train and eval step for LING2: z-loss in the objective, loss-free balancing after it, more metrics."""
 
 import contextlib
 import dataclasses
@@ -21,37 +21,36 @@ Step = Callable[..., Any]
 
 
 def wrap_train_step(train_step: Step, config: Any) -> Step:
-  """MaxText's `train_step` for a LING2 run: z-loss in the objective, biases balanced after the update, more metrics."""
+  """MaxText's `train_step` for a LING2 run: z-loss in the objective, router biases updated after it, more metrics."""
 
   @functools.wraps(train_step)
   def ling2_train_step(
     model: Any, cfg: Any, state_shardings: Any, params_shardings: Any, state: Any, data: Any, dropout_rng: Any = None
   ) -> tuple[Any, dict[str, Any]]:
     graph, state = statistics.attach(model, state, config)
-    accumulates = config.gradient_accumulation_steps > 1
-    total = objective.totals(data, config) if accumulates else None
-    losses = objective.installed(train_step, "loss_fn", lambda f: objective.with_router_losses(f, config, total, {}))
+    totals = objective.count_totals(data, config) if config.gradient_accumulation_steps > 1 else None
+    losses = objective.installed(train_step, "loss_fn", lambda f: objective.with_router_losses(f, config, totals, {}))
     with (
       losses,
       _diagnostics(train_step, config),
       _without_maxtexts_clip(train_step, config),
-      matmul_precision(config),  # gradients of experts are traced here, outside of their layer
+      matmul_precision(config),  # the gradients of experts are traced here, outside their layer
     ):
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
-    state, sums = statistics.detach(state)
-    routers = [_with_means(router, total, data, config) for router in sums]
+    state, router_sums = statistics.detach(state)
+    routers = [_with_means(router, totals, data, config) for router in router_sums]
     scalars = metrics["scalar"]
     skipped = scalars.get("optim/step_skipped")
     if config.use_qk_clip:
       state, scalars["learning/max_logits"] = qk_clip.clip(state, config, skipped)
       if "learning/param_norm" in scalars:
         scalars["learning/param_norm"] = qk_clip.parameter_norm(state)
-    before = state
+    unbalanced = state
     state = _balance(state, routers, config, skipped)
     if config.log_step_diagnostics:
-      scalars.update(_bias_diagnostics(before, state, routers))
+      scalars.update(_bias_diagnostics(unbalanced, state, routers))
     scalars.update(_router_metrics(state, routers, config))
-    if config.mtp_num_layers and config.mtp_loss_scaling_factor:  # Megatron logs it before its weight
+    if config.mtp_num_layers and config.mtp_loss_scaling_factor:  # as Megatron logs it, before its weight
       scalars["learning/raw_mtp_loss"] = scalars["learning/mtp_loss"] / config.mtp_loss_scaling_factor
     _separate_z_loss(scalars, routers, config)
     scalars.update(step_metrics.not_finite(scalars))
@@ -61,50 +60,52 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
 
 
 def wrap_eval_step(eval_step: Step, config: Any) -> Step:
-  """MaxText's `eval_step` for a LING2 run: with the raw z-loss and MTP loss in its metrics. Nothing is balanced."""
+  """MaxText's `eval_step` for a LING2 run, with the z-loss and the MTP loss before their weights in its metrics."""
 
   @functools.wraps(eval_step)
   def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    seen: dict[str, jax.Array] = {}
-    installed = objective.installed(eval_step, "loss_fn", lambda f: objective.with_router_losses(f, config, None, seen))
+    eval_metrics: dict[str, jax.Array] = {}
+    installed = objective.installed(
+      eval_step, "loss_fn", lambda f: objective.with_router_losses(f, config, None, eval_metrics)
+    )
     with installed, matmul_precision(config):
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
-    metrics["scalar"].update({f"evaluation/{name}": value for name, value in seen.items()})
+    metrics["scalar"].update({f"evaluation/{name}": value for name, value in eval_metrics.items()})
     return metrics
 
   return ling2_eval_step
 
 
 def _without_maxtexts_clip(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:
-  """Keeps MaxText's QK-clip, where it is asked for, from doing what `qk_clip` does afterwards."""
+  """Turns off MaxText's QK-clip, which `qk_clip` replaces after the step."""
   if not config.use_qk_clip:
     return contextlib.nullcontext()
   return objective.installed(train_step, "qk_clip_utils", lambda _: qk_clip.NOT_MAXTEXTS)
 
 
 def _diagnostics(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:
-  """Lets MaxText's diagnostics, where they are asked for, count the zeros of the gradient, too."""
+  """Adds the number of zeros in the gradient to MaxText's diagnostics, with log_step_diagnostics."""
   if not config.log_step_diagnostics:
     return contextlib.nullcontext()
   return objective.installed(train_step, "step_diagnostics", step_metrics.with_zeros)
 
 
-def _with_means(router: RouterStatistics, total: objective.Totals | None, data: Any, config: Any) -> RouterStatistics:
-  """The statistics with means over the batch in place of sums over microbatches and tokens."""
+def _with_means(router: RouterStatistics, totals: objective.Totals | None, data: Any, config: Any) -> RouterStatistics:
+  """The statistics of a router with means over the batch in place of sums over microbatches and tokens."""
   if router.scores is not None:
-    tokens = (total or objective.totals(data, config)).real
+    tokens = (totals or objective.count_totals(data, config)).valid_tokens
     router = dataclasses.replace(router, scores=router.scores / jnp.maximum(tokens, 1))
   if router.z_loss is None:
     return router
-  if total is not None and weighs_microbatches(config):
-    divisor = jnp.maximum(total.real, 1)
+  if totals is not None and weighs_microbatches(config):
+    divisor = jnp.maximum(totals.valid_tokens, 1)
   else:
     divisor = config.gradient_accumulation_steps
   return dataclasses.replace(router, z_loss=router.z_loss / divisor)
 
 
 def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: jax.Array | None) -> Any:
-  """Moves every router bias by its own counts; a step that the optimizer skipped leaves it alone."""
+  """Updates every router bias by its counts, unless the optimizer skipped the step."""
   if not config.routed_bias or config.routed_bias_update_rate == 0.0:
     return state
   flat = dict(nnx.to_flat_state(state))
@@ -112,16 +113,16 @@ def _balance(state: Any, routers: list[RouterStatistics], config: Any, skipped: 
     path = (*router.path, "bias")
     bias = flat[path].get_value()
     axis = bias_axis(config, router.counts.ndim - 1)
-    moved = updated_bias(
+    updated = updated_bias(
       jnp.moveaxis(bias, axis, -1), router.counts, config.routed_bias_update_rate, config.routed_bias_zero_mean_update
-    )
-    moved = jnp.moveaxis(moved, -1, axis)
-    flat[path] = flat[path].replace(moved if skipped is None else jnp.where(skipped > 0, bias, moved))
+    )  # [..., E]
+    updated = jnp.moveaxis(updated, -1, axis)
+    flat[path] = flat[path].replace(updated if skipped is None else jnp.where(skipped > 0, bias, updated))
   return nnx.from_flat_state(list(flat.items()))
 
 
 def _bias_diagnostics(before: Any, after: Any, routers: list[RouterStatistics]) -> dict[str, jax.Array]:
-  """What MaxText's `step_diagnostics` tells of router biases, which it looks for where LING2 has none."""
+  """The router biases' part of MaxText's `step_diagnostics`, which looks for them at other paths than LING2's."""
   old, new = (dict(nnx.to_flat_state(state)) for state in (before, after))
   paths = [path for router in routers if (path := (*router.path, "bias")) in new]
   values = [[state[path].get_value().astype(jnp.float32) for path in paths] for state in (old, new)]
@@ -135,7 +136,7 @@ def _bias_diagnostics(before: Any, after: Any, routers: list[RouterStatistics]) 
 
 
 def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) -> dict[str, jax.Array]:
-  """The metrics of every router, with its bias after the step."""
+  """The metrics of all routers, with their biases after the step."""
   flat = dict(nnx.to_flat_state(state))
   biases: list[jax.Array | None] = [None] * len(routers)
   if config.routed_bias:
@@ -144,13 +145,13 @@ def _router_metrics(state: Any, routers: list[RouterStatistics], config: Any) ->
 
 
 def _bias(flat: Any, router: RouterStatistics, config: Any) -> jax.Array:
-  """A router's bias [..., E]."""
+  """The bias of a router, or of a stack of them, [..., E]."""
   axis = bias_axis(config, router.counts.ndim - 1)
   return jnp.moveaxis(flat[(*router.path, "bias")].get_value(), axis, -1)
 
 
 def _separate_z_loss(scalars: dict[str, Any], routers: list[RouterStatistics], config: Any) -> None:
-  """Takes the z-loss out of the load balance metric, through which it reached MaxText's reported loss."""
+  """Subtracts the z-loss from the load-balance metric, in which `objective` put it to be part of the reported loss."""
   if config.gradient_accumulation_steps == 1 or config.moe_z_loss_weight == 0.0:
     return
   if config.load_balance_loss_weight == 0.0:

@@ -1,12 +1,13 @@
-"""XLA flags with which a LING2 step is compiled, by TPU generation: data, from programs compiled ahead of time.
+"""XLA flags with which a LING2 step is compiled, by TPU generation, found by compiling ahead of time.
 
-What each was seen to do (libtpu 0.0.52, one mesh axis over the whole slice; tests/training/test_xla_flags.py compiles
-it again). The threshold keeps XLA from turning a product with sharded weights into a windowed einsum, a loop over the
-devices that reads and writes its accumulator in every round: v5p and v4 make it, v5e, v6e and tpu7x do not. The
-SparseCore flags make gathers of weights and reductions of gradients asynchronous, and leave a reduce-scatter where XLA
-otherwise reduces the whole gradient on every device and then slices it. `all_gather` and `reduce_scatter` alone change
-nothing; the variant of the gather has as many dimensions as the generation's torus. tpu7x does both by default; v5e has
-no SparseCore; on v4 the collectives stay synchronous.
+Effects seen with libtpu 0.0.52 and one mesh axis over the whole slice (tests/training/test_xla_flags.py compiles them
+again):
+- The threshold keeps XLA from turning a matmul with sharded weights into a windowed einsum, a loop over the devices that
+  reads and writes its accumulator in each iteration. v5p and v4 do that; v5e, v6e and tpu7x do not.
+- The SparseCore flags make all-gathers of weights and reductions of gradients asynchronous, and give a reduce-scatter
+  where XLA otherwise all-reduces the whole gradient and slices it. `all_gather` and `reduce_scatter` alone change
+  nothing; the dimensions in the gather's variant are those of the generation's torus. tpu7x does both by default, v5e
+  has no SparseCore, and on v4 the collectives remain synchronous.
 """
 
 import functools
@@ -37,26 +38,26 @@ _FLAGS: Final[Mapping[str, Mapping[str, str]]] = {
   "TPU v5": _NO_WINDOWED_EINSUM | _on_sparse_core("all_gather", "reduce_scatter", "3d_all_gather", "nd_reduce_scatter"),
   "TPU v6 lite": _on_sparse_core("all_gather", "reduce_scatter", "2d_all_gather", "nd_reduce_scatter"),
 }
-"""By `device_kind`, as the tiles of `ops.gla`; a generation that is not listed gets none."""
+"""By device kind (`ops/devices.py`); a generation that is not listed gets none."""
 
 
 class FlagError(Ling2Error, ValueError):
-  """XLA refuses a flag of compile_xla_flags."""
+  """XLA refuses a flag in compile_xla_flags."""
 
 
 def compiler_options(config: Any, device: Any, given: Mapping[str, str]) -> dict[str, str]:
-  """The options with which XLA compiles a step of a LING2 run: the generation's flags, and the user's, which win.
+  """The options with which XLA compiles a step of a LING2 run: the generation's flags, overridden by the user's.
 
   Args:
     config: MaxText's config, with `tuned_xla_flags`.
-    device: one of the mesh; it may be of a topology, without a chip.
+    device: a device of the mesh, or of a topology without chips.
     given: the user's `compile_xla_flags`, parsed.
 
   Returns:
-    Flags by name, without those in LIBTPU_INIT_ARGS. Off a TPU, or with `tuned_xla_flags=false`, only the user's.
+    {flag: value}, without flags in LIBTPU_INIT_ARGS. Off a TPU, or with `tuned_xla_flags=false`, only the user's.
 
   Raises:
-    FlagError: XLA refuses one of the user's.
+    FlagError: XLA refuses a flag of the user's.
   """
   for name, value in given.items():
     reason = refusal(device, name, value)
@@ -77,11 +78,11 @@ def compiler_options(config: Any, device: Any, given: Mapping[str, str]) -> dict
 
 
 def _agreed(flags: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-  """Those of `ours` that every process of the run takes: with other options each would compile another program.
+  """Those of `ours` that every process of the run uses: all must compile the same program.
 
   Args:
-    flags: all of the generation, the same in every process.
-    ours: what this process takes of them.
+    flags: all flags of the generation, the same in every process.
+    ours: those that this process uses.
   """
   if not flags or jax.process_count() == 1:
     return dict(ours)
@@ -93,13 +94,13 @@ def _agreed(flags: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]
 
 
 def _in_environment() -> set[str]:
-  """Flags that the user gives to libtpu itself, which an option of the compiler would replace."""
+  """Flags that the user gives to libtpu; compiler options would override them."""
   words = os.environ.get("LIBTPU_INIT_ARGS", "").split()
   return {word.lstrip("-").partition("=")[0] for word in words}
 
 
 def _tuned(device: Any) -> dict[str, str]:
-  """The flags of the device's generation that this libtpu accepts; another one is named in the log and dropped."""
+  """The flags of the device's generation that this libtpu accepts; the log names the others."""
   accepted = {}
   for name, value in _FLAGS.get(kind_of(device), {}).items():
     reason = refusal(device, name, value)
@@ -111,11 +112,11 @@ def _tuned(device: Any) -> dict[str, str]:
 
 
 _REFUSALS: Final[dict[tuple[str, str, str], str | None]] = {}
-"""What `refusal` found, by generation, flag and value: a process has one libtpu."""
+"""Results of `refusal` by device kind, flag and value: a process has one libtpu."""
 
 
 def refusal(device: Any, name: str, value: str) -> str | None:
-  """Why XLA does not compile a small program with a flag for a device, in its words; None: it does."""
+  """XLA's error when it compiles a small program with a flag for a device; None: it compiles."""
   key = (device.device_kind, name, value)
   if key not in _REFUSALS:
     _REFUSALS[key] = _compile_with(device, name, value)
@@ -129,7 +130,7 @@ def _compile_with(device: Any, name: str, value: str) -> str | None:
     program.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile()
   except jax.errors.JaxRuntimeError as error:
     if "INVALID_ARGUMENT" not in str(error) and "No such compile option" not in str(error):
-      raise  # not about the flag: a device that is lost, no memory
+      raise  # not about the flag: a lost device, no memory
     return str(error).splitlines()[0]
   return None
 

@@ -6,6 +6,7 @@ import pytest
 
 from hostile.bad_settings import RULES
 from maxtext_ling2.configs import unsupported, validation
+from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.maxtext_api import session
 
 GOOD = [
@@ -80,7 +81,7 @@ def test_all_broken_rules_are_named_at_once(ling2):
 
 def test_the_tables_cover_every_listed_field():
   assert set(unsupported.OFF) <= {field for changes, _ in RULES for field in changes}
-  assert set(validation.LING2_ONLY) == set(IN_VAIN)
+  assert {field.name for field in FIELDS if field.ling2_only} == set(IN_VAIN)
 
 
 @pytest.mark.parametrize("field", IN_VAIN)
@@ -90,7 +91,7 @@ def test_a_field_of_ours_in_another_model_is_refused(llama, field):
     validate(llama, {field: IN_VAIN[field]})
   text = str(error.value)
   assert text.startswith(f"{field}={IN_VAIN[field]!r}: only decoder_block=ling2") and "decoder_block=llama2" in text
-  assert f"remove it, or set it to {validation.DEFAULTS[field]!r}" in text
+  assert f"remove it, or set it to {DEFAULTS[field]!r}" in text
 
 
 def test_other_models_are_not_measured_by_our_rules(llama):
@@ -100,7 +101,7 @@ def test_other_models_are_not_measured_by_our_rules(llama):
 
 
 def test_maxtext_sees_other_values_only_for_ling2(ling2, llama):
-  assert validation.shown_to_maxtext(types.SimpleNamespace(**llama)) == {}
-  shown = validation.shown_to_maxtext(types.SimpleNamespace(**ling2))
+  assert validation.validation_overrides(types.SimpleNamespace(**llama)) == {}
+  shown = validation.validation_overrides(types.SimpleNamespace(**ling2))
   assert (shown["routed_bias_update_rate"], shown["partial_rotary_factor"]) == (0.0, 1.0)
   assert (ling2["routed_bias_update_rate"], ling2["partial_rotary_factor"]) == (0.001, 0.5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxtext_ling2.maxtext_api import session
-from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock, scored_tokens
+from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock, loss_masks
 from tiny import Run, batch, cached_run
 
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]])
@@ -16,10 +16,10 @@ EOD = 9
 
 
 def masks_of(scored, segments, depths, ids=None, **settings):
-  """`scored_tokens` of a run of MaxText's mmap pipeline."""
+  """`loss_masks` of a run of MaxText's mmap pipeline."""
   data = {"dataset_type": "grain", "grain_file_type": "mmap_npy", "mmap_eod_id": EOD, "reset_attention_mask": True}
   ids = jnp.ones_like(scored) if ids is None else jnp.asarray(ids)
-  return scored_tokens(scored, ids, segments, SimpleNamespace(mtp_num_layers=depths, **data | settings))
+  return loss_masks(scored, ids, segments, SimpleNamespace(mtp_num_layers=depths, **data | settings))
 
 
 def expected(segments, depth):
@@ -135,13 +135,13 @@ def test_acceptance_rate_of_evaluation(monkeypatch):
   run = cached_run(**TWO, mtp_eval_target_module=1)
   data = batch(run.config, seed=3)
   seen = {}
-  original = Ling2MultiTokenPredictionBlock._publish_predictions
+  original = Ling2MultiTokenPredictionBlock._set_predictions
 
   def keep(self, predictions, masks):
     jax.debug.callback(lambda p, m: seen.update(predictions=np.array(p), mask=np.array(m)), predictions[0], masks[0])
     original(self, predictions, masks)
 
-  monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "_publish_predictions", keep)
+  monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "_set_predictions", keep)
   from flax import nnx
 
   network = nnx.merge(run.graph, run.state).model

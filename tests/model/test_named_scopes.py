@@ -7,7 +7,7 @@ import pytest
 
 from tiny import Run, batch
 
-SETTINGS = {"base_num_decoder_layers": 6, "scan_layers": True}  # the first cycle is unrolled, the second scanned
+SETTINGS = {"base_num_decoder_layers": 6, "scan_layers": True}  # the first cycle is unscanned, the second scanned
 SCOPES = {"gla", "mla", "mlp", "experts", "shared_experts", "router", "norm", "mtp", "logits"}
 MIXED = "weight_sum"  # MaxText's scope, inside `experts`, of the sum over a token's experts
 
@@ -44,11 +44,11 @@ def test_every_product_is_in_a_scope(lowered):
     direction = "backward" if "transpose(" in name else "forward"
     if "rematted_computation" in name:
       direction = "again"
-    place = "mtp" if "mtp" in scopes(name) else "scanned" if "while" in name else "unrolled"
+    place = "mtp" if "mtp" in scopes(name) else "scanned" if "while" in name else "unscanned"
     places[place, scopes(name)[-1], direction] += 1
-  expected = {(place, part) for place in ("unrolled", "scanned") for part in ("gla", "mla", "experts", "router", "norm")}
-  expected |= {(place, "shared_experts") for place in ("unrolled", "scanned", "mtp")}
-  expected |= {("unrolled", "mlp"), ("unrolled", "logits"), ("mtp", "logits")}
+  expected = {(place, part) for place in ("unscanned", "scanned") for part in ("gla", "mla", "experts", "router", "norm")}
+  expected |= {(place, "shared_experts") for place in ("unscanned", "scanned", "mtp")}
+  expected |= {("unscanned", "mlp"), ("unscanned", "logits"), ("mtp", "logits")}
   expected |= {("mtp", part) for part in ("mtp", "mla", "experts", "router", "norm")}
   assert {(place, part) for place, part, _ in places} == expected
   for place, part in expected:

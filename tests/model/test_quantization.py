@@ -57,21 +57,21 @@ def products(**settings):
 
 
 @pytest.fixture(scope="module")
-def unrolled():
+def unscanned():
   return products(mtp_num_layers=0)
 
 
-def test_scanned_layers_are_quantised_as_unrolled_ones(unrolled):
+def test_scanned_layers_are_quantised_as_unscanned_ones(unscanned):
   scanned = products(mtp_num_layers=0, scan_layers=True)
-  assert scanned == unrolled
-  assert unrolled.total() > 40
+  assert scanned == unscanned
+  assert unscanned.total() > 40
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_only_projections_are_quantised(unrolled, backend):
+def test_only_projections_are_quantised(unscanned, backend):
   """No operand is a rotation's permutation [4, 4], a state of linear attention [.., 8, 8] or the router's [32, 8]."""
-  found = unrolled if backend == "chunked" else products(mtp_num_layers=0, gla_backend=backend)
-  assert found == unrolled
+  found = unscanned if backend == "chunked" else products(mtp_num_layers=0, gla_backend=backend)
+  assert found == unscanned
   assert not [shapes for shapes in found if any(shape[-2:] in ((4, 4), (8, 8), (32, 8)) for shape in shapes)]
 
 

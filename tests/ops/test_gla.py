@@ -5,11 +5,9 @@ import pytest
 from gla_closed_form import make_case
 from gla_suite import error, run_with_gradients
 
-from maxtext_ling2.configs.fields import GLA_BACKENDS
 from maxtext_ling2.ops import fused_norm
 from maxtext_ling2.ops import gla as package
 from maxtext_ling2.ops.gla import gla
-from maxtext_ling2.ops.gla.api import backends
 
 
 def test_auto_is_chunked_on_a_cpu():
@@ -36,10 +34,6 @@ def test_auto_is_the_kernel_where_the_program_is_for_a_tpu(remat):
   for kernel in ("gla_forward", "gla_backward"):
     assert kernel in lowered["tpu"]
     assert kernel not in lowered["cpu"]
-
-
-def test_the_backends_are_those_of_the_config():
-  assert set(backends()) == set(GLA_BACKENDS)
 
 
 def test_an_unknown_backend_is_named_with_the_choices():

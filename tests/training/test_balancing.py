@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from router_model import balanced, chosen_experts
 
-from maxtext_ling2.model.layout import layer_names
+from maxtext_ling2.model.layer_layout import layer_names
 from maxtext_ling2.training.balancing import load_metrics, updated_bias
 from tiny import Run, batch, config, weights
 

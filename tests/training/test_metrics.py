@@ -1,6 +1,6 @@
 """Metrics of a step beyond MaxText's: the gradient's zeros, what is not finite, routers against numpy, MFU.
 
-test_scan.py compares all of them between scanned and unrolled layers.
+test_scan.py compares all of them between scanned and unscanned layers.
 """
 
 import functools

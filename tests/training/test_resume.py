@@ -10,7 +10,7 @@ OFTEN, SELDOM = [(False, 1), (True, 2)], [(False, 2), (True, 1)]  # (scan, accum
 
 
 def case_name(scan, accumulation):
-  return f"{'scanned' if scan else 'unrolled'}_{accumulation}"
+  return f"{'scanned' if scan else 'unscanned'}_{accumulation}"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def assert_equal_to_the_bit(resumed, name):
 
 
 def test_what_a_checkpoint_holds(resumed):
-  stored = checkpoint(resumed, "straight_unrolled_1", 9)
+  stored = checkpoint(resumed, "straight_unscanned_1", 9)
   biases = [path for path in stored if path.endswith("['gate']['bias']")]
   assert len(biases) == 5 + 1  # all layers but the dense one, and MTP; weights only, no optimizer slot
   assert all(path.startswith("['params']['params']") for path in biases)
@@ -96,7 +96,7 @@ def other_checkpoints(folder, data, resumed):
     arguments(folder, "trained", "trained_1", 2, **data, enable_routed_bias_grad=True),
   )
   frozen = {"routed_bias_update_rate": 0.0, "learning_rate": 0.0}
-  weights = {"learning_rate": 0.0, "load_parameters_path": folder / "straight_unrolled_1/checkpoints/9/items"}
+  weights = {"learning_rate": 0.0, "load_parameters_path": folder / "straight_unscanned_1/checkpoints/9/items"}
   old = weights | {"load_parameters_path": folder / "without/checkpoints/1/items"}
   printed = run(
     folder,
@@ -127,7 +127,7 @@ def test_a_trained_bias_is_found_where_it_is_no_parameter(other_checkpoints, fol
 
 
 def test_the_weights_of_a_training_checkpoint_include_the_biases(other_checkpoints, folder):
-  before = bias_norms(metrics(folder, "straight_unrolled_1")[9])
+  before = bias_norms(metrics(folder, "straight_unscanned_1")[9])
   assert bias_norms(metrics(folder, "weights")[0]) == before
 
 

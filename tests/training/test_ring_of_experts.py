@@ -26,10 +26,10 @@ DRAWN, CROWDED = ROUTINGS = ("drawn", "crowded")
 TRAIN = {"opt_type": "sgd", "learning_rate": 1.0, "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
 TRAIN |= {"inhomogeneous_layer_cycle_interval": 2}
 LAYERS = {  # a kernel takes seconds to compile for the interpreter, and has a program in each branch and token chunk
-  "unrolled": {"base_num_decoder_layers": 2, "first_num_dense_layers": 1, "remat_policy": "none"},
+  "unscanned": {"base_num_decoder_layers": 2, "first_num_dense_layers": 1, "remat_policy": "none"},
   "scanned": {"base_num_decoder_layers": 6, "first_num_dense_layers": 2, "scan_layers": True},
 }
-ROUTERS = {"unrolled": 1 + 1, "scanned": 4 + 1}  # all layers but the dense ones, and MTP
+ROUTERS = {"unscanned": 1 + 1, "scanned": 4 + 1}  # all layers but the dense ones, and MTP
 RING = {"sparse_matmul": True, "megablox": True, "use_ring_of_experts": True, "use_ragged_sort": True}
 TILES = {
   f"{product}_tile_{direction}_{axis}": size
@@ -61,16 +61,16 @@ def case(mesh, layers, accumulation=1, kind="routed", **settings):
 
 
 FAST = {
-  ("expert 8", "unrolled", 1): EIGHT,
+  ("expert 8", "unscanned", 1): EIGHT,
   ("fsdp 2, expert 4", "scanned", 2): DROPLESS | {"ragged_buffer_factor": SOME},
-  ("fsdp 2, expert 4", "unrolled", 1): DROPLESS | LOCAL_TOP_K | {"num_moe_token_chunks": 2},  # as the recipe of v6e-64
+  ("fsdp 2, expert 4", "unscanned", 1): DROPLESS | LOCAL_TOP_K | {"num_moe_token_chunks": 2},  # as the recipe of v6e-64
 }
 SLOW = {
   ("expert 8", "scanned", 2): DROPLESS | LOCAL_TOP_K,
   ("data 2, expert 4", "scanned", 2): DROPLESS | LOCAL_TOP_K,
-  ("fsdp 2, tensor 2, expert 2", "unrolled", 1): DROPLESS | LOCAL_TOP_K,
-  ("fsdp 2, context 2, expert 2", "unrolled", 1): DROPLESS | LOCAL_TOP_K,
-  ("fsdp 2, expert 4", "unrolled", 1): RING | TILES | {"defer_small_all_reduces": True},
+  ("fsdp 2, tensor 2, expert 2", "unscanned", 1): DROPLESS | LOCAL_TOP_K,
+  ("fsdp 2, context 2, expert 2", "unscanned", 1): DROPLESS | LOCAL_TOP_K,
+  ("fsdp 2, expert 4", "unscanned", 1): RING | TILES | {"defer_small_all_reduces": True},
 }
 
 SWITCHES = {
@@ -88,7 +88,7 @@ def runs(folder, devices, cases):
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
   """{(layers, accumulation): arrays}."""
-  cases = {key: case(None, *key) for key in (("unrolled", 1), ("scanned", 2))}
+  cases = {key: case(None, *key) for key in (("unscanned", 1), ("scanned", 2))}
   return runs(tmp_path_factory.mktemp("one_device"), 1, cases)
 
 
@@ -96,7 +96,7 @@ def one_device(tmp_path_factory):
 def meshes(tmp_path_factory):
   """{(mesh, layers, accumulation) or "drops": arrays}."""
   cases = {key: case(*key, **settings) for key, settings in FAST.items()}
-  cases["drops"] = case("expert 8", "unrolled", kind="scored", **CAPPED)
+  cases["drops"] = case("expert 8", "unscanned", kind="scored", **CAPPED)
   return runs(tmp_path_factory.mktemp("meshes"), DEVICES, cases)
 
 
@@ -108,15 +108,15 @@ def other_meshes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def switched(tmp_path_factory):
-  cases = {name: case("expert 8", "unrolled", **EIGHT | settings) for name, settings in SWITCHES.items()}
-  cases["use_random_routing"] = case("expert 8", "unrolled", **RING | TILES, use_random_routing=True)
+  cases = {name: case("expert 8", "unscanned", **EIGHT | settings) for name, settings in SWITCHES.items()}
+  cases["use_random_routing"] = case("expert 8", "unscanned", **RING | TILES, use_random_routing=True)
   return runs(tmp_path_factory.mktemp("switched"), DEVICES, cases)
 
 
 @pytest.fixture(scope="module")
 def bfloat16(tmp_path_factory):
   """Arrays of one device and of the ring."""
-  key = ("unrolled", 1)
+  key = ("unscanned", 1)
   half = {"dtype": "bfloat16", "matmul_precision": "default"}
   folders = [tmp_path_factory.mktemp(name) for name in ("one_device_bfloat16", "ring_bfloat16")]
   (one,) = run(folders[0], 1, [case(None, *key, **half)])
@@ -131,7 +131,7 @@ def moved_checkpoints(tmp_path_factory):
   In bfloat16: MaxText's CPU reference of the ragged kernels returns nothing else (`routed_runs._round_as_the_kernel`).
   """
   folder = tmp_path_factory.mktemp("moved_checkpoints")
-  common = write_documents(folder) | LAYERS["unrolled"] | {"scan_layers": False, "dtype": "bfloat16"}
+  common = write_documents(folder) | LAYERS["unscanned"] | {"scan_layers": False, "dtype": "bfloat16"}
   common |= {"per_device_batch_size": 1, "ici_fsdp_parallelism": 1, "context_parallel_load_balance": False}
   ring = common | DROPLESS | LOCAL_TOP_K
   devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
@@ -193,7 +193,7 @@ def test_other_meshes_equal_one_device(other_meshes, one_device, key, routing):
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_of_the_ring_change_nothing(switched, one_device, switch, routing):
   """Beside metrics of their own."""
-  expected = one_device["unrolled", 1]
+  expected = one_device["unscanned", 1]
   assert_equal({name: value for name, value in switched[switch].items() if name in expected}, expected, routing)
 
 
@@ -217,7 +217,7 @@ def test_bfloat16_errs_as_much_as_on_one_device(bfloat16, one_device, routing):
   """
 
   def error(arrays):
-    expected = one_device["unrolled", 1]
+    expected = one_device["unscanned", 1]
     names = [name for name in expected if name.startswith(f"{routing}/moved/") and not name.endswith("gate.bias")]
     return np.sqrt(sum(np.sum((arrays[name] - expected[name]) ** 2) for name in names))
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(moved_checkpoints, target):
   stored = weights(moved_checkpoints / "ring", 1)
   there = weights(moved_checkpoints / target, 2)
   assert set(there) == set(stored)
-  assert sum(path.endswith("['gate']['bias']") for path in stored) == ROUTERS["unrolled"]
+  assert sum(path.endswith("['gate']['bias']") for path in stored) == ROUTERS["unscanned"]
   for path, value in stored.items():
     np.testing.assert_array_equal(there[path], value, err_msg=path)
 
@@ -258,9 +258,9 @@ def test_crowded_routing_overflows_every_layer(meshes, key):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_layer_falls_back_where_a_device_gets_more_than_its_buffer(meshes, routing):
   """With expert=8, device e has expert e, and crowded, two of them all positions."""
-  arrays = meshes["expert 8", "unrolled", 1]
+  arrays = meshes["expert 8", "unscanned", 1]
   assert counts(arrays, DRAWN).max() <= BUFFER < ROWS * LENGTH
-  overflowing = {DRAWN: 0, CROWDED: ROUTERS["unrolled"]}[routing]
+  overflowing = {DRAWN: 0, CROWDED: ROUTERS["unscanned"]}[routing]
   assert arrays[fallbacks(routing)] == arrays[fallbacks(routing, "evaluation")] == overflowing
 
 
@@ -270,7 +270,7 @@ def test_each_layer_decides_for_itself(meshes):
 
 
 def test_without_the_fallback_tokens_are_dropped(meshes, one_device):
-  dropped, right = meshes["drops"], one_device["unrolled", 1]
+  dropped, right = meshes["drops"], one_device["unscanned", 1]
   name = f"{CROWDED}/evaluation/total_loss"
   assert abs(dropped[name] / right[name] - 1) > 1e-3  # equal ones are within 1e-4
   assert fallbacks(CROWDED, "evaluation") not in dropped
@@ -278,7 +278,7 @@ def test_without_the_fallback_tokens_are_dropped(meshes, one_device):
 
 def test_choosing_before_the_gather_sends_no_scores(meshes):
   """The experts' devices get tokens and, for each, TOP_K weights and experts; else the scores of all experts."""
-  assert set(meshes["expert 8", "unrolled", 1]["gathered"]) == {WIDTH, TOP_K}
+  assert set(meshes["expert 8", "unscanned", 1]["gathered"]) == {WIDTH, TOP_K}
   assert set(meshes["fsdp 2, expert 4", "scanned", 2]["gathered"]) == {WIDTH, EXPERTS}
 
 

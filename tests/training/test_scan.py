@@ -1,10 +1,10 @@
-"""Scanned layers compute what unrolled layers compute, with the same weights: through MaxText's own train step."""
+"""Scanned layers compute what unscanned layers compute, with the same weights: through MaxText's own train step."""
 
 import numpy as np
 import pytest
 
 from maxtext_ling2.maxtext_api import session
-from maxtext_ling2.model.layout import ScanLayout, is_dense, is_mla
+from maxtext_ling2.model.layer_layout import ScanLayout, is_dense, is_mla
 from tiny import Run, batch, cached_run, config, model
 
 SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
@@ -12,17 +12,17 @@ SETTINGS |= {"load_balance_loss_weight": 1e-2, "record_internal_nn_metrics": 1}
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_three_steps_scanned_equal_unrolled(steps):
+def test_three_steps_scanned_equal_unscanned(steps):
   runs = [cached_run(scan_layers=scan, gradient_accumulation_steps=steps, **SETTINGS) for scan in (False, True)]
   for seed in range(3):
-    unrolled, scanned = (run.step(batch(run.config, seed)) for run in runs)
-    assert set(unrolled) == set(scanned)
-    for name, value in unrolled.items():
+    unscanned, scanned = (run.step(batch(run.config, seed)) for run in runs)
+    assert set(unscanned) == set(scanned)
+    for name, value in unscanned.items():
       exact = "load" in name or "dead" in name or name.endswith("total_weights")
       np.testing.assert_allclose(scanned[name], value, rtol=1e-7 if exact else 1e-4, atol=1e-6, err_msg=name)
-  unrolled, scanned = (run.weights() for run in runs)
-  assert set(unrolled) == set(scanned)
-  for path, value in unrolled.items():
+  unscanned, scanned = (run.weights() for run in runs)
+  assert set(unscanned) == set(scanned)
+  for path, value in unscanned.items():
     np.testing.assert_allclose(scanned[path], value, rtol=1e-5, atol=1e-5, err_msg=".".join(path))
 
 
@@ -61,9 +61,9 @@ def test_layouts(layers, cycle, dense):
     "mtp_num_layers": 0,
   }
   data = batch(config(**settings))
-  unrolled, scanned = (logits_of({**settings, "scan_layers": scan}, data) for scan in (False, True))
+  unscanned, scanned = (logits_of({**settings, "scan_layers": scan}, data) for scan in (False, True))
   real = data["inputs_segmentation"] > 0
-  np.testing.assert_allclose(scanned[real], unrolled[real], rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(scanned[real], unscanned[real], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_layers", range(2, 22))
@@ -73,12 +73,12 @@ def test_layout_covers_every_layer_once(num_layers, cycle, dense):
   if dense > num_layers:
     return
   layout = ScanLayout.of(num_layers, cycle, dense)
-  before, after = layout.unrolled
-  scanned = [i for i in range(num_layers) if layout.place(i) is not None]
+  before, after = layout.unscanned
+  scanned = [i for i in range(num_layers) if layout.locate(i) is not None]
   assert sorted([*before, *scanned, *after]) == list(range(num_layers))
   for layer in scanned:
     assert not is_dense(layer, dense)
-    assert is_mla(layer, num_layers, cycle) == (layout.place(layer)[1] == cycle - 1)
+    assert is_mla(layer, num_layers, cycle) == (layout.locate(layer)[1] == cycle - 1)
   assert all(is_mla(layer, num_layers, cycle) for layer in after)
 
 
@@ -145,7 +145,7 @@ def test_policies_know_the_tensors_of_linear_attention(policy, names):
   assert all(saved(name) for name in names) and not saved("some_other_name")
 
 
-def test_unrolled_layers_of_a_scanned_model_stay_rematerialised():
+def test_unscanned_layers_of_a_scanned_model_stay_rematerialised():
   """XLA may not merge their second forward pass with the first; in the bodies of the two loops it cannot anyway."""
   import jax
   import jax.numpy as jnp
@@ -169,6 +169,6 @@ def test_unrolled_layers_of_a_scanned_model_stay_rematerialised():
 
   with session.model_context(cfg, mesh):
     prevented = list(found(jax.make_jaxpr(loss)(state).jaxpr))
-  unrolled = sum(map(len, network.decoder.scan_layout.unrolled))
-  assert unrolled == 5  # the dense one's cycle before the loop, two MLA layers behind it
-  assert sorted(prevented) == [False, False] + [True] * unrolled
+  unscanned = sum(map(len, network.decoder.scan_layout.unscanned))
+  assert unscanned == 5  # the dense one's cycle before the loop, two MLA layers behind it
+  assert sorted(prevented) == [False, False] + [True] * unscanned

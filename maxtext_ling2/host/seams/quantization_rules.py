@@ -1,7 +1,7 @@
 """Seam: Qwix's rules for the layers of a scanned cycle.
 
 MaxText's rule is for modules whose path is `decoder/.*layers.*`. The MLA layer of a scanned cycle is
-`decoder/scanned_blocks/global_layer`, a name that checkpoints hold: it would be left out without a word.
+`decoder/scanned_blocks/mla_layer`, a name that checkpoints hold: it would be left out without a word.
 """
 
 import dataclasses

@@ -1,7 +1,14 @@
-"""Which layer is what, and where it stands: the one home of rules that layers, conversion and FLOPs count share."""
+"""Which layer is GLA, MLA, dense or experts, and how a scan stacks them: for layers, conversion and the FLOPs count."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Final
+
+GLA_LAYERS: Final = "gla_layers"
+MLA_LAYER: Final = "mla_layer"
+"""Modules of a scanned cycle: its GLA layers, themselves scanned, and its MLA layer. Checkpoints hold these names."""
+
+FORMER_NAMES: Final = {"local_layers": GLA_LAYERS, "global_layer": MLA_LAYER}
+"""Names in checkpoints of an earlier release -> today's."""
 
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
@@ -16,17 +23,16 @@ def is_dense(layer: int, first_num_dense_layers: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ScanLayout:
-  """How a decoder is cut for a layer scan.
+  """Which layers of a decoder are scanned.
 
-  The scanned part consists of whole cycles of experts-only layers, each `cycle - 1` GLA layers and one MLA layer. The
-  layers before it (up to the end of the cycle that holds the last dense layer) and after it (MLA, by the trailing rule)
-  are unrolled.
+  The scan is over whole cycles of layers with experts, each `cycle - 1` GLA layers and one MLA layer. The layers before
+  it (up to the end of the cycle with the last dense layer) and after it (all MLA, see `is_mla`) are unscanned.
 
   Attributes:
-    num_layers: layers of the decoder.
-    cycle: layers of a cycle.
+    num_layers: number of layers in the decoder.
+    cycle: number of layers in a cycle.
     start: 0-based index of the first scanned layer.
-    num_blocks: scanned cycles; 0: nothing is scanned.
+    num_blocks: number of scanned cycles; 0: nothing is scanned.
   """
 
   num_layers: int
@@ -36,7 +42,7 @@ class ScanLayout:
 
   @classmethod
   def of(cls, num_layers: int, cycle: int, first_num_dense_layers: int) -> "ScanLayout":
-    """The layout of a decoder."""
+    """The layout of a decoder with these settings."""
     dense_cycles = -(-first_num_dense_layers // cycle)
     blocks = max(0, num_layers // cycle - dense_cycles)
     return cls(num_layers, cycle, min(dense_cycles * cycle, num_layers), blocks)
@@ -47,12 +53,12 @@ class ScanLayout:
     return self.start + self.num_blocks * self.cycle
 
   @property
-  def unrolled(self) -> tuple[range, range]:
-    """Indices of the layers before and after the scanned part."""
+  def unscanned(self) -> tuple[range, range]:
+    """Indices of the layers before and after the scanned ones."""
     return range(self.start), range(self.end, self.num_layers)
 
-  def place(self, layer: int) -> tuple[int, int] | None:
-    """(block, position in the block) of a scanned layer; None for an unrolled one."""
+  def locate(self, layer: int) -> tuple[int, int] | None:
+    """(block, position in the block) of a scanned layer; None for an unscanned one."""
     if not self.start <= layer < self.end:
       return None
     return divmod(layer - self.start, self.cycle)
@@ -63,17 +69,17 @@ def layer_names(path: tuple[Any, ...], config: Any) -> list[str]:
 
   Those of a layer scan are in the order of the raveled stack [blocks, layers of a block].
   """
-  words = [str(word) for word in path]
-  if "mtp_block" in words:
-    return [next(word for word in words if word.startswith("mtp_layer_"))]
-  if "scanned_blocks" not in words:
-    index = int(next(word for word in words if word.startswith("layers_")).removeprefix("layers_"))
+  keys = [str(key) for key in path]
+  if "mtp_block" in keys:
+    return [next(key for key in keys if key.startswith("mtp_layer_"))]
+  if "scanned_blocks" not in keys:
+    index = int(next(key for key in keys if key.startswith("layers_")).removeprefix("layers_"))
     return [_layer_name(index)]
   layout = ScanLayout.of(
     config.num_decoder_layers, config.inhomogeneous_layer_cycle_interval, config.first_num_dense_layers
   )
   last = layout.cycle - 1
-  positions = range(last) if "local_layers" in words else range(last, last + 1)
+  positions = range(last) if GLA_LAYERS in keys else range(last, last + 1)
   starts = range(layout.start, layout.end, layout.cycle)
   return [_layer_name(start + position) for start in starts for position in positions]
 

@@ -1,0 +1,155 @@
+"""Seams: checkpoints whose modules have the names of an earlier release.
+
+MaxText loads into an abstract state that has the former names; the result gets today's. This covers weights alone and
+whole training states. `from_pretrained` builds the model itself, and DiLoCo's state is not an `nnx.State`: there an error
+says what to do.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from maxtext_ling2.errors import CheckpointError
+from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seams.weight_variables import _stored
+
+_CHECKPOINTING = "maxtext.common.checkpointing"
+_CREATION = "maxtext.utils.model_creation_utils"
+
+
+class FormerNamesSeam(Seam):
+  """Loads weights and training states that were saved under former names of modules.
+
+  Args:
+    names: former name of a module -> its name, which no module of MaxText's models has.
+  """
+
+  name = "former names"
+  module = _CHECKPOINTING
+  expectations = (
+    Expectation(
+      f"{_CHECKPOINTING}:load_params_from_path", parameters=("load_parameters_from_path", "abstract_unboxed_params")
+    ),
+    Expectation(
+      f"{_CHECKPOINTING}:load_state_if_possible",
+      parameters=(
+        *("checkpoint_manager", "load_parameters_from_path", "load_full_state_from_path", "abstract_unboxed_pre_state"),
+        "step",
+      ),
+    ),
+    Expectation(f"{_CHECKPOINTING}:latest_step", parameters=("checkpoint_manager",)),
+  )
+
+  def __init__(self, names: Mapping[str, str]):
+    super().__init__()
+    self.names = dict(names)
+
+  def apply(self) -> None:
+    from maxtext.common import checkpointing
+
+    self.patches.wrap(checkpointing, "load_params_from_path", self._load_params)
+    self.patches.wrap(checkpointing, "load_state_if_possible", self._load_state)
+
+  def _load_params(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call = bound(original, args, kwargs)
+    path, abstract = (call.arguments[name] for name in ("load_parameters_from_path", "abstract_unboxed_params"))
+    if not self._need_renaming(path, abstract):
+      return original(*args, **kwargs)
+    call.arguments["abstract_unboxed_params"] = self._with_former_names(abstract)
+    return _renamed(original(*call.args, **call.kwargs), self.names)
+
+  def _load_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from flax import nnx
+
+    call = bound(original, args, kwargs)
+    call.apply_defaults()
+    path, abstract = _state_folder(call.arguments), call.arguments["abstract_unboxed_pre_state"]
+    if path is None or not self._need_renaming(path, abstract):
+      return original(*args, **kwargs)
+    if not isinstance(abstract, nnx.State):
+      raise CheckpointError(_refusal(path, self.names, "DiLoCo"))
+    call.arguments["abstract_unboxed_pre_state"] = self._with_former_names(abstract)
+    restored, params = original(*call.args, **call.kwargs)
+    if isinstance(restored, dict):
+      return restored | {"items": _renamed(restored["items"], self.names)}, params
+    return _renamed(restored, self.names), params
+
+  def _need_renaming(self, path: Any, abstract: Any) -> bool:
+    """Whether the model has modules that the checkpoint has under their former names."""
+    return not _words(abstract).isdisjoint(self.names.values()) and has_former_names(path, self.names)
+
+  def _with_former_names(self, abstract: Any) -> Any:
+    return _renamed(abstract, {name: former for former, name in self.names.items()})
+
+
+class FormerNamesErrorSeam(Seam):
+  """Refuses checkpoints with former names where `from_pretrained` loads: MaxEngine, fine-tuning.
+
+  Args:
+    decoder_block: the plugin's value of `decoder_block`.
+    names: as for `FormerNamesSeam`.
+  """
+
+  name = "former names in from_pretrained"
+  module = _CREATION
+  expectations = (Expectation(f"{_CREATION}:from_pretrained", parameters=("config",)),)
+
+  def __init__(self, decoder_block: str, names: Mapping[str, str]):
+    super().__init__()
+    self.decoder_block, self.names = decoder_block, dict(names)
+
+  def apply(self) -> None:
+    from maxtext.utils import model_creation_utils
+
+    self.patches.wrap(model_creation_utils, "from_pretrained", self._load)
+
+  def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
+    path, block = config.load_parameters_path, getattr(config.decoder_block, "value", config.decoder_block)
+    if block == self.decoder_block and path and has_former_names(path, self.names):
+      raise CheckpointError(_refusal(path, self.names, "from_pretrained"))
+    return original(config, *rest, **kwargs)
+
+
+def has_former_names(path: Any, names: Iterable[str]) -> bool:
+  """Whether weights of a checkpoint (a step's folder or its `items`) are in modules of these names."""
+  try:
+    weights = _stored(str(path))
+  except (OSError, ValueError):  # MaxText says what is wrong with a path that it cannot read
+    return False
+  return any(not set(names).isdisjoint(map(str, weight)) for weight in weights)
+
+
+def _refusal(path: Any, names: Iterable[str], reader: str) -> str:
+  return (
+    f"{path}: its scanned layers have the names of an earlier release of maxtext-ling2 ({', '.join(names)}), which "
+    f"{reader} cannot load; convert it: MaxText's to_huggingface reads it, and to_maxtext writes it with today's names"
+  )
+
+
+def _state_folder(arguments: Mapping[str, Any]) -> Any:
+  """The folder from which MaxText loads a whole training state, or None: it loads weights alone, or nothing."""
+  from maxtext.common import checkpointing
+
+  manager, step = arguments["checkpoint_manager"], arguments["step"]
+  if manager is not None:
+    step = checkpointing.latest_step(manager) if step < 0 else step
+    if step is not None:
+      return manager.directory / str(step)
+  return None if arguments["load_parameters_from_path"] else arguments["load_full_state_from_path"] or None
+
+
+def _words(tree: Any) -> set[str]:
+  """All keys and attributes on the way to the leaves of a tree."""
+  import jax
+
+  paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+  return {str(getattr(key, "key", getattr(key, "name", key))) for path in paths for key in path}
+
+
+def _renamed(state: Any, names: Mapping[str, str]) -> Any:
+  """An `nnx.State` with other names of modules."""
+  from flax import nnx
+
+  flat = nnx.to_flat_state(state)
+  return nnx.from_flat_state([(tuple(names.get(str(word), word) for word in path), leaf) for path, leaf in flat])
