@@ -186,7 +186,7 @@ def test_what_is_no_end_token(tmp_path, file, value, culprit):
 def test_damaged_generation_config(tmp_path, text, why):
   folder = folder_with(tmp_path / "hf")
   (folder / "generation_config.json").write_bytes(text.encode("latin1"))
-  with pytest.raises(SavedModelError, match=f"generation_config.json: .*{why}"):
+  with pytest.raises(ValueError, match=f"generation_config.json: .*{why}"):
     saved_model.end_tokens(model_with(2), folder)
 
 

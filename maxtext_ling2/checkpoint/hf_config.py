@@ -11,10 +11,13 @@ from typing import Any
 from maxtext_ling2.checkpoint import hf_keys, hf_rope
 from maxtext_ling2.checkpoint.decay_offset import FIELD as OFFSET
 from maxtext_ling2.checkpoint.hf_keys import SAME
-from maxtext_ling2.checkpoint.json_object import unique
+from maxtext_ling2.checkpoint.safetensors_file import unique_keys
 from maxtext_ling2.errors import CheckpointError
 
 ARCHITECTURE = "BailingMoeV2_5ForCausalLM"
+
+MTP_LOSS_SCALING_FACTOR = 0.1
+"""MaxText's default, for models whose YAML file does not set it."""
 
 _OTHER_MODELS = {
   "BailingMoeForCausalLM": "Ling 1.5, which would need grouped-query attention in every layer",
@@ -53,13 +56,22 @@ def read(folder: Path) -> dict[str, Any]:
   path = Path(folder) / "config.json"
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file; pass a Hugging Face folder with config.json and safetensors")
+  return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    CheckpointError: the file does not hold one, or a key occurs twice in it.
+  """
   try:
-    config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
   except (ValueError, RecursionError) as error:
     raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-  if not isinstance(config, dict):
-    raise CheckpointError(f"{path}: a {type(config).__name__} instead of a JSON object; fetch the file again")
-  return config
+  if not isinstance(found, dict):
+    raise CheckpointError(f"{path}: a {type(found).__name__} instead of a JSON object; fetch the file again")
+  return found
 
 
 def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:

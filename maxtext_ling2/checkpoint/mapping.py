@@ -1,13 +1,13 @@
-"""The names of LING2's tensors: MaxText's path <-> Hugging Face's name, written once.
+"""The table of LING2's tensors: MaxText's path <-> Hugging Face's name.
 
-Every transform is a transpose, a reshape or a stack over experts; no value changes, so the way back is exact.
+Every transform is a transpose, a reshape or a stack over experts. No value changes, so the inverse is exact.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.model.layout import is_dense, is_mla
@@ -18,15 +18,15 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One MaxText tensor and the Hugging Face tensors it is made of.
+  """One MaxText tensor and the Hugging Face tensors it consists of.
 
   Attributes:
-    path: where it stands in the (unscanned) MaxText model.
-    names: the Hugging Face names: one, or one for each expert.
+    path: its path in the (unscanned) MaxText model.
+    names: the Hugging Face names: one, or one per expert.
     shape: its shape in MaxText.
     linear: whether Hugging Face keeps it as [out, in], the transpose of MaxText's [in..., out...].
     in_axes: number of leading axes of `shape` (after the experts') that are inputs of a linear map.
-    keeps_dtype: whether it stays float32 whatever dtype the other tensors are saved in (the router bias).
+    keeps_dtype: whether it stays float32, independently of the dtype the others are saved in (the router bias).
   """
 
   path: Path
@@ -38,7 +38,7 @@ class Entry:
 
   @property
   def one_shape(self) -> tuple[int, ...]:
-    """MaxText shape of the part that one Hugging Face tensor makes."""
+    """MaxText shape of the part that corresponds to one Hugging Face tensor."""
     return self.shape[1:] if len(self.names) > 1 else self.shape
 
   @property
@@ -47,27 +47,23 @@ class Entry:
     if not self.linear:
       return self.one_shape
     inputs, outputs = self.one_shape[: self.in_axes], self.one_shape[self.in_axes :]
-    return (int(np.prod(outputs)), int(np.prod(inputs)))
+    return (math.prod(outputs), math.prod(inputs))
 
-  def view(self, tensor: Array) -> Array:
-    """One Hugging Face tensor in MaxText's layout, as a view of it."""
+  def from_hf(self, tensor: Array) -> Array:
+    """Views one Hugging Face tensor ([out, in] if linear) in MaxText's layout, `one_shape`."""
     return (tensor.T if self.linear else tensor).reshape(self.one_shape)
 
-  def to_maxtext(self, tensors: list[Array]) -> Array:
-    """Builds the MaxText tensor from the Hugging Face tensors, in the order of `names`."""
-    parts = [self.view(tensor) for tensor in tensors]
-    return np.stack(parts) if len(self.names) > 1 else parts[0]
+  def to_hf(self, part: Array) -> Array:
+    """Views one part in Hugging Face's layout; the inverse of `from_hf`.
 
-  def to_hf(self, tensor: Array) -> list[Array]:
-    """Takes the MaxText tensor apart; the inverse of `to_maxtext`."""
-    parts = list(tensor) if len(self.names) > 1 else [tensor]
-    if not self.linear:
-      return parts
-    return [part.reshape(self.hf_shape[::-1]).T for part in parts]
+    Args:
+      part: [in..., out...] of `one_shape`, or a range of its outputs.
+    """
+    return part.reshape(math.prod(part.shape[: self.in_axes]), -1).T if self.linear else part
 
 
 def entries(config: Any) -> list[Entry]:
-  """All tensors of a model, layers in order.
+  """Lists all tensors of a model, layers in order.
 
   Args:
     config: MaxText config (HyperParameters) of a LING2 model.

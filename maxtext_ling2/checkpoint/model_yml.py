@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maxtext_ling2.checkpoint import hf_config, stock_tables
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.errors import CheckpointError
 
@@ -55,7 +55,7 @@ def _warn_of_mtp(folder: Path, settings: dict[str, Any]) -> None:
   if not any(Path(folder).glob("*.safetensors")):
     return
   try:
-    with HfFolder(folder) as tensors:
+    with HfCheckpoint(folder) as tensors:
       problems = tensors.mtp_problems(stock_tables.structure(settings))
   except CheckpointError as error:
     problems = [str(error)]

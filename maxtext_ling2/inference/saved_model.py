@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maxtext_ling2.checkpoint import decay_offset as offsets
-from maxtext_ling2.checkpoint.json_object import unique
+from maxtext_ling2.checkpoint import hf_config
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.maxtext_api import overrides
 
@@ -114,13 +114,7 @@ def end_tokens(model: SavedModel, *folders: Path | None) -> frozenset[int]:
 
 
 def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
-  try:
-    read = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-  except (ValueError, RecursionError) as error:
-    raise SavedModelError(f"{file}: not valid JSON ({error}); fetch the file again") from error
-  if not isinstance(read, dict):
-    raise SavedModelError(f"{file}: a {type(read).__name__} instead of a JSON object; fetch the file again")
-  value = read.get(_EOS)
+  value = hf_config.read_json(file).get(_EOS)
   ids = value if isinstance(value, list) else [] if value is None else [value]
   for one in ids:
     if type(one) is not int or not 0 <= one < vocab_size:  # true is no id
@@ -140,7 +134,6 @@ def _platform() -> dict[str, Any]:
 
 def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, int | None]:
   """MaxText's config of a Hugging Face folder, and the decay offset that its config.json states."""
-  from maxtext_ling2.checkpoint import hf_config
   from maxtext_ling2.maxtext_api import session
 
   stated = hf_config.to_maxtext(hf_config.read(folder))
@@ -149,12 +142,12 @@ def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) 
 
 
 def _weights_of(folder: Path, config: Any) -> dict[Any, Any]:
-  from maxtext_ling2.checkpoint import stacking
-  from maxtext_ling2.checkpoint.hf_folder import HfFolder
+  from maxtext_ling2.checkpoint import blocks, stacking
+  from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 
-  with HfFolder(folder) as tensors:
+  with HfCheckpoint(folder) as tensors:
     tensors.check(config)
-    return {leaf.path: leaf.assemble(tensors.tensor) for leaf in stacking.leaves(config)}
+    return {leaf.path: blocks.stack(leaf, tensors.__getitem__) for leaf in stacking.leaves(config)}
 
 
 def _from_maxtext(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import decay_offset, hf_config, mapping, stacking
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint import blocks, decay_offset, hf_config, stacking
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.maxtext_api.engine import Engine
 from maxtext_ling2.maxtext_api.mesh import ONE_DEVICE, VerifyMesh
@@ -117,15 +117,12 @@ class Reference:
     self.model = session.make_model(self.config, self.mesh, values)
 
   def _values(self, folder: Path, dtype: np.dtype[Any]) -> dict[Any, Array]:
-    """The folder's weights by path in the model."""
-
-    def get(entry: mapping.Entry) -> Array:
-      tensor = tensors.tensor(entry)
-      return tensor if entry.keeps_dtype else tensor.astype(dtype)
-
-    with HfFolder(folder) as tensors:
+    """Reads the folder's weights by path in the model."""
+    with HfCheckpoint(folder) as tensors:
       tensors.check(self.config)
-      return {leaf.path: leaf.assemble(get) for leaf in self.leaves}
+      return {
+        leaf.path: blocks.stack(leaf, tensors.__getitem__, None if leaf.keeps_dtype else dtype) for leaf in self.leaves
+      }
 
   def logits(self, ids: Array, segments: Array | None = None) -> Array:
     """Logits [B, T, V] float32 for token ids [B, T], with segment ids [B, T] where documents are packed."""
@@ -177,8 +174,7 @@ class Reference:
   def by_hf_name(self, values: Mapping[Any, Array]) -> dict[str, Array]:
     """Tensors by path in the model, such as gradients, as tensors by Hugging Face name; not all need be there."""
     present = (leaf for leaf in self.leaves if leaf.path in values)
-    parts = (part for leaf in present for part in leaf.take_apart(values[leaf.path]))
-    return {name: one for entry, part in parts for name, one in zip(entry.names, entry.to_hf(part), strict=True)}
+    return {name: tensor for leaf in present for name, tensor in blocks.unstack(leaf, values[leaf.path])}
 
   def split(self) -> tuple[Any, Any]:
     """The model as (graph definition, state), for a jitted function that merges them by `run`."""

@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import blocks, export_hf, stacking
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint import blocks, stacking, stored_weights
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 
 Array = NDArray[Any]
 
@@ -64,17 +64,17 @@ def compare(checkpoint: Path, folder: Path, config: Any) -> list[TensorReport]:
   Raises:
     CheckpointError: one of the two does not hold the tensors of this model.
   """
-  leaves, stores = export_hf.match(epath.Path(checkpoint), config)
-  with HfFolder(folder) as tensors:
+  leaves, stores = stored_weights.open_weights(epath.Path(checkpoint), config)
+  with HfCheckpoint(folder) as tensors:
     tensors.check(config)
     return [report for leaf in leaves for report in _compare(leaf, stores[leaf.path], tensors)]
 
 
-def _compare(leaf: stacking.Leaf, store: Any, tensors: HfFolder) -> Iterator[TensorReport]:
+def _compare(leaf: stacking.Leaf, store: Any, tensors: HfCheckpoint) -> Iterator[TensorReport]:
   reports: dict[str, TensorReport] = {}
-  for box, block in export_hf.read_blocks(store):
-    for entry, name, index, inner in blocks.parts(leaf, box):
+  for block, values in stored_weights.read_blocks(store):
+    for entry, name, index, inner in blocks.hf_slices(leaf, block):
       theirs = tensors[name]
-      report = reports.setdefault(name, TensorReport(name, theirs.dtype.name, block.dtype.name))
-      report.add(block[index], entry.view(theirs)[inner])
+      report = reports.setdefault(name, TensorReport(name, theirs.dtype.name, values.dtype.name))
+      report.add(values[index], entry.from_hf(theirs)[inner])
   yield from reports.values()
