@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from maxtext_ling2 import startup
 from maxtext_ling2.demo import metrics
-from maxtext_ling2.demo.data import EOD, Dataset, maxtext_folder
+from maxtext_ling2.demo.data import EOD, Dataset
 from maxtext_ling2.demo.errors import DemoError
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api import overrides, session, start
 
 TRAINER = "maxtext.trainers.pre_train.train"
 
@@ -95,17 +95,17 @@ def backend() -> str:
 def environment(platform: str) -> dict[str, str]:
   """Environment variables that the trainer needs beyond the user's."""
   # With no accelerator, JAX left to itself would look for a TPU first wherever libtpu is installed.
-  return {"DECOUPLE_GCLOUD": "TRUE"} | ({"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {})
+  return start.ENVIRONMENT | ({"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {})
 
 
 def command(model_name: str, dataset: Dataset, run: Run, platform: str) -> list[str]:
   """The documented command of stock MaxText."""
-  # Where Python has processed our .pth file, MaxText knows the model without more ado.
-  start = [TRAINER] if startup.found_by in ("pth", "start") else ["maxtext_ling2", "run", TRAINER]
-  base = str(maxtext_folder() / "configs" / "base.yml")
+  # Where Python has processed our .pth file, MaxText knows the model already.
+  module = [TRAINER] if startup.found_by in ("pth", "start") else ["maxtext_ling2", "run", TRAINER]
+  base = str(start.maxtext_folder() / "configs" / "base.yml")
   settings = {"model_name": model_name, "override_model_config": True}
   settings |= data_settings(dataset) | _run_settings(run) | _device_settings(platform)
-  return [sys.executable, "-m", *start, base, *overrides.words(settings)]
+  return [sys.executable, "-m", *module, base, *overrides.words(settings)]
 
 
 def data_settings(dataset: Dataset) -> dict[str, object]:
@@ -145,12 +145,7 @@ def _run_settings(run: Run) -> dict[str, object]:
 
 
 def _device_settings(platform: str) -> dict[str, object]:
-  settings: dict[str, object] = {"hardware": platform, "skip_jax_distributed_system": True}
-  if platform == "cpu":
-    # The kernels of sparse_matmul are for accelerators: on a CPU an interpreter runs them, at minutes a step. And few
-    # CPUs calculate in bfloat16; the others emulate it.
-    settings |= {"sparse_matmul": False, "dtype": "float32"}
-  return settings
+  return {"hardware": platform, "skip_jax_distributed_system": True, **session.platform_settings(platform)}
 
 
 def as_shell(arguments: Sequence[str], variables: Mapping[str, str]) -> str:

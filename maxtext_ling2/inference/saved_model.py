@@ -9,7 +9,7 @@ from typing import Any
 from maxtext_ling2.checkpoint import decay_offset as offsets
 from maxtext_ling2.checkpoint import hf_config
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api import overrides, start
 
 DEFAULT_MODEL = "ling2"
 
@@ -63,7 +63,12 @@ def open_model(
     CheckpointError: the Hugging Face folder is not a whole LING2 checkpoint, or states another decay offset.
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
-  settings = {**_platform(), **sizes}
+  import jax
+
+  from maxtext_ling2.maxtext_api import session
+
+  start.set_environment()
+  settings = {**session.platform_settings(jax.default_backend()), **sizes}
   model_name = overrides.parse(words).get("model_name", model_name)
   items = None if is_hugging_face(checkpoint) else _step(checkpoint)
   if items is None and model_name is not None:
@@ -123,13 +128,6 @@ def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
         "it, or remove the key"
       )
   return set(ids)
-
-
-def _platform() -> dict[str, Any]:
-  """Few CPUs calculate in bfloat16, and the kernel of sparse_matmul is for accelerators."""
-  import jax
-
-  return {"dtype": "float32", "sparse_matmul": False} if jax.default_backend() == "cpu" else {}
 
 
 def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, int | None]:

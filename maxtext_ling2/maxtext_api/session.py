@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api import overrides, start
 
 TOOL_SETTINGS: dict[str, Any] = {
   "run_name": "maxtext-ling2",
@@ -32,7 +32,11 @@ FLOAT32_SETTINGS: dict[str, Any] = {
   "float32_logits": True,
   "float32_qk_product": True,
 }
-"""MaxText's bar for comparing with a reference: everything in float32."""
+"""Settings for comparing with a reference: everything in float32."""
+
+CPU_SETTINGS: dict[str, Any] = {"dtype": "float32", "sparse_matmul": False}
+"""Settings for CPUs: few compute in bfloat16, the others emulate it; the kernels of sparse_matmul are for accelerators,
+and a CPU interprets them, at minutes per step."""
 
 
 def make_config(*, words: Sequence[str] = (), **settings: Any) -> Any:
@@ -44,21 +48,22 @@ def make_config(*, words: Sequence[str] = (), **settings: Any) -> Any:
 
   Raises:
     OverrideError: a word is not KEY=VALUE.
-    ValueError: MaxText refuses the settings. Outside pytest it prints why and would end the process.
+    ConfigError: MaxText refuses the settings; it has printed why.
   """
   given = overrides.parse(words)
-  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
-
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  start.set_environment()
   from maxtext.configs import pyconfig
 
   base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
-  try:
-    # MaxText lets keyword arguments win over words.
-    others = {key: value for key, value in {**TOOL_SETTINGS, **settings}.items() if key not in given}
+  # In MaxText keyword arguments win over those of the command line.
+  others = {key: value for key, value in {**TOOL_SETTINGS, **settings}.items() if key not in given}
+  with start.refusals():
     return pyconfig.initialize(["", base, *words], **others)
-  except SystemExit as error:
-    raise ValueError("MaxText refuses this configuration; its reason stands above") from error
+
+
+def platform_settings(platform: str) -> dict[str, Any]:
+  """Settings that a platform ("cpu", "gpu" or "tpu") needs: `CPU_SETTINGS` or none."""
+  return dict(CPU_SETTINGS) if platform == "cpu" else {}
 
 
 def changed(config: Any, **fields: Any) -> Any:
@@ -169,24 +174,20 @@ def convert(
     The checkpoint, as `load_parameters_path`.
 
   Raises:
-    ValueError: MaxText refuses the settings.
+    ConfigError: MaxText refuses the settings.
   """
-  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
-
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  start.set_environment()
   from maxtext.checkpoint_conversion import to_maxtext
 
   settings = {"model_name": model_name, "base_output_directory": output, "run_name": "conversion", "scan_layers": scan}
   settings |= {"skip_jax_distributed_system": True, "log_config": False}
-  try:
+  with start.refusals():
     to_maxtext.main(
       ["", yml, *overrides.words(settings), *words],
       hf_model_path=folder,
       save_dtype=save_dtype,
       simulated_cpu_devices_count=1,
     )
-  except SystemExit as error:
-    raise ValueError("MaxText refuses this configuration; its reason stands above") from error
   return os.path.join(output, "0", "items")
 
 
