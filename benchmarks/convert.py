@@ -236,9 +236,9 @@ def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) ->
 
 
 def config(folder: Path, scan: bool) -> Any:
-  from maxtext_ling2.verify import comparison
+  from maxtext_ling2.verify.model import make_config
 
-  return comparison.make_config(folder, 1, 128, scan_layers=scan)
+  return make_config(folder, 1, 128, scan_layers=scan)
 
 
 def largest(model: Any) -> int:

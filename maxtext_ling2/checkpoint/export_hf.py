@@ -198,7 +198,7 @@ def _caveats(config: Any) -> Iterator[str]:
   if not config.shared_experts:
     yield "num_shared_experts=null, which is none in the official code: vLLM, SGLang and mlx-lm fail on it."
   if config.use_linear_silu:
-    yield "linear_silu=true: mlx-lm ignores this key."
+    yield "linear_silu=true: mlx-lm has no such key and ignores it."
   if config.num_experts_per_tok == 1:
     yield "num_experts_per_tok=1: vLLM and SGLang normalise the weight of a single expert, the official code does not."
   if yarn.softmax_mscale(config):

@@ -91,7 +91,7 @@ def compare_offsets(
   model_name: str | None = None,
   tokenizer: Path | None = None,
   length: int = evaluate.LENGTH,
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
 ) -> OffsetComparison:
   """Scores a text as `evaluate.evaluate` does, with decay offset 0 and 1; the weights are opened once.
 
@@ -101,7 +101,7 @@ def compare_offsets(
     model_name: MaxText's.
     tokenizer: file or folder.
     length: tokens of context at most.
-    words: KEY=VALUE settings of MaxText, without gla_decay_layer_offset.
+    overrides: KEY=VALUE settings of MaxText, without gla_decay_layer_offset.
 
   Raises:
     SavedModelError: an argument does not fit.
@@ -109,9 +109,9 @@ def compare_offsets(
   """
   from maxtext_ling2.maxtext_api import session
 
-  opened, ids = evaluate.open_with_text(checkpoint, text, model_name, tokenizer, length, words, evaluate.BOTH)
+  opened, ids = evaluate.open_with_text(checkpoint, text, model_name, tokenizer, length, overrides, evaluate.BOTH)
   configs = [session.changed(opened.config, **{FIELD: offset}) for offset in (0, 1)]
-  zero, one = (evaluate.token_losses(config, opened.values, ids) for config in configs)
+  zero, one = (evaluate.token_losses(config, opened.weights, ids) for config in configs)
   error, blocks = paired_error(zero, one)
   scores = (evaluate.score(zero, text), evaluate.score(one, text))
   return OffsetComparison(scores, error, blocks, frequency_entropy(ids[1:]), opened.stated_offset)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from maxtext_ling2.checkpoint.decay_offset import FIELD
 from maxtext_ling2.inference import saved_model
 from maxtext_ling2.inference.saved_model import SavedModel, SavedModelError
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api.overrides import parse
 
 LENGTH = 1024
 ROWS = 4
@@ -56,7 +56,7 @@ def evaluate(
   model_name: str | None = None,
   tokenizer: Path | None = None,
   length: int = LENGTH,
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
   decay_offset: int | None = None,
 ) -> Score:
   """Scores a text, cut into windows of `length` tokens that do not see each other.
@@ -64,20 +64,20 @@ def evaluate(
   Each window also gets the last token of the window before, so that every token but the text's first is scored.
 
   Args:
-    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
+    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and overrides.
     text: at least two tokens.
     model_name: MaxText's.
     tokenizer: file or folder.
     length: tokens of context at most.
-    words: KEY=VALUE settings of MaxText.
+    overrides: KEY=VALUE settings of MaxText.
     decay_offset: gla_decay_layer_offset; None: the one that the folder states, else 0.
 
   Raises:
     SavedModelError: an argument does not fit.
     ValueError: see `saved_model.open_model`.
   """
-  opened, ids = open_with_text(checkpoint, text, model_name, tokenizer, length, words, decay_offset)
-  return score(token_losses(opened.config, opened.values, ids), text)
+  opened, ids = open_with_text(checkpoint, text, model_name, tokenizer, length, overrides, decay_offset)
+  return score(token_losses(opened.config, opened.weights, ids), text)
 
 
 def open_with_text(
@@ -86,7 +86,7 @@ def open_with_text(
   model_name: str | None,
   tokenizer: Path | None,
   length: int,
-  words: Sequence[str],
+  overrides: Sequence[str],
   decay_offset: int | str | None,
 ) -> tuple[SavedModel, NDArray[np.int32]]:
   """The model, and the token ids [N] of the text; for the arguments see `evaluate`.
@@ -97,20 +97,20 @@ def open_with_text(
     model_name: MaxText's.
     tokenizer: file or folder.
     length: tokens of context at most.
-    words: KEY=VALUE settings of MaxText.
+    overrides: KEY=VALUE settings of MaxText.
     decay_offset: `BOTH`: the caller sets it in the config, whatever the folder states.
 
   Raises:
     SavedModelError: an argument does not fit.
     ValueError: see `saved_model.open_model`.
   """
-  word = overrides.parse(words).get(FIELD)
-  if None not in (word, decay_offset) and word != str(decay_offset):
-    raise SavedModelError(f"--decay-offset {decay_offset} and {FIELD}={word}: two values for one setting; leave one out")
+  given = parse(overrides).get(FIELD)
+  if None not in (given, decay_offset) and given != str(decay_offset):
+    raise SavedModelError(f"--decay-offset {decay_offset} and {FIELD}={given}: two values for one setting; leave one out")
   sizes: dict[str, Any] = {"max_target_length": length, "per_device_batch_size": ROWS}
   if decay_offset not in (None, BOTH):
     sizes[FIELD] = decay_offset
-  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words, decay_offset != BOTH)
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, overrides, decay_offset != BOTH)
   ids = np.asarray(opened.tokenizer.encode(text), np.int32)
   if ids.size < 2:
     raise SavedModelError(f"the text has {ids.size} token(s); a loss needs at least two")
@@ -123,7 +123,7 @@ def score(losses: NDArray[np.float32], text: str) -> Score:
   return Score(float(losses.sum(dtype=np.float64)), losses.size, len(text.encode()))
 
 
-def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+def token_losses(config: Any, weights: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
   """The loss of each token but the first, [N - 1] float32 nats, for token ids [N]."""
   import jax
   import jax.numpy as jnp
@@ -132,7 +132,7 @@ def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np
   from maxtext_ling2.maxtext_api import session
 
   mesh = session.make_mesh(config)
-  graph, state = nnx.split(session.make_model(config, mesh, values))
+  graph, state = nnx.split(session.make_model(config, mesh, weights))
 
   @jax.jit
   def losses(state: Any, inputs: Any, targets: Any, segments: Any) -> Any:

@@ -25,12 +25,12 @@ def generate(
   temperature: float = 0.0,
   nucleus: float = 1.0,
   seed: int = 0,
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
 ) -> Iterator[str]:
   """Yields the text that a model writes after a prompt, piece by piece.
 
   Args:
-    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
+    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and overrides.
     prompt: must give at least one token.
     count: tokens at most; the text ends earlier at an end-of-sequence token (`saved_model.end_tokens`), of the folders
       `checkpoint` and `tokenizer`.
@@ -39,7 +39,7 @@ def generate(
     temperature: of sampling; 0 takes the most likely token.
     nucleus: samples among the most likely tokens that together have this probability.
     seed: of sampling.
-    words: KEY=VALUE settings of MaxText.
+    overrides: KEY=VALUE settings of MaxText.
 
   Raises:
     SavedModelError: an argument does not fit.
@@ -59,13 +59,13 @@ def generate(
     "per_device_batch_size": 1,
     **sampling,
   }
-  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words)
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, overrides)
   ids = opened.tokenizer.encode(prompt)
   if not ids:
     raise SavedModelError("the prompt gives no token; write at least a word")
   saved_model.check_vocabulary(opened, ids)
   end = saved_model.end_tokens(opened, checkpoint, tokenizer)
-  engine = Engine(opened.config, opened.values, seed)
+  engine = Engine(opened.config, opened.weights, seed)
   yield from pieces(ids, engine.stream(ids, count, tuple(end)), opened.tokenizer)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from maxtext_ling2.checkpoint import decay_offset as offsets
 from maxtext_ling2.checkpoint import hf_config
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.maxtext_api import overrides, start
+from maxtext_ling2.maxtext_api import start
+from maxtext_ling2.maxtext_api.overrides import parse
 
 DEFAULT_MODEL = "ling2"
 
@@ -27,13 +28,13 @@ class SavedModel:
 
   Attributes:
     config: MaxText config.
-    values: arrays for all parameters and router biases, by path in the model.
+    weights: arrays for all parameters and router biases, by path in the model.
     tokenizer: MaxText's tokenizer: `encode(text)`, `decode(ids)`, `eos_id`.
     stated_offset: gla_decay_layer_offset in the config.json of a Hugging Face folder; None: nothing says it.
   """
 
   config: Any
-  values: Mapping[Any, Any]
+  weights: Mapping[Any, Any]
   tokenizer: Any
   stated_offset: int | None = None
 
@@ -43,7 +44,7 @@ def open_model(
   model_name: str | None,
   tokenizer: Path | None,
   sizes: Mapping[str, Any],
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
   offset_matters: bool = True,
 ) -> SavedModel:
   """Opens a model.
@@ -54,12 +55,12 @@ def open_model(
     model_name: MaxText's, for a MaxText checkpoint, which does not say it; None: `ling2`.
     tokenizer: a sentencepiece model, or a folder with a Hugging Face tokenizer; None: that of the Hugging Face folder.
     sizes: settings that the caller needs, such as max_target_length.
-    words: KEY=VALUE settings of the user, which win over everything else.
+    overrides: KEY=VALUE settings of the user, which win over everything else.
     offset_matters: whether the caller uses the config's gla_decay_layer_offset, which must then be what the folder says.
 
   Raises:
     SavedModelError: what is asked for does not fit together.
-    OverrideError: a word is not KEY=VALUE.
+    OverrideError: an override is not KEY=VALUE.
     CheckpointError: the Hugging Face folder is not a whole LING2 checkpoint, or states another decay offset.
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
@@ -69,7 +70,7 @@ def open_model(
 
   start.set_environment()
   settings = {**session.platform_settings(jax.default_backend()), **sizes}
-  model_name = overrides.parse(words).get("model_name", model_name)
+  model_name = parse(overrides).get("model_name", model_name)
   items = None if is_hugging_face(checkpoint) else _step(checkpoint)
   if items is None and model_name is not None:
     raise SavedModelError(
@@ -77,9 +78,9 @@ def open_model(
     )
   built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take their time
   if items is not None:
-    config, values = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, words)
-    return SavedModel(config, values, built)
-  config, stated = _config_of(checkpoint, settings, words)
+    config, weights = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, overrides)
+    return SavedModel(config, weights, built)
+  config, stated = _config_of(checkpoint, settings, overrides)
   if offset_matters:
     offsets.check(checkpoint, stated, config.gla_decay_layer_offset)
   return SavedModel(config, _weights_of(checkpoint, config), built, stated)
@@ -130,12 +131,12 @@ def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
   return set(ids)
 
 
-def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, int | None]:
+def _config_of(folder: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, int | None]:
   """MaxText's config of a Hugging Face folder, and the decay offset that its config.json states."""
   from maxtext_ling2.maxtext_api import session
 
   stated = hf_config.to_maxtext(hf_config.read(folder))
-  config = session.make_config(model_name="default", **{**stated, **settings}, words=words)
+  config = session.make_config(model_name="default", **{**stated, **settings}, overrides=overrides)
   return config, stated.get(offsets.FIELD)
 
 
@@ -149,13 +150,13 @@ def _weights_of(folder: Path, config: Any) -> dict[Any, Any]:
 
 
 def _from_maxtext(
-  items: Path, model_name: str, settings: Mapping[str, Any], words: Sequence[str]
+  items: Path, model_name: str, settings: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[Any, dict[Any, Any]]:
   from maxtext_ling2.maxtext_api import session
 
   scanned = session.is_scanned(str(items))
   layout = {} if scanned is None else {"scan_layers": scanned}
-  config = session.make_config(**{"model_name": model_name, **layout, **settings}, words=words)
+  config = session.make_config(**{"model_name": model_name, **layout, **settings}, overrides=overrides)
   try:
     return config, session.restore(config, session.make_mesh(config), str(items))
   except (ValueError, KeyError) as error:

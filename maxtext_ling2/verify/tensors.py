@@ -1,4 +1,4 @@
-"""Compares a MaxText checkpoint with a Hugging Face folder: every tensor bit by bit, a block at a time."""
+"""Compares a MaxText checkpoint with a Hugging Face folder: every tensor bit by bit, block by block."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ Array = NDArray[Any]
 
 @dataclasses.dataclass
 class TensorReport:
-  """How one Hugging Face tensor compares with its place in a checkpoint.
+  """Difference of one Hugging Face tensor from its counterpart in a checkpoint.
 
   Attributes:
     name: of the Hugging Face tensor.
     hf_dtype: its dtype.
-    dtype: that of the checkpoint, to which the Hugging Face tensor is rounded before they are compared.
-    elements: how many it has.
-    different: how many differ in a bit.
-    max_abs_error: the largest difference, NaN if one of the two is NaN and the other is not.
+    dtype: dtype in the checkpoint; the Hugging Face tensor is rounded to it before the comparison.
+    elements: number of elements.
+    different: number of elements with different bits.
+    max_abs_error: largest absolute difference; NaN if one of the two is NaN and the other is not.
   """
 
   name: str
@@ -41,7 +41,7 @@ class TensorReport:
     return self.different == 0
 
   def add(self, ours: Array, theirs: Array) -> None:
-    """Takes a part of the tensor into account."""
+    """Adds a part of the tensor to the report."""
     unequal = blocks.bits(ours) != blocks.bits(theirs.astype(ours.dtype))
     self.elements += ours.size
     if np.any(unequal):
@@ -59,7 +59,7 @@ def compare(checkpoint: Path, folder: Path, config: Any) -> list[TensorReport]:
     config: MaxText config in the layout of the checkpoint (`scan_layers`).
 
   Returns:
-    A report for each Hugging Face tensor, in no particular order.
+    A report per Hugging Face tensor, in no particular order.
 
   Raises:
     CheckpointError: one of the two does not hold the tensors of this model.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from maxtext_ling2.checkpoint import stock_tables
-from maxtext_ling2.verify import comparison
+from maxtext_ling2.verify import model
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("one_cycle", "trailing_mtp")
@@ -108,7 +108,7 @@ def read(folder):
 
 def config(folder, **settings):
   """The MaxText config of a folder's model."""
-  return comparison.make_config(folder, 1, 16, **settings)
+  return model.make_config(folder, 1, 16, **settings)
 
 
 def stacked(leaf, get):
