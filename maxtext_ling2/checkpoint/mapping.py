@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from maxtext_ling2.model.layout import is_dense, is_mla
+from maxtext_ling2.model.layout import ROUTER_BIAS, is_dense, is_mla, shared_expert_width
 
 Array = NDArray[Any]
 Path = tuple[str, ...]
@@ -83,7 +83,7 @@ def entries(config: Any) -> list[Entry]:
 
 
 def _mtp(c: Any, k: int, hf: str) -> Iterator[Entry]:
-  """MTP layer `k`, counted from 1; Hugging Face keeps it after the decoder's layers."""
+  """MTP layer `k`, counted from 1; in Hugging Face it follows the decoder's layers."""
   base, embed = ("mtp_block", f"mtp_layer_{k}"), c.emb_dim
   yield Entry((*base, f"mtp_{k}_embedding_norm", "scale"), (f"{hf}enorm.weight",), (embed,))
   yield Entry((*base, f"mtp_{k}_hidden_state_norm", "scale"), (f"{hf}hnorm.weight",), (embed,))
@@ -136,7 +136,7 @@ def _experts(c: Any, path: Path, hf: str) -> Iterator[Entry]:
   block = (*path, "MoeBlock_0")
   yield Entry((*block, "gate", "kernel"), (f"{hf}gate.weight",), (embed, experts), linear=True)
   if c.routed_bias:
-    yield Entry((*block, "gate", "bias"), (f"{hf}gate.expert_bias",), (experts,), keeps_dtype=True)
+    yield Entry((*block, *ROUTER_BIAS), (f"{hf}gate.expert_bias",), (experts,), keeps_dtype=True)
   for ours, theirs, shape in (
     ("wi_0", "gate_proj", (experts, embed, width)),
     ("wi_1", "up_proj", (experts, embed, width)),
@@ -144,7 +144,7 @@ def _experts(c: Any, path: Path, hf: str) -> Iterator[Entry]:
   ):
     yield Entry((*block, ours), tuple(f"{hf}experts.{e}.{theirs}.weight" for e in range(experts)), shape, linear=True)
   if c.shared_experts:
-    shared = c.shared_experts * (c.moe_shared_expert_dim or width)
+    shared = c.shared_experts * shared_expert_width(c)
     yield from _swiglu((*path, "shared_experts"), f"{hf}shared_experts.", embed, shared)
 
 

@@ -1,4 +1,4 @@
-"""Opens a trained model for our own tools, from a MaxText checkpoint or a Hugging Face folder: generate, eval."""
+"""Opens a trained model for `generate` and `eval`, from a MaxText checkpoint or a Hugging Face folder."""
 
 import dataclasses
 import json
@@ -19,18 +19,18 @@ _EOS_FILES = ("generation_config.json", "config.json")
 
 
 class SavedModelError(Ling2Error, ValueError):
-  """A checkpoint, a tokenizer or a setting does not fit; the text says what and why."""
+  """A checkpoint, a tokenizer or a setting is not usable; the text says which and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-  """A model's config and weights.
+  """A model: config, weights and tokenizer.
 
   Attributes:
     config: MaxText config.
     weights: arrays for all parameters and router biases, by path in the model.
     tokenizer: MaxText's tokenizer: `encode(text)`, `decode(ids)`, `eos_id`.
-    stated_offset: gla_decay_layer_offset in the config.json of a Hugging Face folder; None: nothing says it.
+    stated_offset: gla_decay_layer_offset in the config.json of a Hugging Face folder; None if it has none.
   """
 
   config: Any
@@ -52,16 +52,16 @@ def open_model(
   Args:
     checkpoint: a MaxText checkpoint (the folder of a step, its `items`, or a run's `checkpoints`, of which the last step
       is taken), or a Hugging Face folder.
-    model_name: MaxText's, for a MaxText checkpoint, which does not say it; None: `ling2`.
+    model_name: MaxText's model_name, which a MaxText checkpoint does not record; None: `ling2`.
     tokenizer: a sentencepiece model, or a folder with a Hugging Face tokenizer; None: that of the Hugging Face folder.
-    sizes: settings that the caller needs, such as max_target_length.
-    overrides: KEY=VALUE settings of the user, which win over everything else.
-    offset_matters: whether the caller uses the config's gla_decay_layer_offset, which must then be what the folder says.
+    sizes: settings of the caller, such as max_target_length.
+    overrides: KEY=VALUE settings of the user, which win over all others.
+    offset_matters: whether to check that the config's gla_decay_layer_offset is that of the folder.
 
   Raises:
-    SavedModelError: what is asked for does not fit together.
+    SavedModelError: the arguments do not fit together.
     OverrideError: an override is not KEY=VALUE.
-    CheckpointError: the Hugging Face folder is not a whole LING2 checkpoint, or states another decay offset.
+    CheckpointError: the Hugging Face folder is not a complete LING2 checkpoint, or states another decay offset.
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
   import jax
@@ -76,7 +76,7 @@ def open_model(
     raise SavedModelError(
       f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is; leave it out"
     )
-  built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take their time
+  built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take longer
   if items is not None:
     config, weights = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, overrides)
     return SavedModel(config, weights, built)
@@ -92,7 +92,7 @@ def is_hugging_face(checkpoint: Path) -> bool:
 
 
 def check_vocabulary(model: SavedModel, ids: Any) -> None:
-  """Raises SavedModelError if the tokenizer gives ids that the model does not have."""
+  """Raises SavedModelError if token ids exceed the model's vocabulary."""
   if max(ids) >= model.config.vocab_size:
     raise SavedModelError(
       f"the tokenizer gives token {max(ids)}, but vocab_size={model.config.vocab_size}: it is not this model's "
@@ -101,13 +101,13 @@ def check_vocabulary(model: SavedModel, ids: Any) -> None:
 
 
 def end_tokens(model: SavedModel, *folders: Path | None) -> frozenset[int]:
-  """All end-of-sequence ids: the tokenizer's, and those of generation_config.json and config.json in the folders.
+  """Collects all end-of-sequence ids: the tokenizer's, and those of generation_config.json and config.json.
 
-  Chat models name several there (the end of a turn, the end of a text), and a tokenizer has room for one.
+  Chat models list several in these files (end of a turn, end of a text), where a tokenizer has one.
 
   Args:
-    model: the model, for its tokenizer and its vocabulary.
-    folders: where to look; what is no folder, or has no such file, adds nothing.
+    model: has the tokenizer and the size of the vocabulary.
+    folders: folders with these files; others are ignored.
 
   Raises:
     SavedModelError: `eos_token_id` is not a token id, a list of token ids, or null.
@@ -123,7 +123,7 @@ def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
   value = hf_config.read_json(file).get(_EOS)
   ids = value if isinstance(value, list) else [] if value is None else [value]
   for one in ids:
-    if type(one) is not int or not 0 <= one < vocab_size:  # true is no id
+    if type(one) is not int or not 0 <= one < vocab_size:  # True is an int, but not an id
       raise SavedModelError(
         f"{file}: {_EOS}={json.dumps(value)}: {json.dumps(one)} is not a token id from 0 to {vocab_size - 1}; correct "
         "it, or remove the key"
@@ -132,7 +132,7 @@ def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
 
 
 def _config_of(folder: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, int | None]:
-  """MaxText's config of a Hugging Face folder, and the decay offset that its config.json states."""
+  """MaxText's config of a Hugging Face folder, and the decay offset in its config.json."""
   from maxtext_ling2.maxtext_api import session
 
   stated = hf_config.to_maxtext(hf_config.read(folder))
@@ -161,12 +161,12 @@ def _from_maxtext(
     return config, session.restore(config, session.make_mesh(config), str(items))
   except (ValueError, KeyError) as error:
     raise SavedModelError(
-      f"{items}: no weights of --model {model_name} can be read ({error}); pass a step saved whole, and its model"
+      f"{items}: no weights of --model {model_name} can be read ({error}); pass a complete step, and its model"
     ) from error
 
 
 def _step(checkpoint: Path) -> Path:
-  """The `items` of a step's folder, or of the last step's in a run's `checkpoints`."""
+  """The `items` of a step's folder, or of the last step in a run's `checkpoints`."""
   if not checkpoint.is_dir():
     raise SavedModelError(f"{checkpoint}: there is no such folder; pass that of a checkpoint")
   steps = [int(path.name) for path in checkpoint.iterdir() if path.name.isdigit()]
@@ -194,7 +194,7 @@ def _tokenizer(path: Path) -> Any:
     )
   try:
     return build_tokenizer(str(path), kind, False, False, None)
-  except Exception as error:  # each library of tokenizers has errors of its own
+  except Exception as error:  # tokenizer libraries have no common error
     raise SavedModelError(
       f"{path}: not a tokenizer that {kind} can read ({error}); pass --tokenizer with another one"
     ) from error

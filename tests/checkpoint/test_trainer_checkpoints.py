@@ -125,7 +125,7 @@ LOST = {
 
 @pytest.mark.parametrize(("changes", "words"), LOST.values(), ids=LOST)
 def test_no_tensor_is_left_behind_in_silence(trained, changes, words):
-  with pytest.raises(CheckpointError, match="not in the model|the only value config.json can stand for") as error:
+  with pytest.raises(CheckpointError, match="not in the model|the only value config.json can represent") as error:
     Export(epath.Path(trained["unscanned"]), config("unscanned", **changes))
   assert words in str(error.value)
 
