@@ -222,7 +222,7 @@ def plan(
 
 @app.command()
 def recipe(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of the recipe.")] = None) -> None:
-  """Print the file of a recipe, a base yml for training; without a name, list all recipes."""
+  """Print the path of a recipe, a base YAML file for training; without a name, list all recipes."""
   from maxtext_ling2.maxtext_api import recipes
 
   try:

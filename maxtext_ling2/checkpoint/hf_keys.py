@@ -55,7 +55,7 @@ TRANSLATED = {
   "mtp_loss_scaling_factor": "`mtp_loss_scaling_factor`, in the YAML file that `maxtext-ling2 config` writes",
   "linear_silu": "`use_linear_silu`; absent: false",
   "use_linear_silu": "`use_linear_silu`; must not contradict linear_silu",
-  "rope_theta": "`rope_max_timescale`; may stand in rope_parameters instead",
+  "rope_theta": "`rope_max_timescale`; may be in rope_parameters instead",
   "rope_scaling": "YaRN: `rope_type` and its fields; null: no scaling; any other type is refused",
   "rope_parameters": "the same, as transformers 5 writes it, with rope_theta and partial_rotary_factor",
   OFFSET: "`gla_decay_layer_offset`; absent: MaxText's setting, by default 0 (the official code computes 1)",

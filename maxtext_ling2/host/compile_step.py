@@ -47,7 +47,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
   """Compiles a train step; what MaxText prints goes to stderr.
 
   Args:
-    yml: base yml.
+    yml: the base YAML file.
     words: KEY=VALUE settings of MaxText, compile_topology among them.
 
   Raises:
@@ -115,7 +115,7 @@ def _named_errors(yml: str) -> Iterator[None]:
     raise ConfigError(f"MaxText refuses this configuration: {error}") from error
   except (yaml.YAMLError, FileNotFoundError, RecursionError) as error:
     raise ConfigError(
-      f"{yml}: MaxText cannot read it and the ymls that it inherits from ({error}); correct it, base_config first"
+      f"{yml}: MaxText cannot read it and the files that it inherits from ({error}); correct it, base_config first"
     ) from error
   except Exception as error:
     if _OUT_OF_HBM.search(str(error)):
