@@ -189,13 +189,14 @@ def make(folder: Path, gigabytes: float) -> Any:
 def orbax(folder: Path, target: Path) -> Any:
   from maxtext.checkpoint_conversion.utils import utils
 
-  from maxtext_ling2.checkpoint import stacking
-  from maxtext_ling2.checkpoint.hf_folder import HfFolder
+  from maxtext_ling2.checkpoint import blocks, stacking
+  from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
   from maxtext_ling2.checkpoint.import_hf import nested
+  from maxtext_ling2.checkpoint.stored_weights import ROOT
 
   leaves = stacking.leaves(config(folder, False))
-  with HfFolder(folder) as tensors:
-    tree = {"params": nested({leaf.keys: leaf.assemble(tensors.tensor) for leaf in leaves})["params"]}
+  with HfCheckpoint(folder) as tensors:
+    tree = nested({(*ROOT, *leaf.path): blocks.stack(leaf, tensors.__getitem__) for leaf in leaves})
   return {"seconds": repeated(lambda: utils.save_weights_to_checkpoint(str(target), tree, 1, True, True), target)}
 
 
@@ -235,9 +236,9 @@ def to_hugging_face(folder: Path, checkpoint: Path, scan: bool, target: Path) ->
 
 
 def config(folder: Path, scan: bool) -> Any:
-  from maxtext_ling2.verify import comparison
+  from maxtext_ling2.verify.model import make_config
 
-  return comparison.make_config(folder, 1, 128, scan_layers=scan)
+  return make_config(folder, 1, 128, scan_layers=scan)
 
 
 def largest(model: Any) -> int:

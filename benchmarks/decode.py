@@ -8,7 +8,6 @@ of one such attention alone, compiled by itself, times how many of them the mode
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -78,7 +77,6 @@ def seconds(step: Callable[[], Any]) -> float:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.parse_args()
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
   import jax
 
   from maxtext_ling2.model.layer_layout import is_mla

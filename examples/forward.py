@@ -1,9 +1,6 @@
 """Builds a LING2 model with random weights and runs a forward pass: `python examples/forward.py [MODEL_NAME]`."""
 
-import os
 import sys
-
-os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +9,8 @@ from flax import nnx
 from maxtext_ling2.maxtext_api import session
 
 name = sys.argv[1] if len(sys.argv) > 1 else "ling2-tiny"
-on_cpu = {"dtype": "float32", "sparse_matmul": False} if jax.default_backend() == "cpu" else {}
-config = session.make_config(model_name=name, max_target_length=16, per_device_batch_size=1, **on_cpu)
+platform = session.platform_settings(jax.default_backend())
+config = session.make_config(model_name=name, max_target_length=16, per_device_batch_size=1, **platform)
 mesh = session.make_mesh(config)
 with session.model_context(config, mesh):
   from maxtext.models import models

@@ -37,7 +37,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
   """Tell whether a LING2 run would work here; exit 0 only if it would."""
   from maxtext_ling2 import doctor as checks
 
-  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints while it is imported; JSON must stand alone
+  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints while it is imported; stdout is for the JSON
     found = checks.diagnose()
   if as_json:
     print(json.dumps(found.to_json(), indent=2))
@@ -48,22 +48,22 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
   raise typer.Exit(0 if found.ok else 1)
 
 
-_SETTINGS = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
+_OVERRIDES = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
 _VERIFY_OFFSET = "gla_decay_layer_offset of the reference; the default is what config.json says, or 0."
 
 
 @app.command()
 def verify(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json and safetensors.")],
-  words: Annotated[list[str] | None, _SETTINGS] = None,
+  overrides: Annotated[list[str] | None, _OVERRIDES] = None,
   reference: Annotated[Path | None, typer.Option(help="npz with token ids and the reference's logits.")] = None,
   logits_key: Annotated[str, typer.Option(help="Array of logits [B, T, V] in the reference.")] = "eval.logits",
   ids_key: Annotated[str, typer.Option(help="Array of token ids [B, T] in the reference.")] = "input_ids",
   decay_offset: Annotated[int | None, typer.Option(min=0, max=1, help=_VERIFY_OFFSET)] = None,
   grads: Annotated[Path | None, typer.Option(help="npz of gradients by Hugging Face tensor name.")] = None,
-  rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first rows only.")] = None,
+  rows: Annotated[int | None, typer.Option(min=1, help="Compare gradients on the first N sequences only.")] = None,
   scan: Annotated[bool, typer.Option("--scan", help="Scan the layers (scan_layers=true).")] = False,
-  decode: Annotated[int | None, typer.Option(help="Prefill so many tokens, decode the others step by step.")] = None,
+  decode: Annotated[int | None, typer.Option(help="Prefill N tokens, decode the others step by step.")] = None,
   remat: Annotated[str | None, typer.Option(help="MaxText's remat_policy, such as full, minimal or none.")] = None,
   mesh: Annotated[str, typer.Option(help="Run on a mesh, such as fsdp=2,tensor=2,expert=2; forces CPU devices.")] = "",
   orbax: Annotated[Path | None, typer.Option(help="MaxText checkpoint (DIR/0/items) to compare with HF_DIR.")] = None,
@@ -72,46 +72,22 @@ def verify(
   """Compare LING2 in float32 with recorded outputs of a reference; exit 1 if they differ by more than 1e-4.
 
   With --orbax or --via-orbax, compare a MaxText checkpoint with the folder: every tensor bit by bit, then the logits.
-  KEY=VALUE words such as mtp_num_layers=0 are settings of MaxText.
+  KEY=VALUE such as mtp_num_layers=0 are settings of MaxText.
   """
-  from maxtext_ling2.maxtext_api.mesh import VerifyMesh
-  from maxtext_ling2.verify import command as verify_command
+  from maxtext_ling2.verify import command
 
   console = Console(soft_wrap=True, highlight=False)
-  settings: dict[str, Any] = {"scan_layers": scan, "words": tuple(words or ())}
-  settings |= {"gla_decay_layer_offset": decay_offset} if decay_offset is not None else {}
-  settings |= {"remat_policy": remat} if remat is not None else {}
-  _refuse_what_verify_would_ignore(reference, orbax, via_orbax, {"--grads": grads, "--rows": rows, "--decode": decode})
+  request = command.Request(
+    folder, overrides or (), reference, logits_key, ids_key, decay_offset, grads, rows, scan, decode, remat, mesh, orbax,
+    via_orbax,
+  )  # fmt: skip
   try:
-    cut = VerifyMesh.read(mesh)
-    cut.force_devices()
-    if orbax is not None or via_orbax:
-      if mesh:
-        raise typer.BadParameter("--mesh goes with --reference; a checkpoint is compared on one device")
-      passed = verify_command.run_checkpoint(console, folder, orbax, reference, logits_key, ids_key, settings)
-    elif reference is not None:
-      passed = verify_command.run(console, folder, reference, logits_key, ids_key, settings, grads, rows, decode, cut)
-    else:
-      raise typer.BadParameter(
-        "pass --reference FILE, --orbax CHECKPOINT or --via-orbax: there is nothing to compare with"
-      )
+    passed = command.run(console, request)
+  except command.OptionError as error:
+    raise typer.BadParameter(str(error)) from error
   except (ValueError, KeyError, OSError) as error:
     _fail(error)
   raise typer.Exit(0 if passed else 1)
-
-
-def _refuse_what_verify_would_ignore(
-  reference: Path | None, orbax: Path | None, via_orbax: bool, options: dict[str, Any]
-) -> None:
-  """Raises BadParameter for options that contradict each other, or that have nothing to work on."""
-  if orbax is not None and via_orbax:
-    raise typer.BadParameter(f"--orbax {orbax} names a checkpoint and --via-orbax makes one; leave one of them out")
-  if orbax is not None or via_orbax:
-    for option, value in options.items():
-      if value is not None:
-        raise typer.BadParameter(f"{option} {value} goes with --reference alone; leave out --orbax and --via-orbax")
-  elif reference is not None and options["--rows"] is not None and options["--grads"] is None:
-    raise typer.BadParameter(f"--rows {options['--rows']} is about gradients; pass --grads FILE too, or leave it out")
 
 
 @app.command()
@@ -119,7 +95,7 @@ def config(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder with config.json.")],
   output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; the default prints it.")] = None,
 ) -> None:
-  """Print the MaxText yml of a Hugging Face model, to be passed in the place of base.yml with model_name=ling2-custom."""
+  """Print the YAML file of a Hugging Face model, which MaxText takes as its base.yml with model_name=ling2-custom."""
   from maxtext_ling2.checkpoint import model_yml
 
   try:
@@ -145,25 +121,27 @@ _TOKENIZER = typer.Option(help="sentencepiece model or folder of a tokenizer; th
 @app.command()
 def generate(
   checkpoint: Annotated[Path, _CHECKPOINT],
-  prompt: Annotated[str, typer.Option(help="Text to go on with.")],
-  settings: Annotated[list[str] | None, _SETTINGS] = None,
+  prompt: Annotated[str, typer.Option(help="Text to continue.")],
+  overrides: Annotated[list[str] | None, _OVERRIDES] = None,
   model: Annotated[str | None, _MODEL] = None,
   tokenizer: Annotated[Path | None, _TOKENIZER] = None,
-  tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
-  temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the most likely token.")] = 0.0,
-  top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens with this probability.")] = 1.0,
-  seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling.")] = 0,
+  tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 100,
+  temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
+  top_p: Annotated[
+    float, typer.Option(help="Sample among the most likely tokens that together have this probability.")
+  ] = 1.0,
+  seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
 ) -> None:
-  """Let a trained model go on with a text; prints it as it comes."""
+  """Continue a text with a trained model; prints it as it is generated."""
   from maxtext_ling2.inference import generate as generation
 
   try:
-    with contextlib.redirect_stdout(sys.stderr):  # MaxText prints; the text must stand alone
+    with contextlib.redirect_stdout(sys.stderr):  # MaxText prints; stdout is for the text
       pieces = generation.generate(
         checkpoint, prompt, tokens, model_name=model, tokenizer=tokenizer, temperature=temperature, nucleus=top_p,
-        seed=seed, words=settings or (),
+        seed=seed, overrides=overrides or (),
       )  # fmt: skip
-      first = next(pieces, "")  # whatever is wrong comes to light here, before the prompt is shown
+      first = next(pieces, "")  # errors are raised here, before the prompt is printed
       for piece in itertools.chain([prompt, first], pieces):
         print(piece, end="", flush=True, file=sys.__stdout__)
     print()
@@ -175,10 +153,10 @@ def generate(
 def evaluate(
   checkpoint: Annotated[Path, _CHECKPOINT],
   text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
-  settings: Annotated[list[str] | None, _SETTINGS] = None,
+  overrides: Annotated[list[str] | None, _OVERRIDES] = None,
   model: Annotated[str | None, _MODEL] = None,
   tokenizer: Annotated[Path | None, _TOKENIZER] = None,
-  length: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 1024,
+  length: Annotated[int, typer.Option(min=1, help="Tokens per context window.")] = 1024,
   decay_offset: Annotated[DecayOffset | None, typer.Option(help=_OFFSET_HELP)] = None,
 ) -> None:
   """Print loss, perplexity and bits per byte of a trained model on a text file.
@@ -189,19 +167,16 @@ def evaluate(
   from maxtext_ling2.inference import evaluate as evaluation
 
   try:
-    words = settings or ()
     with contextlib.redirect_stdout(sys.stderr):
       content = _read(text)
+      arguments: dict[str, Any] = {"model_name": model, "tokenizer": tokenizer, "length": length}
+      arguments["overrides"] = overrides or ()
       if decay_offset is DecayOffset.both:
-        found = offsets.compare_offsets(
-          checkpoint, content, model_name=model, tokenizer=tokenizer, length=length, words=words
-        )
+        found = offsets.compare_offsets(checkpoint, content, **arguments)
         scores = {f"gla_decay_layer_offset={offset}: ": score for offset, score in enumerate(found.scores)}
       else:
         offset = None if decay_offset is None else int(decay_offset)
-        score = evaluation.evaluate(
-          checkpoint, content, model_name=model, tokenizer=tokenizer, length=length, words=words, decay_offset=offset
-        )
+        score = evaluation.evaluate(checkpoint, content, decay_offset=offset, **arguments)
         scores, found = {"": score}, None
   except (ValueError, OSError) as error:
     _fail(error)
@@ -215,9 +190,9 @@ def evaluate(
 
 @app.command()
 def plan(
-  model: Annotated[str, typer.Argument(metavar="MODEL", help="model_name, or a yml written by `config`.")],
+  model: Annotated[str, typer.Argument(metavar="MODEL", help="model_name, or a YAML file written by `config`.")],
   topology: Annotated[list[str], typer.Option(help="MaxText's compile_topology, such as v6e-64; may be repeated.")],
-  settings: Annotated[list[str] | None, _SETTINGS] = None,
+  overrides: Annotated[list[str] | None, _OVERRIDES] = None,
   mesh: Annotated[list[str] | None, typer.Option(help="Such as expert=8; may be repeated; the rest is FSDP.")] = None,
   recipe: Annotated[str | None, typer.Option(help="Name or file of a recipe; `maxtext-ling2 recipe` lists them.")] = None,
   search: Annotated[bool, typer.Option("--search", help="Rank meshes and batches, and compile the best two.")] = False,
@@ -225,8 +200,8 @@ def plan(
   png: Annotated[Path | None, typer.Option(help="File for a plot.")] = None,
   no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile also what has been compiled before.")] = False,
 ) -> None:
-  """Compile a train step for chips that need not be there, and tell memory, time and whether it fits; exit 1 if not."""
-  # The chips are described, not used: no chip of this machine is looked for, and other compilers may run beside.
+  """Compile a train step for chips without having them; print memory, time and whether it fits; exit 1 if not."""
+  # The chips are described, not used: ignore those of this machine, and allow other compilers at the same time.
   os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   from maxtext_ling2.plan import command
 
@@ -235,7 +210,7 @@ def plan(
   if len([option for option, value in chosen.items() if value]) > 1:
     both = " and ".join(option for option, value in chosen.items() if value)
     raise typer.BadParameter(f"{both}: each of them chooses a mesh; leave all but one out")
-  request = command.Request(model, topology, mesh or [""], settings or (), recipe, search, not no_cache)
+  request = command.Request(model, topology, mesh or [""], overrides or (), recipe, search, not no_cache)
   try:
     _check_output(json_file, "--json")
     _check_output(png, "--png", (".png", ".pdf", ".svg"))
@@ -246,8 +221,8 @@ def plan(
 
 
 @app.command()
-def recipe(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Of a recipe.")] = None) -> None:
-  """Print the file of a recipe, a base yml for training; without a name, list all recipes."""
+def recipe(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of the recipe.")] = None) -> None:
+  """Print the path of a recipe, a base YAML file for training; without a name, list all recipes."""
   from maxtext_ling2.maxtext_api import recipes
 
   try:
@@ -272,7 +247,7 @@ def demo(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As for python -m.")]) -> None:
-  """Do what `python -m MODULE ARGS...` does, with LING2 in place also where .pth files are not processed."""
+  """Run `python -m MODULE ARGS...` with LING2, also where Python does not process .pth files."""
   from maxtext_ling2.__main__ import run as run_module
 
   run_module([module, *context.args])
@@ -286,18 +261,18 @@ def _read(path: Path) -> str:
 
 
 def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()) -> None:
-  """Raises ValueError if a file could not be written when all the work for it is done."""
+  """Raises ValueError if a file could not be written later, when the work for it is done."""
   if path is None:
     return
   if path.is_dir() or not path.parent.is_dir():
-    why = "is a folder" if path.is_dir() else f"has no folder {path.parent} to be in"
+    why = "is a folder" if path.is_dir() else f"needs the folder {path.parent}, which does not exist"
     raise ValueError(f"{option} {path}: it {why}; name a file in a folder that exists")
   if suffixes and path.suffix not in suffixes:
-    raise ValueError(f"{option} {path}: no name of a picture; let it end in {' or '.join(suffixes)}")
+    raise ValueError(f"{option} {path}: not the name of a picture; use one that ends in {' or '.join(suffixes)}")
 
 
 def _fail(error: Exception) -> NoReturn:
-  """Prints an error as one text for people and exits with 1."""
+  """Prints an error and exits with 1."""
   text: Any = error.args[0] if isinstance(error, KeyError) and error.args else error
   text = describe(error) if isinstance(error, OSError) else text
   Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/] {escape(str(text))}")

@@ -100,21 +100,21 @@ def _tables() -> Mapping[str, Mapping[str, Any]]:
 
 
 def _check_import(request: Request, config: Any, target: Target) -> None:
-  from maxtext_ling2.checkpoint import commands
+  from maxtext_ling2.checkpoint.import_hf import check_import
 
-  commands.plan_import(request.folder, config, target.folder, request.save_dtype)
+  check_import(request, config, target)
 
 
 def _import(request: Request, config: Any, target: Target) -> None:
-  from maxtext_ling2.checkpoint import commands
+  from maxtext_ling2.checkpoint.import_hf import run_import
 
-  commands.run_import(request.folder, config, target.folder, request.save_dtype, target.ocdbt, target.zarr3)
+  run_import(request, config, target)
 
 
 def _open_export(path: str, config: Any) -> Exporter:
-  from maxtext_ling2.checkpoint import commands
+  from maxtext_ling2.checkpoint.export_hf import Export
 
-  return commands.Exporter(path, config)
+  return Export(path, config)
 
 
 REGISTRY = Registry(

@@ -16,7 +16,7 @@ from maxtext_ling2.inference import compare_offsets, evaluate, saved_model
 from maxtext_ling2.inference.compare_offsets import OffsetComparison
 from maxtext_ling2.inference.evaluate import Score
 from maxtext_ling2.inference.saved_model import SavedModelError
-from maxtext_ling2.verify.comparison import Reference
+from maxtext_ling2.verify.model import Float32Model
 from test_generate import GOLDEN, Letters
 
 LENGTH, WINDOWS = 32, 16
@@ -116,7 +116,7 @@ def written(sure):
 
   found = {}
   for offset in (0, 1):
-    model, rng = Reference(sure, WINDOWS, LENGTH, gla_decay_layer_offset=offset), np.random.default_rng(offset)
+    model, rng = Float32Model(sure, WINDOWS, LENGTH, gla_decay_layer_offset=offset), np.random.default_rng(offset)
     graph, state = model.split()
     call = jax.jit(lambda state, ids, model=model, graph=graph: model.run(graph, state, ids, 1 + 0 * ids)[0])
     starts = rng.integers(model.config.vocab_size, size=WINDOWS + 1)
@@ -189,9 +189,9 @@ def test_two_values_for_one_setting(sure, option):
   words = ["gla_decay_layer_offset=1"]
   with pytest.raises(SavedModelError, match=f"--decay-offset {option} and gla_decay_layer_offset=1: two values"):
     if option == "both":
-      compare_offsets.compare_offsets(sure, "text", words=words)
+      compare_offsets.compare_offsets(sure, "text", overrides=words)
     else:
-      evaluate.evaluate(sure, "text", words=words, decay_offset=option)
+      evaluate.evaluate(sure, "text", overrides=words, decay_offset=option)
 
 
 # What the folder says

@@ -105,7 +105,7 @@ def test_as_maxtexts_own_command_line(word):
   argv = ["", f"{pyconfig.MAXTEXT_CONFIGS_DIR}/base.yml", *overrides.words(COMMON), word]
   (key,), expected = overrides.parse([word]), AS_MAXTEXT[word]
   results = []
-  for initialize in (lambda: pyconfig.initialize(argv), lambda: session.make_config(**COMMON, words=[word])):
+  for initialize in (lambda: pyconfig.initialize(argv), lambda: session.make_config(**COMMON, overrides=[word])):
     try:
       results.append(getattr(initialize(), key))
     except ValueError as error:
@@ -117,7 +117,7 @@ def test_as_maxtexts_own_command_line(word):
 
 def test_words_win():
   config = session.make_config(
-    words=["run_name=2024-01-01", "steps=3", "steps=010", "dtype=float16"], steps=5, dtype="float32"
+    overrides=["run_name=2024-01-01", "steps=3", "steps=010", "dtype=float16"], steps=5, dtype="float32"
   )
   assert (config.run_name, config.steps, str(config.dtype)) == ("2024-01-01", 8, "float16")
   assert config.scan_layers is False  # of the tools' own settings

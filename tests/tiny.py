@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from maxtext_ling2.checkpoint import stacking
+from maxtext_ling2.checkpoint import blocks, mapping, stacking
 from maxtext_ling2.maxtext_api import session
 
 TINY = {
@@ -53,7 +53,16 @@ def weights(cfg, scale=0.3):
       value = 1.0 + value
     return value.astype(np.float32)
 
-  return {leaf.path: leaf.assemble(one) for leaf in stacking.leaves(cfg)}
+  return stacked(cfg, {entry: one(entry) for entry in mapping.entries(cfg)})
+
+
+def stacked(cfg, values):
+  """{entry of the mapping: array} as arrays by path in the model, in the layout of its config."""
+  tensors = {}
+  for entry, value in values.items():
+    parts = value if len(entry.names) > 1 else [value]
+    tensors |= {name: entry.to_hf(part) for name, part in zip(entry.names, parts, strict=True)}
+  return {leaf.path: blocks.stack(leaf, tensors.__getitem__) for leaf in stacking.leaves(cfg)}
 
 
 def model(cfg, values=None):
@@ -146,8 +155,11 @@ class Run:
 
 def per_layer(cfg, flat):
   """Arrays by path in the model as arrays by path in the unscanned model."""
-  parts = (part for leaf in stacking.leaves(cfg) if leaf.path in flat for part in leaf.take_apart(flat[leaf.path]))
-  return {entry.path: value for entry, value in parts}
+  present = [leaf for leaf in stacking.leaves(cfg) if leaf.path in flat]
+  tensors = {name: tensor for leaf in present for name, tensor in blocks.unstack(leaf, flat[leaf.path])}
+  entries = (entry for leaf in present for cycle in leaf.entries for entry in cycle)
+  parts = {entry: [entry.from_hf(tensors[name]) for name in entry.names] for entry in entries}
+  return {entry.path: np.stack(found) if len(found) > 1 else found[0] for entry, found in parts.items()}
 
 
 def _plain(variable):

@@ -1,9 +1,11 @@
-"""Tensors of MaxText in blocks: the unit in which a checkpoint is read and written, so that memory does not grow with it.
+"""Checkpoint tensors in blocks, so that memory use does not depend on the size of the checkpoint.
 
-A block is a box of a MaxText tensor (`stacking.Leaf`). It is filled from, or spilled into, views of Hugging Face tensors,
-which are memory-mapped files; both directions copy each element once.
+A block is a slice of a MaxText tensor (`stacking.Leaf`). `read_block` gathers one from Hugging Face tensors and
+`write_block` scatters one into them; both copy each element once, from and to memory-mapped files. A whole tensor is
+the block that spans it (`stack`, `unstack`).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -17,88 +19,111 @@ from maxtext_ling2.checkpoint.safetensors_file import NewTensor
 from maxtext_ling2.checkpoint.stacking import Leaf
 
 Array = NDArray[Any]
-Box = tuple[slice, ...]
+Slices = tuple[slice, ...]
+"""The position of a block in a tensor, one slice per axis."""
 
 BLOCK_BYTES = 8 * 2**20
-"""A block has at most as many bytes. Small enough that freed memory is used again: larger blocks are given back to the
-system each time, and come back as pages to be cleared (measured: 395 MB/s with 8 MiB, 309 with 16, 193 with 32)."""
+"""Maximum bytes of a block. The allocator reuses freed blocks of this size; it returns larger ones to the system, which
+hands them out again as pages to be cleared (measured: 395 MB/s with 8 MiB, 309 with 16, 193 with 32)."""
 
 _SMALL = 2**16  # bytes below which handing an array to XLA costs more than it saves
 
 
 def block_shape(leaf: Leaf, itemsize: int, limit: int = BLOCK_BYTES) -> tuple[int, ...]:
-  """The shape of a leaf's blocks: whole Hugging Face tensors as long as they fit, else whole rows of one.
+  """Returns the shape of a leaf's blocks: whole Hugging Face tensors if they fit, else whole rows of one.
 
   Args:
     leaf: the tensor.
-    itemsize: bytes of an element in the checkpoint.
-    limit: bytes of a block, unless one row has more.
+    itemsize: bytes per element in the checkpoint.
+    limit: maximum bytes of a block, unless one row has more.
   """
-  shape, first = list(leaf.shape), leaf.members[0][0]
+  shape, entry = list(leaf.shape), leaf.first
   free = [axis for axis in range(len(shape)) if axis not in leaf.stacked_axes]
-  rows = free[first.in_axes :] if first.linear else free[:1]
+  rows = free[entry.in_axes :] if entry.linear else free[:1]
   for axis in (*leaf.stacked_axes, *rows):
     rest = math.prod(shape) // shape[axis] * itemsize
-    parts = -(-shape[axis] // max(1, limit // rest))
-    shape[axis] = -(-shape[axis] // parts)
+    count = -(-shape[axis] // max(1, limit // rest))
+    shape[axis] = -(-shape[axis] // count)
   return tuple(shape)
 
 
-def boxes(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Box]:
-  """Cuts a tensor into boxes of the shape of a block, smaller ones at its far ends."""
+def block_slices(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Slices]:
+  """Divides a tensor into blocks of one shape; the last ones along an axis may be smaller."""
   starts = (range(0, size, step) for size, step in zip(shape, block, strict=True))
   for corner in itertools.product(*starts):
     yield tuple(slice(i, min(i + n, end)) for i, n, end in zip(corner, block, shape, strict=True))
 
 
-def parts(leaf: Leaf, box: Box) -> Iterator[tuple[Entry, str, tuple[Any, ...], Box]]:
-  """The Hugging Face tensors that a box is made of.
+def hf_slices(leaf: Leaf, block: Slices) -> Iterator[tuple[Entry, str, tuple[Any, ...], Slices]]:
+  """Lists the Hugging Face tensors that a block holds parts of.
 
   Yields:
-    (entry, name of the tensor, its index in the box, the box's index in the tensor in MaxText's layout).
+    (entry, name of the tensor, its index in the block, the block's slices of the tensor in MaxText's layout).
   """
   stacked = leaf.stacked_axes
-  experts = len(stacked) - leaf.depth
-  inner = tuple(part for axis, part in enumerate(box) if axis not in stacked)
-  for spot in itertools.product(*(range(box[axis].start, box[axis].stop) for axis in stacked)):
-    places = dict(zip(stacked, spot, strict=True))
-    index = tuple(places[axis] - part.start if axis in places else slice(None) for axis, part in enumerate(box))
-    block, layer = (*spot[experts:], 0, 0)[:2]
-    entry = leaf.members[block][layer]
-    yield entry, entry.names[spot[0] if experts else 0], index, inner
+  experts = len(stacked) - leaf.num_stacked_axes
+  inner = tuple(part for axis, part in enumerate(block) if axis not in stacked)
+  for position in itertools.product(*(range(block[axis].start, block[axis].stop) for axis in stacked)):
+    at = dict(zip(stacked, position, strict=True))
+    index = tuple(at[axis] - part.start if axis in at else slice(None) for axis, part in enumerate(block))
+    cycle, layer = (*position[experts:], 0, 0)[:2]
+    entry = leaf.entries[cycle][layer]
+    yield entry, entry.names[position[0] if experts else 0], index, inner
 
 
-def fill(leaf: Leaf, box: Box, get: Callable[[str], Array], dtype: np.dtype[Any]) -> Array:
-  """Builds a box of a leaf from Hugging Face tensors.
+def read_block(leaf: Leaf, block: Slices, get: Callable[[str], Array], dtype: np.dtype[Any]) -> Array:
+  """Gathers a block of a leaf from Hugging Face tensors.
 
   Args:
     leaf: the MaxText tensor.
-    box: the part of it.
-    get: gives a Hugging Face tensor by name; may return a view of a mapped file.
-    dtype: of the result; the values are cast, bit for bit the same if it is theirs.
+    block: its slices.
+    get: returns a Hugging Face tensor by name; may return a view of a mapped file.
+    dtype: of the result. Values are cast; bits are kept if the tensors have this dtype.
   """
-  out = np.empty([part.stop - part.start for part in box], dtype)
-  for entry, name, index, inner in parts(leaf, box):
-    _copy(out[index], entry.view(get(name))[inner])
+  out = np.empty([part.stop - part.start for part in block], dtype)
+  for entry, name, index, inner in hf_slices(leaf, block):
+    _copy(out[index], entry.from_hf(get(name))[inner])
   return out
 
 
-def spill(leaf: Leaf, box: Box, block: Array, get: Callable[[str], NewTensor]) -> None:
-  """Takes a box apart into Hugging Face tensors of new files; the inverse of `fill`."""
-  for entry, name, index, inner in parts(leaf, box):
-    target, values = get(name), block[index]
+def write_block(leaf: Leaf, block: Slices, values: Array, get: Callable[[str], NewTensor]) -> None:
+  """Scatters the values of a block into Hugging Face tensors of new files; the inverse of `read_block`."""
+  for entry, name, index, inner in hf_slices(leaf, block):
+    target, part = get(name), values[index]
     first = _first_row(entry, inner)
     if first is None:
-      _copy(entry.view(target.array)[inner], values)
-      continue
-    rows = values.reshape(math.prod(values.shape[: entry.in_axes]), -1).T if entry.linear else values
-    target.write_rows(first, _contiguous(rows).astype(target.array.dtype, copy=False))
+      _copy(entry.from_hf(target.array)[inner], part)
+    else:
+      target.write_rows(first, _contiguous(entry.to_hf(part)).astype(target.array.dtype, copy=False))
 
 
-def _first_row(entry: Entry, inner: Box) -> int | None:
-  """The first of the Hugging Face tensor's rows, if the box in MaxText's layout is a range of whole rows; else None."""
+def stack(leaf: Leaf, get: Callable[[str], Array], dtype: np.dtype[Any] | None = None) -> Array:
+  """Builds a whole leaf from Hugging Face tensors.
+
+  Args:
+    leaf: the MaxText tensor.
+    get: returns a Hugging Face tensor by name.
+    dtype: of the result; None: the one that holds the values of all the tensors.
+  """
+  if dtype is None:
+    dtype = np.result_type(*{get(name).dtype for name in leaf.names})
+  return read_block(leaf, _whole(leaf), get, dtype)
+
+
+def unstack(leaf: Leaf, values: Array) -> Iterator[tuple[str, Array]]:
+  """Yields the Hugging Face tensors of a whole leaf by name, as views; the inverse of `stack`."""
+  for entry, name, index, _ in hf_slices(leaf, _whole(leaf)):
+    yield name, entry.to_hf(values[index])
+
+
+def _whole(leaf: Leaf) -> Slices:
+  return tuple(slice(0, size) for size in leaf.shape)
+
+
+def _first_row(entry: Entry, inner: Slices) -> int | None:
+  """Number of the first Hugging Face row that the slices hold; None if they do not hold whole rows."""
   shape = entry.one_shape
-  rows = entry.in_axes if entry.linear else 0  # the axis that runs slowest in a row's number
+  rows = entry.in_axes if entry.linear else 0  # the slowest axis in the number of a row
   if any(
     part.stop - part.start < size for axis, (part, size) in enumerate(zip(inner, shape, strict=True)) if axis != rows
   ):
@@ -107,9 +132,9 @@ def _first_row(entry: Entry, inner: Box) -> int | None:
 
 
 def _copy(target: Array, source: Array) -> None:
-  """Copies, as bits where the dtypes agree: that is faster, and no NaN changes its payload.
+  """Copies values, as integers where the dtypes agree: faster, and the payload of a NaN survives.
 
-  Both are transposed so that `target` is written in the order of memory; `_contiguous` then does the hard part.
+  Both arrays are transposed so that `target` is written in memory order; `_contiguous` then does the expensive part.
   """
   if target.dtype == source.dtype:
     target, source = bits(target), bits(source)
@@ -118,22 +143,34 @@ def _copy(target: Array, source: Array) -> None:
 
 
 def _contiguous(array: Array) -> Array:
-  """The array in C order. XLA transposes in tiles that fit the CPU's cache: 5 GB/s where numpy's loops reach 0.2."""
-  if array.flags.c_contiguous or array.nbytes < _SMALL:
+  """Returns the array in C order. XLA transposes in cache-sized tiles: 5 GB/s, where numpy's loops reach 0.2."""
+  device = None if array.flags.c_contiguous or array.nbytes < _SMALL else _cpu_device()
+  if device is None:
     return array
   import jax
 
-  raw = bits(array)  # an integer is an integer to XLA whatever floats it stands for
-  return np.asarray(jax.device_put(raw, jax.local_devices(backend="cpu")[0])).view(array.dtype)
+  raw = bits(array)  # XLA keeps the bits of integers, whatever floats they represent
+  return np.asarray(jax.device_put(raw, device)).view(array.dtype)
+
+
+@functools.cache
+def _cpu_device() -> Any:
+  """XLA's CPU device; None if JAX_PLATFORMS excludes it."""
+  import jax
+
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return None
 
 
 def bits(array: Array) -> Array:
-  """A view as unsigned integers of the same size."""
+  """Views an array as unsigned integers of the same size."""
   return array.view(f"u{array.dtype.itemsize}")
 
 
 def all_finite(array: Array) -> bool:
-  """Whether a float array has neither NaN nor infinity, told from its bits: two reductions and no temporary array."""
+  """Tells whether a float array has neither NaN nor infinity, from its bits: two reductions, no temporary array."""
   if not array.size:
     return True
   largest = {"float32": 0x7F80_0000, "bfloat16": 0x7F80, "float16": 0x7C00}[array.dtype.name]

@@ -1,6 +1,6 @@
-"""Which decay offset a Hugging Face folder is read with: what its config.json says, what the user says, or the default.
+"""The decay offset of a Hugging Face folder: that of its config.json, the user's, or the default.
 
-Only folders that this package exported say it (`gla_decay_layer_offset`); the official code has no such key.
+Only folders exported by this package have the key `gla_decay_layer_offset`; the official code has none.
 """
 
 import logging
@@ -15,11 +15,11 @@ logger = logging.getLogger("maxtext_ling2")
 
 
 def check(folder: Path, stated: int | None, used: int) -> None:
-  """Compares the offset that a folder states with the one in use; where it states none, says in one line which is used.
+  """Compares the offset that a folder states with the one in use; if it states none, logs which one is used.
 
   Args:
     folder: the Hugging Face folder.
-    stated: what its config.json says; None: nothing.
+    stated: the offset in its config.json; None if it has none.
     used: the offset in MaxText's config.
 
   Raises:
@@ -40,7 +40,7 @@ def refuse_another(folder: Path, stated: int | None, used: int) -> None:
 
 
 def unstated(folder: Path, used: int) -> str:
-  """The one line for a folder that states no offset."""
+  """The log line for a folder that states no offset."""
   return (
     f"{folder}: config.json has no {FIELD}; using {used}. To find out which one the weights were trained with: "
     f"`maxtext-ling2 eval {folder} --text FILE --decay-offset both`"

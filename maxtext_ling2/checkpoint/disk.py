@@ -1,4 +1,4 @@
-"""Waiting for the disk: files are on it before they get their name."""
+"""Syncing to disk: files are durable before they get their final name."""
 
 import contextlib
 import os
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-_PERIOD = 0.2  # seconds between two looks at what has been written
+_PERIOD = 0.2  # seconds between two syncs
 
 
 def sync(path: Path) -> None:
-  """Waits until a file or the entries of a folder are on the disk, mapped writes included."""
+  """Syncs a file, mapped writes included, or the entries of a folder."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -19,27 +19,27 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-  """Waits until everything below a folder is on the disk."""
+  """Syncs everything below a folder."""
   for path in (*folder.rglob("*"), folder):
     sync(path)
 
 
 @contextlib.contextmanager
-def written_back(files: Callable[[], Iterable[Path]]) -> Iterator[None]:
-  """Lets the disk write while the block computes: left to itself the system keeps what is written in memory for long.
+def background_fsync(files: Callable[[], Iterable[Path]]) -> Iterator[None]:
+  """Syncs files periodically within the context, so that the disk is busy while blocks are computed.
 
   Args:
-    files: the files there are by now; one that goes meanwhile is passed over.
+    files: returns the files that exist by now; those that vanish are skipped.
   """
   over = threading.Event()
 
-  def write_back() -> None:
+  def sync_files() -> None:
     while not over.wait(_PERIOD):
       for file in files():
         with contextlib.suppress(FileNotFoundError):
           sync(file)
 
-  thread = threading.Thread(target=write_back, name="write back")
+  thread = threading.Thread(target=sync_files, name="background fsync")
   thread.start()
   try:
     yield

@@ -1,6 +1,6 @@
-"""config.json of a BailingMoeV2_5 checkpoint as MaxText settings, and back. Other models are refused by name.
+"""config.json of a BailingMoeV2_5 checkpoint <-> MaxText settings. Other models are refused by name.
 
-`hf_keys` is the table of all keys, `hf_rope` has the rotary embedding.
+`hf_keys` is the table of all keys; `hf_rope` converts the rotary embedding.
 """
 
 import json
@@ -11,10 +11,14 @@ from typing import Any
 from maxtext_ling2.checkpoint import hf_keys, hf_rope
 from maxtext_ling2.checkpoint.decay_offset import FIELD as OFFSET
 from maxtext_ling2.checkpoint.hf_keys import SAME
-from maxtext_ling2.checkpoint.json_object import unique
+from maxtext_ling2.checkpoint.safetensors_file import unique_keys
 from maxtext_ling2.errors import CheckpointError
+from maxtext_ling2.model.layer_layout import shared_expert_width
 
 ARCHITECTURE = "BailingMoeV2_5ForCausalLM"
+
+MTP_LOSS_SCALING_FACTOR = 0.1
+"""MaxText's default, for models whose YAML file does not set it."""
 
 _OTHER_MODELS = {
   "BailingMoeForCausalLM": "Ling 1.5, which would need grouped-query attention in every layer",
@@ -53,26 +57,35 @@ def read(folder: Path) -> dict[str, Any]:
   path = Path(folder) / "config.json"
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file; pass a Hugging Face folder with config.json and safetensors")
+  return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    CheckpointError: the file does not hold one, or a key occurs twice in it.
+  """
   try:
-    config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
   except (ValueError, RecursionError) as error:
     raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-  if not isinstance(config, dict):
-    raise CheckpointError(f"{path}: a {type(config).__name__} instead of a JSON object; fetch the file again")
-  return config
+  if not isinstance(found, dict):
+    raise CheckpointError(f"{path}: a {type(found).__name__} instead of a JSON object; fetch the file again")
+  return found
 
 
 def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
-  """The MaxText settings of a config.json: those of LING2's model YAML files, without training choices.
+  """Converts a config.json to MaxText settings: those of LING2's model YAML files, without training choices.
 
   `gla_decay_layer_offset` is among them only if config.json has it, as our exports do.
 
   Raises:
-    CheckpointError: it is another model, or lacks or contradicts something; all reasons are named.
+    CheckpointError: it is another model, lacks keys or contradicts itself; all reasons are named.
   """
   _check_architecture(config)
   config = hf_rope.one_layout(config)
-  problems = list(_refusals(config))
+  problems = list(_validate(config))
   if problems:
     raise CheckpointError("\n".join(problems))
   settings = {ours: config[theirs] for theirs, ours in SAME.items()}
@@ -122,23 +135,23 @@ def _check_architecture(config: dict[str, Any]) -> None:
   )
 
 
-def _refusals(config: dict[str, Any]) -> Iterator[str]:
-  """All reasons why a config.json (in `hf_rope.one_layout`) is no LING2, or not a whole one."""
+def _validate(config: dict[str, Any]) -> Iterator[str]:
+  """Yields all reasons why a config.json (in `hf_rope.one_layout`) is not LING2's, or is incomplete."""
   missing = [key for key in (*SAME, "rope_theta") if config.get(key) is None]
   if missing:
     yield f"config.json lacks {', '.join(missing)}; take the config.json that belongs to these weights"
     return
-  mistyped = list(_mistyped(config))
+  mistyped = list(_validate_types(config))
   yield from mistyped
   if mistyped:
     return
-  yield from hf_keys.problems(config)
-  yield from _contradictions(config)
-  yield from hf_rope.refusals(config)
+  yield from hf_keys.validate(config)
+  yield from _validate_sizes(config)
+  yield from hf_rope.validate(config)
 
 
-def _mistyped(config: dict[str, Any]) -> Iterator[str]:
-  """Values of another type or size than the model's own configuration class gives them."""
+def _validate_types(config: dict[str, Any]) -> Iterator[str]:
+  """Yields values of another type or range than the model's own configuration class has."""
   for key in (*SAME, "rope_theta", "mtp_loss_scaling_factor", *_OPTIONAL_COUNTS, *_SWITCHES):
     value = config.get(key)
     if value is None:
@@ -162,11 +175,11 @@ def _mistyped(config: dict[str, Any]) -> Iterator[str]:
       yield f"{key}={value!r}: not {what}, so config.json is damaged; fetch it again"
 
 
-def _contradictions(config: dict[str, Any]) -> Iterator[str]:
+def _validate_sizes(config: dict[str, Any]) -> Iterator[str]:
   heads = config["num_attention_heads"]
   if not config.get("head_dim", True) and config["hidden_size"] % heads:
     yield (
-      f"head_dim={config['head_dim']}: it means hidden_size / num_attention_heads, but {config['hidden_size']} is no "
+      f"head_dim={config['head_dim']}: it means hidden_size / num_attention_heads, but {config['hidden_size']} is not a "
       f"multiple of {heads}; write head_dim into config.json"
     )
   if config["num_hidden_layers"] < config["first_k_dense_replace"]:
@@ -181,27 +194,28 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     )
   switches = {key: config[key] for key in _SWITCHES if config.get(key) is not None}
   if len(set(switches.values())) > 1:
-    yield f"{', '.join(f'{k}={v}' for k, v in switches.items())}: not equal, but names of one switch; correct config.json"
+    written = ", ".join(f"{key}={value}" for key, value in switches.items())
+    yield f"{written}: not equal, but two names of one switch; correct config.json"
   if (config.get(OFFSET) or 0) > 1:
-    yield f"{OFFSET}={config[OFFSET]}: neither 0 nor 1, the two that there are; correct config.json"
+    yield f"{OFFSET}={config[OFFSET]}: neither 0 nor 1; correct config.json"
 
 
 def mtp_weight(config: dict[str, Any]) -> float | None:
-  """mtp_loss_scaling_factor of a config.json; None: it says nothing."""
+  """mtp_loss_scaling_factor of a config.json; None if it has none."""
   value = config.get("mtp_loss_scaling_factor")
   return None if value is None else float(value)
 
 
 def from_maxtext(config: Any) -> dict[str, Any]:
-  """The config.json of a MaxText config: `architectures` and plain values.
+  """Converts a MaxText config to a config.json: `architectures` and plain values.
 
   Args:
     config: MaxText config (HyperParameters or pydantic object) of a LING2 model.
 
   Raises:
-    CheckpointError: the model has something that config.json cannot say; all reasons are named.
+    CheckpointError: config.json cannot represent the model; all reasons are named.
   """
-  problems = list(_not_in_config_json(config))
+  problems = list(_validate_export(config))
   if problems:
     raise CheckpointError("\n".join(problems))
   groups, kept = routing_groups(config)
@@ -229,18 +243,18 @@ def from_maxtext(config: Any) -> dict[str, Any]:
 
 
 def shared_width(config: Any) -> int:
-  """Hidden width of all shared experts together, which are one MLP in either code."""
-  return int(config.shared_experts * (config.moe_shared_expert_dim or effective(config, "base_moe_mlp_dim")))
+  """Hidden width of all shared experts together, which are one MLP in both implementations."""
+  return int(config.shared_experts * shared_expert_width(config))
 
 
 def effective(config: Any, field: str) -> Any:
-  """The value of a field as the model takes it: `base_*` sizes after MaxText's `global_parameter_scale`."""
+  """The value of a field as the model uses it: `base_*` sizes after MaxText's `global_parameter_scale`."""
   scaled = getattr(config, field.removeprefix("base_"), None) if field.startswith("base_") else None
   return getattr(config, field) if scaled is None else scaled
 
 
 def routing_groups(config: Any) -> tuple[int, int]:
-  """(groups of experts, groups that are kept for a token); no groups (-1 in MaxText) are one group that is kept."""
+  """(groups of experts, groups selected per token); no groups (-1 in MaxText) are one group, always selected."""
   return (1, 1) if config.n_routing_groups == -1 else (config.n_routing_groups, config.topk_routing_group)
 
 
@@ -251,10 +265,10 @@ _FIELDS_OF_ONE_VALUE: dict[str, tuple[Any, ...]] = {
   "mlp_activations": (["silu", "linear"],),
   "logits_via_embedding": (False,),
 }
-"""MaxText's fields that change what LING2 computes or holds, and no key of config.json: the values it can stand for."""
+"""MaxText's fields that change LING2's computation and have no key in config.json: the values it implies."""
 
 
-def _not_in_config_json(c: Any) -> Iterator[str]:
+def _validate_export(c: Any) -> Iterator[str]:
   width = effective(c, "base_moe_mlp_dim")
   if shared_width(c) % width:
     yield (
@@ -269,12 +283,12 @@ def _not_in_config_json(c: Any) -> Iterator[str]:
   for field, allowed in _FIELDS_OF_ONE_VALUE.items():
     value = getattr(c, field, allowed[0])
     if value not in allowed:
-      yield f"{field}={value!r}: not {allowed[0]!r}, the only value config.json can stand for; train and export with it"
+      yield f"{field}={value!r}: not {allowed[0]!r}, the only value config.json can represent; train and export with it"
   if (getattr(c, "attn_logits_soft_cap", None) or 0) > 0:
-    yield f"attn_logits_soft_cap={c.attn_logits_soft_cap}: no key of config.json says it; train and export with 0"
+    yield f"attn_logits_soft_cap={c.attn_logits_soft_cap}: config.json has no key for it; train and export with 0"
   if not getattr(c, "capacity_factor", -1.0) <= 0:  # NaN neither
     yield (
-      f"capacity_factor={c.capacity_factor}: no key of config.json says it, so the export would compute something else; "
-      "export with capacity_factor=-1 if you want that"
+      f"capacity_factor={c.capacity_factor}: config.json has no key for it, so the export would compute something "
+      "else; export with capacity_factor=-1 if you want that"
     )
-  yield from hf_rope.not_in_config_json(c)
+  yield from hf_rope.validate_export(c)

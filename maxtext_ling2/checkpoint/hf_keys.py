@@ -1,8 +1,8 @@
-"""Every key of a config.json and what becomes of it: the one table behind import, export and docs/config_json.md.
+"""Every key of a config.json and how it is handled: the table that import, export and docs/config_json.md use.
 
-Which keys there are: those of the official configuration class and of the code that reads it (inclusionAI/Ling-V2.5 at
+The keys are those of the official configuration class and of the code that reads it (inclusionAI/Ling-V2.5 at
 79c5ec5), of published config.json files of its family, of vLLM's, SGLang's and mlx-lm's readers, of transformers itself
-(4.57 and 5.23), and our own. A key in none of the tables is refused, since it may change what the model computes.
+(4.57 and 5.23), and our own. A key in none of the tables is refused, since it may change the computation.
 """
 
 import logging
@@ -17,7 +17,7 @@ from maxtext_ling2.model.layer_layout import is_dense, is_mla
 logger = logging.getLogger("maxtext_ling2")
 
 IGNORE = "MAXTEXT_LING2_IGNORE_KEYS"
-"""Environment variable: unknown keys, separated by commas, that the user knows not to change what the model computes."""
+"""Environment variable: comma-separated unknown keys that, as the user knows, do not change the computation."""
 
 GUARD_KEY = "transformers_weights"
 
@@ -45,7 +45,7 @@ SAME = {
   "partial_rotary_factor": "partial_rotary_factor",
   "max_position_embeddings": "max_position_embeddings",
 }
-"""Keys whose value is that of a MaxText field. All of them must be there."""
+"""Keys whose value is that of a MaxText field. All of them are required."""
 
 TRANSLATED = {
   "head_dim": "`head_dim`; absent: 128, null: hidden_size / num_attention_heads, as in the official class",
@@ -55,15 +55,15 @@ TRANSLATED = {
   "mtp_loss_scaling_factor": "`mtp_loss_scaling_factor`, in the YAML file that `maxtext-ling2 config` writes",
   "linear_silu": "`use_linear_silu`; absent: false",
   "use_linear_silu": "`use_linear_silu`; must not contradict linear_silu",
-  "rope_theta": "`rope_max_timescale`; may stand in rope_parameters instead",
+  "rope_theta": "`rope_max_timescale`; may be in rope_parameters instead",
   "rope_scaling": "YaRN: `rope_type` and its fields; null: no scaling; any other type is refused",
   "rope_parameters": "the same, as transformers 5 writes it, with rope_theta and partial_rotary_factor",
   OFFSET: "`gla_decay_layer_offset`; absent: MaxText's setting, by default 0 (the official code computes 1)",
 }
-"""Keys that are translated in another way: what they become."""
+"""Keys that are converted in another way, and to what."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
-  # The official class and code.
+  # Of the official class and code.
   "hidden_act": ("silu",),
   "use_bias": (False,),
   "use_qkv_bias": (False,),
@@ -77,7 +77,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
   "attention_dropout": (0, None),
   "embedding_dropout": (0, None),
   "output_dropout": (0, None),
-  # Published files of the family, and vLLM's, SGLang's and mlx-lm's readers.
+  # Of published files of the family, and of vLLM's, SGLang's and mlx-lm's readers.
   "norm_topk_prob": (True,),
   "moe_router_enable_routed_scaling": (True,),
   "moe_router_enable_shared_expert": (True,),
@@ -101,7 +101,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
   "compression_config": (None, {}),
   # Our exports' guard: without trust_remote_code transformers looks for a file of this name, which does not exist.
   GUARD_KEY: (exported_code.keys()[GUARD_KEY], None),
-  # transformers.
+  # Of transformers.
   "pruned_heads": (None, {}, []),
   "chunk_size_feed_forward": (0, None),
   "is_encoder_decoder": (False, None),
@@ -109,7 +109,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
   "cross_attention_hidden_size": (None,),
   "tie_encoder_decoder": (False, None),
 }
-"""Keys with the only values that LING2 computes."""
+"""Keys of which LING2 implements some values only."""
 
 INERT = {
   **dict.fromkeys(
@@ -151,11 +151,11 @@ INERT = {
   ),
   "auto_map": "code for transformers, which nothing here runs",
 }
-"""Keys that do not change what the model computes, and why."""
+"""Keys that do not change the computation, and why."""
 
 
 def shared_experts(config: Mapping[str, Any]) -> int:
-  """How many there are: 1 where the key is absent, as in the official class; none where it is null."""
+  """Number of shared experts: 1 if the key is absent, as in the official class; 0 if it is null."""
   return int(config.get("num_shared_experts", 1) or 0)
 
 
@@ -183,7 +183,7 @@ EQUAL: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
   "layer_types": ("the layers by layer_group_size", _trailing_rule),
   "mlp_layer_types": ("the layers by first_k_dense_replace", _dense_then_sparse),
 }
-"""Keys that repeat another one: the name of that, and its value. Null is no contradiction."""
+"""Keys that repeat another one: its name and value. Null is allowed."""
 
 ONE_OF: dict[str, tuple[str, Callable[[Mapping[str, Any]], Iterable[Any]]]] = {
   "num_kv_heads_for_linear_attn": ("num_attention_heads, or 0", lambda c: (c["num_attention_heads"], 0)),
@@ -191,7 +191,7 @@ ONE_OF: dict[str, tuple[str, Callable[[Mapping[str, Any]], Iterable[Any]]]] = {
   # num_shared_experts, mlx-lm 0.32 takes it for the whole width.
   "moe_shared_expert_intermediate_size": ("moe_intermediate_size, or that times num_shared_experts", _shared_widths),
 }
-"""Keys that must have one of several values that follow from others: their names, and the values. Null is none."""
+"""Keys that must have one of several values derived from others: the names of these, and the values. Null is allowed."""
 
 _CORRECT = "which is what LING2 computes; correct config.json, or remove the key"
 _OTHER_ATTENTION = ("kda", "linear_att", "short_conv", "linear_key_value_heads", "linear_num_", "linear_head_dim")
@@ -199,15 +199,15 @@ _KNOWN = {*SAME, *TRANSLATED, *ONLY, *INERT, *EQUAL, *ONE_OF, "architectures"}
 
 
 def is_known(key: str) -> bool:
-  """Whether the table has a key."""
+  """Whether a key is in one of the tables."""
   return key in _KNOWN
 
 
-def problems(config: Mapping[str, Any]) -> Iterator[str]:
-  """One sentence for each key that is unknown, has a value LING2 does not compute, or contradicts another key.
+def validate(config: Mapping[str, Any]) -> Iterator[str]:
+  """Yields a sentence per key that is unknown, has a value LING2 does not implement, or contradicts another key.
 
   Args:
-    config: a config.json, in which the keys of `SAME` are there and have the right types.
+    config: a config.json that has the keys of `SAME`, with the right types.
   """
   yield from _unknown(config)
   for key, allowed in ONLY.items():

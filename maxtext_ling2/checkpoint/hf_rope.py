@@ -1,10 +1,11 @@
-"""The rotary embedding of a config.json as MaxText settings, and back.
+"""The rotary embedding of a config.json <-> MaxText settings.
 
-config.json has two layouts. The old one has rope_theta and partial_rotary_factor beside rope_scaling; transformers 5
-writes rope_parameters, which holds all of them, and may leave some on top, too. `one_layout` makes the old one of both.
+config.json has two layouts. The old one has top-level rope_theta and partial_rotary_factor, and rope_scaling;
+transformers 5 writes rope_parameters, which holds all of them, and may keep some at the top level, too. `one_layout`
+converts both to the old one.
 
-YaRN stretches the frequencies of both attentions. MaxText has fields for that, but its own rules for the two scales that
-go with it; those of the Hugging Face code are written out as numbers:
+YaRN rescales the frequencies of both attentions. MaxText has fields for that, but other rules for the two scales that go
+with it; those of the Hugging Face code are written as numbers:
 
   rope_attention_factor: multiplies cos and sin; by transformers' rule, unless rope_scaling names an attention_factor.
   rope_mscale_all_dim: MLA's softmax scale is multiplied by m^2, m = 0.1 * rope_mscale_all_dim * ln(factor) + 1.
@@ -17,7 +18,7 @@ from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.model import yarn
 
 _BETAS = {"beta_fast": 32, "beta_slow": 1}  # transformers' defaults
-_ON_TOP = ("rope_theta", "partial_rotary_factor")
+_TOP_LEVEL = ("rope_theta", "partial_rotary_factor")
 _YARN = {
   *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"),
   *("mscale_all_dim", "truncate"),
@@ -27,7 +28,7 @@ _LAYOUTS = ("rope_scaling", "rope_parameters")
 
 
 def one_layout(config: dict[str, Any]) -> dict[str, Any]:
-  """The config.json in the old layout: rope_theta, partial_rotary_factor and rope_scaling on top, no rope_parameters.
+  """Converts to the old layout: top-level rope_theta, partial_rotary_factor and rope_scaling, no rope_parameters.
 
   Raises:
     CheckpointError: a layout is damaged, or the two contradict each other; the keys and values are named.
@@ -37,23 +38,23 @@ def one_layout(config: dict[str, Any]) -> dict[str, Any]:
     raise CheckpointError("\n".join(problems))
   merged = {key: value for key, value in config.items() if key != "rope_parameters"}
   given = {layout: config.get(layout) or {} for layout in _LAYOUTS}
-  for key in _ON_TOP:
+  for key in _TOP_LEVEL:
     written = [part[key] for part in (config, *given.values()) if part.get(key) is not None]
     if written:
       merged[key] = written[0]
   scaling = given["rope_scaling"] if _kind(given["rope_scaling"]) == "yarn" else given["rope_parameters"]
-  stretched = {key: value for key, value in scaling.items() if key not in _ON_TOP}
+  stretched = {key: value for key, value in scaling.items() if key not in _TOP_LEVEL}
   merged["rope_scaling"] = stretched if _kind(scaling) == "yarn" else None
   return merged
 
 
 def _layout_problems(config: dict[str, Any]) -> list[str]:
-  damaged = [problem for layout in _LAYOUTS for problem in _damaged(layout, config.get(layout))]
-  return damaged or list(_contradictions(config))
+  damaged = [problem for layout in _LAYOUTS for problem in _validate_layout(layout, config.get(layout))]
+  return damaged or list(_validate_agreement(config))
 
 
-def _damaged(layout: str, scaling: Any) -> Iterator[str]:
-  """What is wrong with rope_scaling or rope_parameters alone."""
+def _validate_layout(layout: str, scaling: Any) -> Iterator[str]:
+  """Yields problems of rope_scaling or rope_parameters on its own."""
   if scaling is None:
     return
   if not isinstance(scaling, dict):
@@ -66,7 +67,7 @@ def _damaged(layout: str, scaling: Any) -> Iterator[str]:
       "correct config.json"
     )
     return
-  stretches = sorted(set(scaling) - {"type", "rope_type", *_ON_TOP})
+  stretches = sorted(set(scaling) - {"type", "rope_type", *_TOP_LEVEL})
   if not kinds and (stretches or layout == "rope_scaling") and scaling:
     yield f'{layout}={scaling!r}: without a type, so it says nothing about how it scales; write "rope_type" into it'
   elif kinds and kinds <= {"default"} and stretches:
@@ -80,12 +81,12 @@ def _damaged(layout: str, scaling: Any) -> Iterator[str]:
       "remove its parameters"
     )
   elif "yarn" in kinds:
-    yield from _damaged_yarn(layout, scaling)
+    yield from _validate_yarn(layout, scaling)
 
 
-def _damaged_yarn(layout: str, scaling: dict[str, Any]) -> Iterator[str]:
+def _validate_yarn(layout: str, scaling: dict[str, Any]) -> Iterator[str]:
   for key, value in scaling.items():
-    if key in ("type", "rope_type", *_ON_TOP) or value is None:
+    if key in ("type", "rope_type", *_TOP_LEVEL) or value is None:
       continue
     if key not in _YARN:
       yield f"{layout}.{key}={value!r}: not a parameter of YaRN that LING2 knows; remove it"
@@ -98,10 +99,10 @@ def _damaged_yarn(layout: str, scaling: dict[str, Any]) -> Iterator[str]:
       yield f"{layout}.{key}={value!r}: not positive, as YaRN needs it; correct config.json"
 
 
-def _contradictions(config: dict[str, Any]) -> Iterator[str]:
-  """What one layout says and the other says differently."""
+def _validate_agreement(config: dict[str, Any]) -> Iterator[str]:
+  """Yields contradictions between the two layouts."""
   given = {layout: config.get(layout) or {} for layout in _LAYOUTS}
-  for key in _ON_TOP:
+  for key in _TOP_LEVEL:
     places = {"": config, "rope_scaling.": given["rope_scaling"], "rope_parameters.": given["rope_parameters"]}
     written = {place + key: part[key] for place, part in places.items() if part.get(key) is not None}
     if len(set(map(str, map(_number, written.values())))) > 1:
@@ -128,7 +129,7 @@ def _number(value: Any) -> Any:
 
 
 def _complete(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-  """All parameters of YaRN, with the defaults of those that are absent."""
+  """All parameters of YaRN, with defaults for missing ones."""
   parameters = _parameters(config, scaling)
   rest = {"mscale": 1.0, "mscale_all_dim": 0.0, "truncate": True}
   given = {key: scaling.get(key) for key in rest if scaling.get(key) is not None}
@@ -136,8 +137,8 @@ def _complete(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]
   return parameters | rest | given | {"attention_factor": factor}
 
 
-def refusals(config: dict[str, Any]) -> Iterator[str]:
-  """What of a config.json's rotary embedding LING2 cannot represent, one sentence each."""
+def validate(config: dict[str, Any]) -> Iterator[str]:
+  """Yields what LING2 cannot represent of a config.json's rotary embedding, one sentence each."""
   problems = _layout_problems(config)
   if problems:
     yield from problems
@@ -169,12 +170,12 @@ def refusals(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-  """Whether a value is a finite number of a size that integers and floats hold exactly."""
+  """Whether a value is a finite number that integers and floats represent exactly."""
   return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
 LARGEST = 2**53
-"""No number of a config.json is as large."""
+"""Upper limit of the numbers of a config.json."""
 
 
 def _kind(scaling: dict[str, Any]) -> str:
@@ -182,7 +183,7 @@ def _kind(scaling: dict[str, Any]) -> str:
 
 
 def head_dim(config: dict[str, Any]) -> int:
-  """Width of a head by the official class: 128 where the key is absent, hidden_size / heads where it is null or 0."""
+  """Width of a head by the rule of the official class: 128 if the key is absent, hidden_size / heads if null or 0."""
   return int(config.get("head_dim", 128) or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -191,7 +192,7 @@ def _rotary_dims(config: dict[str, Any]) -> int:
 
 
 def _parameters(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-  """The parameters of YaRN with transformers' defaults filled in."""
+  """The parameters of YaRN, with transformers' defaults for missing ones."""
   longest = config["max_position_embeddings"]
   original = scaling.get("original_max_position_embeddings") or longest
   defaults = {"original_max_position_embeddings": original, "factor": longest / original, **_BETAS}
@@ -199,7 +200,7 @@ def _parameters(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, An
 
 
 def to_maxtext(config: dict[str, Any]) -> dict[str, Any]:
-  """The MaxText settings of an accepted config.json's rope_scaling, or rope_parameters."""
+  """Converts rope_scaling or rope_parameters of a valid config.json to MaxText settings."""
   scaling = one_layout(config)["rope_scaling"]
   if scaling is None:
     return {"rope_type": "default", "original_max_position_embeddings": config["max_position_embeddings"]}
@@ -247,8 +248,8 @@ def from_maxtext(config: Any) -> dict[str, Any] | None:
   }
 
 
-def not_in_config_json(config: Any) -> Iterator[str]:
-  """What of a MaxText config's rotary embedding no config.json can say, one sentence each."""
+def validate_export(config: Any) -> Iterator[str]:
+  """Yields what config.json cannot represent of a MaxText config's rotary embedding, one sentence each."""
   if not yarn.is_yarn(config):
     return
   if config.mscale < 0:

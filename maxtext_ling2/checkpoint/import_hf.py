@@ -1,12 +1,13 @@
-"""Hugging Face -> MaxText: a checked plan first, then the checkpoint a block at a time.
+"""Hugging Face -> MaxText: checks first, then writes the checkpoint block by block.
 
-Memory: a few blocks (`blocks.BLOCK_BYTES`), however many layers or experts the model has. Everything that can be told
-without reading the weights is told before anything is written.
+Memory: a few blocks (`blocks.BLOCK_BYTES`), independently of the size of the model. Everything that can be checked
+without reading the weights is checked before anything is written.
 """
 
 import collections
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,28 @@ from maxtext_ling2.checkpoint import (
   safetensors_file,
   stacking,
 )
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
-from maxtext_ling2.checkpoint.orbax_store import Storage, StreamedLeaf
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
+from maxtext_ling2.checkpoint.orbax_handlers import StreamedLeaf
+from maxtext_ling2.checkpoint.orbax_store import Storage
 from maxtext_ling2.checkpoint.stacking import Leaf
+from maxtext_ling2.checkpoint.stored_weights import ROOT
 from maxtext_ling2.errors import CheckpointError
+from maxtext_ling2.host.seams.to_maxtext import Request, Target
 
 logger = logging.getLogger("maxtext_ling2")
 Array = NDArray[Any]
 
 SAVE_DTYPES = ("float32", "bfloat16")
 
-# Settings of a config.json that say how to train, not what the weights are; or that are compared in another way.
-_FREE = {
+COMPRESS = "MAXTEXT_LING2_COMPRESS"
+"""Environment variable: 1 compresses converted checkpoints, as MaxText does."""
+
+# Settings that config.json determines, but that concern training, not the weights; or that are compared separately.
+_NOT_COMPARED = {
   *("decoder_block", "mtp_num_layers", "shared_experts", "moe_shared_expert_dim", "enable_dropout", "float32_logits"),
   *("routed_bias_dtype", "enable_routed_bias_grad"),
 }
-# The lengths that only YaRN looks at.
+# Lengths that only YaRN uses.
 _YARN_ONLY = {"max_position_embeddings", "original_max_position_embeddings"}
 
 
@@ -50,12 +57,12 @@ class Import:
 
   Args:
     folder: the Hugging Face folder.
-    config: MaxText config (HyperParameters) of the model, in the layout to be written (`scan_layers`).
-    output: folder of the step to be written, such as DIR/0.
-    save_dtype: of all weights but router biases, which are float32 on both sides.
+    config: MaxText config (HyperParameters) of the model, in the layout to write (`scan_layers`).
+    output: folder of the step to write, such as DIR/0.
+    save_dtype: dtype of all weights but router biases, which are float32 on both sides.
 
   Raises:
-    CheckpointError: the folder is not a checkpoint of this model, the target exists, or the disk is too small.
+    CheckpointError: the folder is not a checkpoint of this model, the output exists, or the disk is too small.
   """
 
   def __init__(self, folder: Path, config: Any, output: epath.Path, save_dtype: str):
@@ -66,7 +73,7 @@ class Import:
     self.leaves = stacking.leaves(config)
     self._check_target()
     self.says_offset = decay_offset.FIELD in check_same_model(self.folder, config)
-    with HfFolder(self.folder) as tensors:
+    with HfCheckpoint(self.folder) as tensors:
       tensors.check(config)
 
   @property
@@ -79,14 +86,11 @@ class Import:
 
   def _check_target(self) -> None:
     if self.output.exists():
-      raise CheckpointError(
-        f"{self.output}: already there, because something was saved under it; delete it, or choose another "
-        "base_output_directory"
-      )
+      raise CheckpointError(f"{self.output}: already exists; delete it, or choose another base_output_directory")
     check_space(self.output, self.nbytes)
 
   def run(self, storage: Storage, console: Console) -> None:
-    """Writes the checkpoint, which appears when it is whole. Weights that are NaN or infinite are named and kept.
+    """Writes the checkpoint, which appears when it is complete. Weights that are NaN or infinite are named and kept.
 
     Raises:
       CheckpointError: the disk is full.
@@ -96,46 +100,45 @@ class Import:
     metadata = {"scan_layers": bool(self.config.scan_layers)}
     title = f"{self.folder.name} -> {self.output}"
     names = sum(len(entry.names) for entry in mapping.entries(self.config))
-    with HfFolder(self.folder) as source, progress.bar(console, title, self.nbytes, names) as advance:
+    with HfCheckpoint(self.folder) as source, progress.bar(console, title, self.nbytes, names) as advance:
       self._source, self._advance = source, advance
-      self._doubtful: set[str] = set()
-      tree = {"params": nested({leaf.keys: self._streamed(leaf) for leaf in self.leaves}), "step": 0, "opt_state": {}}
+      self._non_finite: set[str] = set()
+      weights = nested({(*ROOT, *leaf.path): self._streamed(leaf) for leaf in self.leaves})
+      tree = {**weights, "step": 0, "opt_state": {}}
       self.output.parent.mkdir(parents=True, exist_ok=True)
       orbax_store.write(self.output, tree, metadata, storage)
 
   def _streamed(self, leaf: Leaf) -> StreamedLeaf:
     dtype = self._dtype_of(leaf)
     shape = blocks.block_shape(leaf, dtype.itemsize)
-    unfinished = collections.Counter(entry_name for _, entry_name, _, _ in _all_parts(leaf, shape))
+    unfinished = collections.Counter(
+      name for block in blocks.block_slices(leaf.shape, shape) for _, name, _, _ in blocks.hf_slices(leaf, block)
+    )
 
-    def make(box: blocks.Box) -> Array:
-      block = blocks.fill(leaf, box, self._source.__getitem__, dtype)
-      if not blocks.all_finite(block):
-        self._name_doubtful(leaf, box)
+    def read(block: blocks.Slices) -> Array:
+      values = blocks.read_block(leaf, block, self._source.__getitem__, dtype)
+      if not blocks.all_finite(values):
+        self._warn_of_non_finite(leaf, block)
       finished = 0
-      for _, name, _, _ in blocks.parts(leaf, box):
+      for _, name, _, _ in blocks.hf_slices(leaf, block):
         unfinished[name] -= 1
         finished += unfinished[name] == 0
-      self._advance(block.nbytes, finished)
-      return block
+      self._advance(values.nbytes, finished)
+      return values
 
-    return StreamedLeaf(leaf.shape, dtype, shape, make)
+    return StreamedLeaf(leaf.shape, dtype, shape, read)
 
-  def _name_doubtful(self, leaf: Leaf, box: blocks.Box) -> None:
-    """Warns once of each tensor that holds NaN or infinity."""
-    names = [name for _, name, _, _ in blocks.parts(leaf, box) if not blocks.all_finite(self._source[name])]
+  def _warn_of_non_finite(self, leaf: Leaf, block: blocks.Slices) -> None:
+    """Warns once per tensor that holds NaN or infinity."""
+    names = [name for _, name, _, _ in blocks.hf_slices(leaf, block) if not blocks.all_finite(self._source[name])]
     for name in names or [f"{'/'.join(leaf.path)} (too large for {self.dtype})"]:
-      if name not in self._doubtful:
-        self._doubtful.add(name)
+      if name not in self._non_finite:
+        self._non_finite.add(name)
         logger.warning("%s: %s holds NaN or infinity; converted as it is, but do not train from it.", self.folder, name)
 
 
-def _all_parts(leaf: Leaf, shape: tuple[int, ...]) -> Any:
-  return (part for box in blocks.boxes(leaf.shape, shape) for part in blocks.parts(leaf, box))
-
-
 def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-  """Values by path as dicts in dicts."""
+  """Turns values by path into nested dicts."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     node = tree
@@ -146,31 +149,31 @@ def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def check_space(target: epath.Path, needed: int) -> None:
-  """Raises CheckpointError if the disk of a local target is too small for so many bytes."""
+  """Raises CheckpointError if a local target's disk has fewer than `needed` bytes free."""
   if "://" in str(target):
     return
-  place = Path(target)
-  while not place.exists():
-    place = place.parent
-  free = shutil.disk_usage(place).free
+  parent = Path(target)
+  while not parent.exists():
+    parent = parent.parent
+  free = shutil.disk_usage(parent).free
   if free < needed:
     raise CheckpointError(
-      f"{target}: needs {needed / 2**30:.2f} GiB, but {place} has {free / 2**30:.2f} free; make room, or write elsewhere"
+      f"{target}: needs {needed / 2**30:.2f} GiB, but {parent} has {free / 2**30:.2f} free; make room, or write elsewhere"
     )
 
 
 def check_same_model(folder: Path, config: Any) -> dict[str, Any]:
-  """Compares config.json with the MaxText config, so that no weights end up in a model that computes something else.
+  """Compares config.json with the MaxText config, so that no weights are loaded into a model that computes differently.
 
   Returns:
-    The MaxText settings that config.json stands for.
+    The MaxText settings that config.json determines.
 
   Raises:
     CheckpointError: config.json is not LING2's, or a setting differs; all are named.
   """
   settings = hf_config.to_maxtext(hf_config.read(folder))
   problems = []
-  free = _FREE if settings["rope_type"] == "yarn" else _FREE | _YARN_ONLY
+  free = _NOT_COMPARED if settings["rope_type"] == "yarn" else _NOT_COMPARED | _YARN_ONLY
   groups = dict(zip(("n_routing_groups", "topk_routing_group"), hf_config.routing_groups(config), strict=True))
   for field, value in settings.items():
     ours = groups.get(field, hf_config.effective(config, field))
@@ -190,3 +193,18 @@ def check_same_model(folder: Path, config: Any) -> dict[str, Any]:
       "override_model_config=true, or use the YAML file that `maxtext-ling2 config` writes for the folder"
     )
   return settings
+
+
+def check_import(request: Request, config: Any, target: Target) -> None:
+  """Raises CheckpointError if the folder of a request cannot be converted, as `Import` does; writes nothing."""
+  _import(request, config, target)
+
+
+def run_import(request: Request, config: Any, target: Target) -> None:
+  """Converts the folder of a request to a MaxText checkpoint; `Import` describes the errors."""
+  storage = Storage(target.ocdbt, target.zarr3, compress=os.environ.get(COMPRESS, "0") == "1")
+  _import(request, config, target).run(storage, progress.console())
+
+
+def _import(request: Request, config: Any, target: Target) -> Import:
+  return Import(Path(request.folder), config, epath.Path(target.folder), request.save_dtype)

@@ -1,16 +1,16 @@
-"""The names of LING2's tensors: MaxText's path <-> Hugging Face's name, written once.
+"""The table of LING2's tensors: MaxText's path <-> Hugging Face's name.
 
-Every transform is a transpose, a reshape or a stack over experts; no value changes, so the way back is exact.
+Every transform is a transpose, a reshape or a stack over experts. No value changes, so the inverse is exact.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.model.layer_layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import ROUTER_BIAS, is_dense, is_mla, shared_expert_width
 
 Array = NDArray[Any]
 Path = tuple[str, ...]
@@ -18,15 +18,15 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One MaxText tensor and the Hugging Face tensors it is made of.
+  """One MaxText tensor and the Hugging Face tensors it consists of.
 
   Attributes:
-    path: where it stands in the (unscanned) MaxText model.
-    names: the Hugging Face names: one, or one for each expert.
+    path: its path in the (unscanned) MaxText model.
+    names: the Hugging Face names: one, or one per expert.
     shape: its shape in MaxText.
     linear: whether Hugging Face keeps it as [out, in], the transpose of MaxText's [in..., out...].
     in_axes: number of leading axes of `shape` (after the experts') that are inputs of a linear map.
-    keeps_dtype: whether it stays float32 whatever dtype the other tensors are saved in (the router bias).
+    keeps_dtype: whether it stays float32, independently of the dtype the others are saved in (the router bias).
   """
 
   path: Path
@@ -38,7 +38,7 @@ class Entry:
 
   @property
   def one_shape(self) -> tuple[int, ...]:
-    """MaxText shape of the part that one Hugging Face tensor makes."""
+    """MaxText shape of the part that corresponds to one Hugging Face tensor."""
     return self.shape[1:] if len(self.names) > 1 else self.shape
 
   @property
@@ -47,27 +47,23 @@ class Entry:
     if not self.linear:
       return self.one_shape
     inputs, outputs = self.one_shape[: self.in_axes], self.one_shape[self.in_axes :]
-    return (int(np.prod(outputs)), int(np.prod(inputs)))
+    return (math.prod(outputs), math.prod(inputs))
 
-  def view(self, tensor: Array) -> Array:
-    """One Hugging Face tensor in MaxText's layout, as a view of it."""
+  def from_hf(self, tensor: Array) -> Array:
+    """Views one Hugging Face tensor ([out, in] if linear) in MaxText's layout, `one_shape`."""
     return (tensor.T if self.linear else tensor).reshape(self.one_shape)
 
-  def to_maxtext(self, tensors: list[Array]) -> Array:
-    """Builds the MaxText tensor from the Hugging Face tensors, in the order of `names`."""
-    parts = [self.view(tensor) for tensor in tensors]
-    return np.stack(parts) if len(self.names) > 1 else parts[0]
+  def to_hf(self, part: Array) -> Array:
+    """Views one part in Hugging Face's layout; the inverse of `from_hf`.
 
-  def to_hf(self, tensor: Array) -> list[Array]:
-    """Takes the MaxText tensor apart; the inverse of `to_maxtext`."""
-    parts = list(tensor) if len(self.names) > 1 else [tensor]
-    if not self.linear:
-      return parts
-    return [part.reshape(self.hf_shape[::-1]).T for part in parts]
+    Args:
+      part: [in..., out...] of `one_shape`, or a range of its outputs.
+    """
+    return part.reshape(math.prod(part.shape[: self.in_axes]), -1).T if self.linear else part
 
 
 def entries(config: Any) -> list[Entry]:
-  """All tensors of a model, layers in order.
+  """Lists all tensors of a model, layers in order.
 
   Args:
     config: MaxText config (HyperParameters) of a LING2 model.
@@ -87,7 +83,7 @@ def entries(config: Any) -> list[Entry]:
 
 
 def _mtp(c: Any, k: int, hf: str) -> Iterator[Entry]:
-  """MTP layer `k`, counted from 1; Hugging Face keeps it after the decoder's layers."""
+  """MTP layer `k`, counted from 1; in Hugging Face it follows the decoder's layers."""
   base, embed = ("mtp_block", f"mtp_layer_{k}"), c.emb_dim
   yield Entry((*base, f"mtp_{k}_embedding_norm", "scale"), (f"{hf}enorm.weight",), (embed,))
   yield Entry((*base, f"mtp_{k}_hidden_state_norm", "scale"), (f"{hf}hnorm.weight",), (embed,))
@@ -140,7 +136,7 @@ def _experts(c: Any, path: Path, hf: str) -> Iterator[Entry]:
   block = (*path, "MoeBlock_0")
   yield Entry((*block, "gate", "kernel"), (f"{hf}gate.weight",), (embed, experts), linear=True)
   if c.routed_bias:
-    yield Entry((*block, "gate", "bias"), (f"{hf}gate.expert_bias",), (experts,), keeps_dtype=True)
+    yield Entry((*block, *ROUTER_BIAS), (f"{hf}gate.expert_bias",), (experts,), keeps_dtype=True)
   for ours, theirs, shape in (
     ("wi_0", "gate_proj", (experts, embed, width)),
     ("wi_1", "up_proj", (experts, embed, width)),
@@ -148,7 +144,7 @@ def _experts(c: Any, path: Path, hf: str) -> Iterator[Entry]:
   ):
     yield Entry((*block, ours), tuple(f"{hf}experts.{e}.{theirs}.weight" for e in range(experts)), shape, linear=True)
   if c.shared_experts:
-    shared = c.shared_experts * (c.moe_shared_expert_dim or width)
+    shared = c.shared_experts * shared_expert_width(c)
     yield from _swiglu((*path, "shared_experts"), f"{hf}shared_experts.", embed, shared)
 
 

@@ -1,24 +1,30 @@
-"""A progress bar of a conversion: bytes, tensors, speed and remaining time."""
+"""The progress bar of a conversion: bytes, tensors, speed and remaining time."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 Advance = Callable[[int, int], None]
-"""Called with the bytes and the tensors that are done since the last call."""
+"""Called with the number of bytes and tensors finished since the last call."""
+
+
+def console() -> Console:
+  """The console of the progress bar: standard error; wide if redirected, so that its line is not wrapped."""
+  return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
 
 @contextlib.contextmanager
 def bar(console: Console, title: str, size: int, tensors: int) -> Iterator[Advance]:
-  """Shows a bar for the time of the block; on a console that is no terminal, one line when it is over.
+  """Shows a bar within the context; on a console that is not a terminal, prints one line at its end.
 
   Args:
-    console: where to.
-    title: what is done.
-    size: bytes of the whole.
-    tensors: number of tensors of the whole.
+    console: where the bar is shown.
+    title: text before the bar.
+    size: total bytes.
+    tensors: total number of tensors.
   """
   columns = (
     TextColumn("{task.description}"),

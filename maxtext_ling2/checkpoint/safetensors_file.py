@@ -1,7 +1,7 @@
 """safetensors files as memory-mapped arrays: read without a copy, and written in any order.
 
-The library `safetensors` returns copies and writes a file only from a dict that holds all of it; a checkpoint larger than
-memory needs neither. The format (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian length n, n
+The library `safetensors` returns copies, and writes a file only from a dict that holds all of it; both need memory for
+the whole checkpoint. The format (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian length n, n
 bytes of JSON {name: {dtype, shape, data_offsets [begin, end]}}, then the data, row-major, little-endian.
 """
 
@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint.json_object import unique
 from maxtext_ling2.errors import CheckpointError
 
 Array = NDArray[Any]
@@ -28,15 +27,28 @@ DTYPES: dict[str, np.dtype[Any]] = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F16": np.dtype(np.float16),
 }
-"""The dtypes a LING2 checkpoint may have; quantized ones are another format of the same file."""
+"""The supported dtypes; quantized checkpoints have others."""
 
 
 _MAX_HEADER = 100_000_000  # the library's own limit
-_WAY_OUT = "fetch the file again"
+_HINT = "fetch the file again"
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Builds a JSON object, as `object_pairs_hook` of json.loads, which would silently keep the last of equal keys.
+
+  Raises:
+    ValueError: a key occurs twice; it is named.
+  """
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+  return found
 
 
 def dtype(name: str) -> np.dtype[Any]:
-  """The dtype of numpy's name, such as bfloat16.
+  """Returns the dtype of a name of numpy's, such as bfloat16.
 
   Raises:
     CheckpointError: the weights cannot have it.
@@ -65,7 +77,7 @@ class TensorSpec:
 
 
 def read(path: Path) -> dict[str, Array]:
-  """The tensors of a file, as read-only views of the mapped file.
+  """Maps a file and returns its tensors as read-only views.
 
   Raises:
     CheckpointError: the file is not a whole safetensors file of float32, bfloat16 or float16 tensors.
@@ -82,10 +94,10 @@ def read(path: Path) -> dict[str, Array]:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], int]:
-  """The tensors a file declares, and the byte where their data starts.
+  """Reads the header of a file: its tensors, and the byte where the data starts.
 
   Raises:
-    CheckpointError: the header is not one, or does not fit the size of the file.
+    CheckpointError: the header is invalid, or does not fit the size of the file.
   """
   size = path.stat().st_size
   with path.open("rb") as file:
@@ -93,15 +105,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], int]:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
       raise CheckpointError(
-        f"{path}: not a safetensors file, because its {size} bytes cannot hold a header of {length}; {_WAY_OUT}"
+        f"{path}: not a safetensors file, because its {size} bytes cannot hold a header of {length}; {_HINT}"
       )
     text = file.read(length)
   try:
-    header = json.loads(text, object_pairs_hook=unique)
+    header = json.loads(text, object_pairs_hook=unique_keys)
     header.pop("__metadata__", None)
     specs = {name: _spec(entry) for name, entry in header.items()}
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise CheckpointError(f"{path}: its safetensors header is not valid ({error!r}); {_WAY_OUT}") from error
+    raise CheckpointError(f"{path}: its safetensors header is not valid ({error!r}); {_HINT}") from error
   _check_layout(path, specs, size - 8 - length)
   return specs, 8 + length
 
@@ -115,21 +127,21 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
 
 
 def _check_layout(path: Path, specs: Mapping[str, TensorSpec], size: int) -> None:
-  """Tensors must follow each other without gap or overlap, fill the file, and have the bytes of their shape."""
+  """Raises CheckpointError unless the tensors fill the file without gap or overlap, with the bytes of their shapes."""
   position = 0
   for name, spec in sorted(specs.items(), key=lambda item: (item[1].begin, item[1].end)):
     itemsize = DTYPES[spec.dtype].itemsize if spec.dtype in DTYPES else None
     if itemsize is not None and spec.end - spec.begin != math.prod(spec.shape) * itemsize:
       raise CheckpointError(
         f"{path}: {name} has {spec.end - spec.begin} bytes, but {spec.dtype} {spec.shape} needs "
-        f"{math.prod(spec.shape) * itemsize}; {_WAY_OUT}"
+        f"{math.prod(spec.shape) * itemsize}; {_HINT}"
       )
     if spec.begin != position:
-      raise CheckpointError(f"{path}: {name} starts at byte {spec.begin} of the data, expected {position}; {_WAY_OUT}")
+      raise CheckpointError(f"{path}: {name} starts at byte {spec.begin} of the data, expected {position}; {_HINT}")
     position = spec.end
   if position != size:
     what = "truncated" if position > size else "too long"
-    raise CheckpointError(f"{path}: {what}, because its header declares {position} bytes, found {size}; {_WAY_OUT}")
+    raise CheckpointError(f"{path}: {what}, because its header declares {position} bytes, found {size}; {_HINT}")
 
 
 def _view(data: Array, spec: TensorSpec, start: int) -> Array:
@@ -140,12 +152,12 @@ def _view(data: Array, spec: TensorSpec, start: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class NewTensor:
-  """A tensor of a file that is being written.
+  """A tensor of a file being written.
 
   Attributes:
     array: a writable view of the mapped file.
     file: the file, open for writing.
-    offset: byte of the file where the tensor starts.
+    offset: byte of the file at which the tensor starts.
   """
 
   array: Array
@@ -153,7 +165,7 @@ class NewTensor:
   offset: int
 
   def write_rows(self, first: int, rows: Array) -> None:
-    """Writes whole rows (of the first axis) from row `first` on: a third of the time that mapped pages would take."""
+    """Writes rows of the first axis from row `first` on, in a third of the time that mapped pages take."""
     data = memoryview(np.ascontiguousarray(rows).view(np.uint8).reshape(-1))
     position = self.offset + first * (self.array.nbytes // self.array.shape[0])
     while data:
@@ -163,16 +175,16 @@ class NewTensor:
 
 @contextlib.contextmanager
 def create(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype[Any]]]) -> Iterator[dict[str, NewTensor]]:
-  """Creates a file whose tensors are filled in later, in any order.
+  """Creates a file whose tensors are written later, in any order.
 
-  The space is reserved at once: writing to a mapped file on a full disk would kill the process.
+  The space is reserved at once, since writing to a mapped file on a full disk kills the process.
 
   Args:
     path: of the new file.
-    tensors: (name, shape, dtype), in the order in which they stand in the file.
+    tensors: (name, shape, dtype), in the order of the file.
 
   Yields:
-    The tensors by name, for the time of the block. At its end all is on the disk.
+    The tensors by name, valid within the context. On exit the file is synced.
 
   Raises:
     CheckpointError: the disk has too little space.
@@ -201,7 +213,7 @@ def create(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype[An
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
-  """The length and the JSON, padded so that the data starts at a multiple of 8 bytes."""
+  """The length and the JSON, padded so that the data is aligned to 8 bytes."""
   entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
   for name, spec in specs.items():
     entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [spec.begin, spec.end]}

@@ -1,16 +1,14 @@
 """LING2's entries in MaxText's conversion tables, derived from `mapping.py` and `stacking.py`.
 
-MaxText's commands check with them that every tensor is accounted for. What moves the weights of a LING2 model is
-`import_hf.py` and `export_hf.py`; the hooks say the same a tensor at a time, for MaxText's tools that ask for them.
+MaxText's commands use them to check that every tensor is accounted for. The weights of a LING2 model are converted by
+`import_hf.py` and `export_hf.py`; the hooks do the same per tensor, for MaxText's tools that call them.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint import hf_config, mapping, stacking
@@ -20,14 +18,14 @@ Array = NDArray[Any]
 Hook = Callable[[Array, Any], Array]
 
 REPOSITORIES = {"ling2.6-flash": "inclusionAI/Ling-2.6-flash", "ling2.5-1t": "inclusionAI/Ling-2.5-1T"}
-"""Where the weights of a model are published; MaxText calls them HF_IDS."""
+"""Hugging Face repositories of published weights, MaxText's HF_IDS."""
 
 
 def tables(ymls: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-  """All entries: table -> model name -> entry.
+  """Builds all entries: table -> model name -> entry.
 
   Args:
-    ymls: the model yml of each model name.
+    ymls: the model's YAML file per model name.
   """
   return {
     "HF_IDS": {name: REPOSITORIES.get(name, "") for name in ymls},
@@ -39,16 +37,16 @@ def tables(ymls: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 class HfModelConfig:
-  """Stands where MaxText keeps a transformers configuration object.
+  """Takes the place of a transformers configuration object in MaxText's table.
 
-  It has no attributes, so MaxText compares none with the run's settings: the exported config.json is made from these.
+  It has no attributes, so MaxText compares none with the run's settings, which the exported config.json is made from.
   """
 
   def __init__(self, yml: Path):
     self._yml = yml
 
   def to_dict(self) -> dict[str, Any]:
-    """config.json of the model as its yml defines it; empty for a yml that leaves the sizes open."""
+    """config.json of the model that the YAML file defines; empty if the file does not set the sizes."""
     import yaml
 
     settings = yaml.safe_load(self._yml.read_text(encoding="utf-8"))
@@ -56,12 +54,13 @@ class HfModelConfig:
 
 
 def structure(settings: Mapping[str, Any]) -> SimpleNamespace:
-  """Settings of a model yml with MaxText's derived names, enough to list the model's tensors without MaxText."""
+  """Completes the settings of a model's YAML file, enough to list the model's tensors without MaxText."""
   from maxtext_ling2.configs.fields import DEFAULTS
 
   names = {"base_num_decoder_layers", "base_emb_dim", "base_mlp_dim", "base_moe_mlp_dim", "base_num_query_heads"}
   derived = {name.removeprefix("base_"): settings[name] for name in names}
-  defaults = {"scan_layers": False, "param_scan_axis": 1, "mtp_loss_scaling_factor": 0.1, "rope_type": "default"}
+  defaults = {"scan_layers": False, "param_scan_axis": 1, "rope_type": "default"}
+  defaults |= {"mtp_loss_scaling_factor": hf_config.MTP_LOSS_SCALING_FACTOR}
   return SimpleNamespace(**{**DEFAULTS, **defaults, "rope_min_timescale": 1, **settings, **derived})
 
 
@@ -72,37 +71,26 @@ def param_mapping(hf: Mapping[str, Any], config: Any, scan_layers: bool = False)
 
 
 def _names(leaf: stacking.Leaf) -> Any:
-  """The names by expert (if any), then block, then layer, as far as these axes exist."""
+  """The names by expert, then cycle, then layer, as far as these axes exist."""
 
-  def stacked(name_of: Callable[[Entry], str]) -> Any:
-    if leaf.depth == 0:
-      return name_of(leaf.members[0][0])
-    if leaf.depth == 1:
-      return [name_of(block[0]) for block in leaf.members]
-    return [[name_of(entry) for entry in block] for block in leaf.members]
+  def stacked(expert: int) -> Any:
+    names = [[entry.names[expert] for entry in cycle] for cycle in leaf.entries]
+    return (names[0][0], [cycle[0] for cycle in names], names)[leaf.num_stacked_axes]
 
-  experts = len(leaf.members[0][0].names)
-  if experts == 1:
-    return stacked(lambda entry: entry.names[0])
-  return [stacked(lambda entry, e=expert: entry.names[e]) for expert in range(experts)]  # type: ignore[misc]
+  experts = len(leaf.first.names)
+  return stacked(0) if experts == 1 else [stacked(expert) for expert in range(experts)]
 
 
 def hook_functions(
   hf: Mapping[str, Any], config: Any, scan_layers: bool = False, saving_to_hf: bool = False
 ) -> dict[str, Hook]:
-  """MaxText's key -> what turns one Hugging Face tensor into MaxText's, or back."""
+  """MaxText's key -> the function that converts one Hugging Face tensor to MaxText's layout, or back."""
   del hf, scan_layers
-  turn = _to_hf if saving_to_hf else _to_maxtext
-  return {leaf.table_key: functools.partial(turn, leaf.members[0][0]) for leaf in stacking.leaves(config)}
 
+  def hook(entry: Entry) -> Hook:
+    return lambda tensor, shape: entry.to_hf(tensor) if saving_to_hf else entry.from_hf(tensor)
 
-def _to_maxtext(entry: Entry, tensor: Array, shape: Any) -> Array:
-  del shape
-  return entry.view(tensor)
-
-
-def _to_hf(entry: Entry, tensor: Array, shape: Any) -> Array:
-  return tensor.reshape(shape[::-1]).T if entry.linear else tensor
+  return {leaf.table_key: hook(leaf.first) for leaf in stacking.leaves(config)}
 
 
 def hf_shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -111,8 +99,3 @@ def hf_shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {}
   config = structure(hf_config.to_maxtext(dict(hf)))
   return {name: entry.hf_shape for entry in mapping.entries(config) for name in entry.names}
-
-
-def parameter_count(config: Any) -> int:
-  """Number of parameters of a LING2 model, router biases included."""
-  return sum(int(np.prod(leaf.shape)) for leaf in stacking.leaves(config))

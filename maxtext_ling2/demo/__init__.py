@@ -1,6 +1,6 @@
 """The demo: unmodified MaxText trains LING2 on real English text, with the documented command.
 
-CPython's documentation becomes a Megatron data set (data.py), MaxText's trainer runs on it in a process of its own
+CPython's documentation becomes a Megatron data set (data.py), MaxText's trainer runs on it in a separate process
 (train.py), its metrics become a loss curve (metrics.py, plot.py), and the model writes a paragraph (sample.py).
 """
 
@@ -15,30 +15,30 @@ from maxtext_ling2.demo import data, metrics, plot, sample, train
 from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
 from maxtext_ling2.demo.train import Run
-from maxtext_ling2.errors import describe
+from maxtext_ling2.errors import Ling2Error, describe
 
 MODEL = "ling2-tiny"
 STEPS = 100
 
 REQUIRED_DROP = 3.0
-"""Nats between the first and the final loss."""
+"""Minimum difference of the first and the final loss, in nats."""
 
 REQUIRED_LOSS = 7.0
-"""Nats. Guessing among the vocabulary costs 10.4, and knowing no more than how frequent each token is, 6.2."""
+"""Upper limit of the final loss in nats. A uniform guess has 10.4, prediction by token frequency 6.2."""
 
 LAST_STEPS = 10
-"""The final loss is the mean of so many steps: a step's few rows differ in difficulty by more than a nat."""
+"""Number of steps that the final loss is averaged over: the few sequences of a step differ by more than a nat."""
 
 _INTERRUPTED = 130  # the shell's exit code for a process that SIGINT ended
 
 
 def run(output_directory: Path, steps: int | None = None, model_name: str = MODEL) -> int:
-  """Run the demo and print what it does; the last line has the losses, the checkpoint and the plot.
+  """Runs the demo and prints what it does; the last line has the losses, the checkpoint and the plot.
 
   Args:
     output_directory: folder for the data (`data/`), each run's checkpoint, metrics, log and plot (`run-*/`).
-    steps: training steps; None: as many as take about 4 minutes on 2 CPU cores.
-    model_name: the MaxText model to train.
+    steps: training steps; None: enough for about 4 minutes on 2 CPU cores.
+    model_name: MaxText's model_name.
 
   Returns:
     Exit code: 0, 1 after an error, which is printed, or 130 after Ctrl-C.
@@ -46,7 +46,7 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
   console = Console(soft_wrap=True, highlight=False, emoji=False)
   try:
     _run(output_directory, STEPS if steps is None else steps, model_name, console)
-  except (DemoError, OSError) as error:
+  except (Ling2Error, OSError) as error:
     text = describe(error) if isinstance(error, OSError) else str(error)
     Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(text)}")
     return 1

@@ -1,11 +1,10 @@
-"""The demo's data: CPython's own documentation, as a Megatron data set that MaxText's mmap reader takes as it is.
+"""The demo's data: CPython's documentation as a Megatron data set, which MaxText's mmap reader takes.
 
-A Megatron data set is two files. PREFIX.bin is nothing but the token ids of all documents, one after the other.
-PREFIX.idx says where each document lies: a header, lengths, byte offsets, and the numbers of the documents' first
-sequences. Each document ends with an end-of-document token (EOD): it is all that MaxText knows a document's end by.
+A Megatron data set is two files. PREFIX.bin holds the token ids of all documents, one after the other. PREFIX.idx locates
+the documents: a header, lengths, byte offsets, and the indices of the documents' first sequences. Each document ends with
+an end-of-document token (EOD), by which alone MaxText recognises the end of a document.
 """
 
-import importlib.util
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.demo.errors import DemoError
+from maxtext_ling2.maxtext_api.start import maxtext_folder as maxtext_folder  # also for the callers of this module
 
 Tokens = NDArray[np.uint16]
 
@@ -35,7 +35,7 @@ class Dataset:
   Attributes:
     prefix: path without .bin and .idx, the value for MaxText's grain_train_files.
     documents: number of documents.
-    tokens: number of tokens, an EOD for each document included.
+    tokens: number of tokens, including an EOD per document.
   """
 
   prefix: Path
@@ -44,7 +44,7 @@ class Dataset:
 
 
 def prepare(folder: Path) -> Dataset:
-  """Write the documentation of this Python as a data set into a folder; files that are right already stay untouched.
+  """Writes the documentation of this Python as a data set into a folder; files that are up to date stay untouched.
 
   Raises:
     DemoError: this Python came without its documentation, or MaxText without the tokenizer.
@@ -56,7 +56,7 @@ def prepare(folder: Path) -> Dataset:
 
 
 def read_topics() -> list[str]:
-  """The help texts behind `help("assert")` and the like, in the order of their names."""
+  """The help texts of `help("assert")` and the like, ordered by name."""
   try:
     from pydoc_data.topics import topics
   except ImportError as error:
@@ -68,7 +68,7 @@ def read_topics() -> list[str]:
 
 
 def encode(texts: Iterable[str]) -> list[Tokens]:
-  """Token ids of each text by the Llama 2 tokenizer, with `EOD` behind them."""
+  """Token ids of each text by the Llama 2 tokenizer, each followed by `EOD`."""
   import sentencepiece
 
   tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file()))
@@ -84,16 +84,8 @@ def tokenizer_file() -> Path:
   return path
 
 
-def maxtext_folder() -> Path:
-  """The folder of the installed MaxText, found without importing it."""
-  spec = importlib.util.find_spec("maxtext")
-  if spec is None or not spec.submodule_search_locations:
-    raise DemoError("MaxText is not installed; run: pip install 'maxtext-ling2[tpu]' (also right for CPUs)")
-  return Path(spec.submodule_search_locations[0])
-
-
 def write(documents: Sequence[Tokens], prefix: Path) -> None:
-  """Write PREFIX.bin and PREFIX.idx; a file that already holds the right bytes keeps them and its date."""
+  """Writes PREFIX.bin and PREFIX.idx; a file with the same content is not touched."""
   lengths = [len(document) for document in documents]
   _replace(Path(f"{prefix}.bin"), b"".join(document.astype("<u2").tobytes() for document in documents))
   _replace(Path(f"{prefix}.idx"), _index(lengths))
@@ -103,15 +95,15 @@ def _index(lengths: Sequence[int]) -> bytes:
   """The .idx file of documents with these lengths in tokens, one sequence each."""
   count = len(lengths)
   offsets = np.cumsum([0, *lengths[:-1]], dtype="<i8") * np.dtype(np.uint16).itemsize
-  # One more entry than documents: each one's first sequence, and behind them the end of the last. Its length is what
-  # Megatron writes into the header's last field.
+  # One more entry than documents: each one's first sequence, then the end of the last. Megatron writes its length into
+  # the header's last field.
   first_sequences = np.arange(count + 1, dtype="<i8")
   header = _HEADER.pack(b"MMIDIDX\x00\x00", 1, _DTYPE_CODE, count, len(first_sequences))
   return header + np.array(lengths, "<i4").tobytes() + offsets[:count].tobytes() + first_sequences.tobytes()
 
 
 def _replace(path: Path, content: bytes) -> None:
-  """Give a file its content whole or not at all, whatever it held and whenever the process ends."""
+  """Replaces the content of a file atomically."""
   if path.is_file() and path.read_bytes() == content:
     return
   temporary = path.with_name(f".{path.name}.{os.getpid()}")

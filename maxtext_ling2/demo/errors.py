@@ -1,5 +1,7 @@
-"""The one error of the demo: something that its user has to know, in words."""
+"""The error of the demo."""
+
+from maxtext_ling2.errors import Ling2Error
 
 
-class DemoError(RuntimeError):
-  """The demo cannot go on, or has not shown what it is there to show; the text says why and what to do."""
+class DemoError(Ling2Error):
+  """The demo cannot continue, or the model has not learned; the text says why and what to do."""

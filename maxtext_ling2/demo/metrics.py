@@ -1,4 +1,4 @@
-"""Reads the losses that MaxText writes to its metrics_file, one JSON object a step."""
+"""Reads the losses that MaxText writes to its metrics_file, one JSON object per step."""
 
 import json
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ MTP_LOSS = "learning/mtp_loss"
 
 @dataclass(frozen=True)
 class Losses:
-  """Losses in nats, one a step.
+  """Losses in nats, one per step.
 
   Attributes:
-    main: of the next token.
-    mtp: of the token after it, times mtp_loss_scaling_factor; zeros where the model has no MTP layer.
+    main: loss of the next token.
+    mtp: loss of the token after it, times mtp_loss_scaling_factor; zeros if the model has no MTP layer.
   """
 
   main: list[float]
@@ -27,6 +27,6 @@ class Losses:
 def read(path: Path) -> Losses:
   """The losses of all steps written so far. A file that does not exist yet holds none."""
   text = path.read_text() if path.is_file() else ""
-  # What stands behind the last newline is a line that is still being written.
+  # After the last newline there may be a line that is still being written.
   steps = [json.loads(line) for line in text.split("\n")[:-1]]
   return Losses([step[LOSS] for step in steps], [step.get(MTP_LOSS, 0.0) for step in steps])

@@ -6,15 +6,15 @@ from maxtext_ling2.demo.metrics import Losses
 
 
 def draw(losses: Losses, mtp_scale: float, title: str, path: Path) -> None:
-  """Draw losses over steps into a PNG file.
+  """Draws losses over steps into a PNG file.
 
   Args:
-    losses: what to draw; MTP only where the model has it.
-    mtp_scale: mtp_loss_scaling_factor, which is taken out of the MTP loss again, so that both are nats per token.
+    losses: losses to draw; MTP only if the model has it.
+    mtp_scale: mtp_loss_scaling_factor; the MTP loss is divided by it, so that both are in nats per token.
     title: title of the plot.
-    path: the file; an old one is replaced.
+    path: the file; an existing one is replaced.
   """
-  # The class instead of pyplot, which would pick a window system: it draws with Agg, on machines without a display too.
+  # Not pyplot, which would pick a window system: Figure draws with Agg, also on machines without a display.
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 5), layout="constrained")

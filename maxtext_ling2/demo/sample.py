@@ -1,4 +1,4 @@
-"""The demo's last act: the model it has trained writes a paragraph, with the documented command."""
+"""Last step of the demo: the trained model writes a paragraph, with the documented command."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def command(model_name: str, checkpoint: Path) -> list[str]:
 
 
 def write(arguments: list[str], variables: Mapping[str, str], log: Path) -> str:
-  """The prompt and what the model makes of it.
+  """Runs the command and returns the prompt with the generated text.
 
   Args:
     arguments: from `command`.

@@ -1,4 +1,4 @@
-"""The demo's training run: MaxText's own command in a process of its own, followed through the metrics it writes."""
+"""The demo's training run: MaxText's own command in a separate process, followed through its metrics file."""
 
 import contextlib
 import os
@@ -17,24 +17,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from maxtext_ling2 import startup
+from maxtext_ling2.checkpoint.hf_config import MTP_LOSS_SCALING_FACTOR
 from maxtext_ling2.demo import metrics
-from maxtext_ling2.demo.data import EOD, Dataset, maxtext_folder
+from maxtext_ling2.demo.data import EOD, Dataset
 from maxtext_ling2.demo.errors import DemoError
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api import overrides, session, start
 
 TRAINER = "maxtext.trainers.pre_train.train"
 
-MTP_SCALE = 0.1
-"""mtp_loss_scaling_factor, MaxText's default: handed over all the same, because the plot divides by it."""
+MTP_SCALE = MTP_LOSS_SCALING_FACTOR
+"""mtp_loss_scaling_factor: MaxText's default, passed explicitly because the plot divides by it."""
 
-# Sizes for 2 CPU cores, where a step takes one second: its time goes with its tokens, 512 here, and starting MaxText and
-# compiling take another minute.
+# Sizes for 2 CPU cores, where a step of 512 tokens takes one second; starting MaxText and compiling take another minute.
 SEQUENCE_LENGTH = 256
 ROWS_PER_DEVICE = 2
 LEARNING_RATE = 3e-3
 
 _POLL_SECONDS = 0.5
-_LINE_EVERY = 10  # steps, where the output is no terminal
+_LINE_EVERY = 10  # steps, if the output is not a terminal
 _GRACE_SECONDS = 10
 _LOG_LINES = 15
 
@@ -58,7 +58,7 @@ class Run:
 
   @property
   def log(self) -> Path:
-    """All that the trainer prints."""
+    """Output of the trainer."""
     return self.folder / "train.log"
 
   def checkpoint(self) -> Path:
@@ -74,17 +74,17 @@ class Run:
 
 
 def new_run(folder: Path, steps: int) -> Run:
-  """A folder of its own for each run: MaxText would go on from the checkpoint that it finds in an old one."""
+  """Creates a folder per run: MaxText would resume from a checkpoint in an old one."""
   path = folder.resolve() / time.strftime("run-%Y%m%d-%H%M%S")
   path.mkdir(parents=True)
   return Run(path, steps)
 
 
 def backend() -> str:
-  """The platform JAX takes here: "cpu", "gpu" or "tpu"."""
+  """The platform that JAX uses here: "cpu", "gpu" or "tpu"."""
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     return "cpu"
-  # In another process, because a process that has seen a TPU holds it, and the trainer could not have it.
+  # In another process, because a process that has initialised a TPU holds it, and the trainer could not use it.
   code = "import jax; print(jax.default_backend())"
   probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   if probe.returncode:
@@ -93,23 +93,23 @@ def backend() -> str:
 
 
 def environment(platform: str) -> dict[str, str]:
-  """Environment variables that the trainer needs beyond the user's."""
-  # With no accelerator, JAX left to itself would look for a TPU first wherever libtpu is installed.
-  return {"DECOUPLE_GCLOUD": "TRUE"} | ({"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {})
+  """Environment variables that the trainer needs in addition to the user's."""
+  # Without an accelerator, JAX would look for a TPU first wherever libtpu is installed.
+  return start.ENVIRONMENT | ({"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {})
 
 
 def command(model_name: str, dataset: Dataset, run: Run, platform: str) -> list[str]:
   """The documented command of stock MaxText."""
-  # Where Python has processed our .pth file, MaxText knows the model without more ado.
-  start = [TRAINER] if startup.found_by in ("pth", "start") else ["maxtext_ling2", "run", TRAINER]
-  base = str(maxtext_folder() / "configs" / "base.yml")
+  # Where Python has processed our .pth file, MaxText knows the model already.
+  module = [TRAINER] if startup.found_by in ("pth", "start") else ["maxtext_ling2", "run", TRAINER]
+  base = str(start.maxtext_folder() / "configs" / "base.yml")
   settings = {"model_name": model_name, "override_model_config": True}
   settings |= data_settings(dataset) | _run_settings(run) | _device_settings(platform)
-  return [sys.executable, "-m", *start, base, *overrides.words(settings)]
+  return [sys.executable, "-m", *module, base, *overrides.words(settings)]
 
 
 def data_settings(dataset: Dataset) -> dict[str, object]:
-  """Packed documents: every row of tokens is full, and each EOD in it ends a segment."""
+  """Packed documents: every sequence is full, and each EOD in it ends a segment."""
   return {
     "dataset_type": "grain",
     "grain_file_type": "mmap",
@@ -117,12 +117,12 @@ def data_settings(dataset: Dataset) -> dict[str, object]:
     "mmap_eod_id": EOD,
     "packing": True,
     "reset_attention_mask": True,
-    # MaxText's default merges segments shorter than 1/25 of a row into the one before.
+    # MaxText's default merges segments shorter than 1/25 of a sequence into the previous one.
     "packing_max_segments_per_sample": 0,
     "max_target_length": SEQUENCE_LENGTH,
     "per_device_batch_size": ROWS_PER_DEVICE,
-    "num_epoch": 1000,  # as often as it takes: training ends with `steps`
-    "grain_worker_count": 0,  # reading is quick, and a worker process would import MaxText once more
+    "num_epoch": 1000,  # enough: training ends with `steps`
+    "grain_worker_count": 0,  # reading is fast, and a worker process would import MaxText again
   }
 
 
@@ -145,16 +145,11 @@ def _run_settings(run: Run) -> dict[str, object]:
 
 
 def _device_settings(platform: str) -> dict[str, object]:
-  settings: dict[str, object] = {"hardware": platform, "skip_jax_distributed_system": True}
-  if platform == "cpu":
-    # The kernels of sparse_matmul are for accelerators: on a CPU an interpreter runs them, at minutes a step. And few
-    # CPUs calculate in bfloat16; the others emulate it.
-    settings |= {"sparse_matmul": False, "dtype": "float32"}
-  return settings
+  return {"hardware": platform, "skip_jax_distributed_system": True, **session.platform_settings(platform)}
 
 
 def as_shell(arguments: Sequence[str], variables: Mapping[str, str]) -> str:
-  """The command as text that can be pasted into a shell."""
+  """Formats the command as text that can be pasted into a shell."""
   text = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
   for argument in arguments:
     text += (" \\\n  " if "=" in argument else " ") + shlex.quote(argument)
@@ -162,9 +157,9 @@ def as_shell(arguments: Sequence[str], variables: Mapping[str, str]) -> str:
 
 
 def train(arguments: Sequence[str], variables: Mapping[str, str], run: Run, console: Console) -> None:
-  """Run the trainer to its end and show its progress.
+  """Runs the trainer to its end and shows its progress.
 
-  It never outlives this call, whether that ends by an error, Ctrl-C or SIGTERM.
+  The trainer never outlives this call, even after an error, Ctrl-C or SIGTERM.
 
   Raises:
     DemoError: the trainer has failed; the text has the end of its log.
@@ -184,8 +179,8 @@ def train(arguments: Sequence[str], variables: Mapping[str, str], run: Run, cons
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-  """Have SIGTERM (`timeout`, a CI job that ends) do what Ctrl-C does: by itself it would leave the trainer running."""
-  if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers nowhere else
+  """Makes SIGTERM (`timeout`, a CI job that ends) act as Ctrl-C, so that it ends the trainer too."""
+  if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
     yield
     return
 
@@ -221,7 +216,7 @@ def _follow(process: subprocess.Popen[bytes], run: Run, console: Console) -> Non
     task = progress.add_task(waiting, total=run.steps, loss="-")
     shown, first_seen = 0, 0.0
     while True:
-      ended = process.poll() is not None  # asked first, so that what was written before the end is still shown
+      ended = process.poll() is not None  # first, so that what was written before the end is still shown
       losses = metrics.read(run.metrics).main
       if len(losses) > shown:
         first_seen = first_seen or time.monotonic()
@@ -236,6 +231,6 @@ def _follow(process: subprocess.Popen[bytes], run: Run, console: Console) -> Non
 
 
 def _read_on(run: Run) -> str:
-  """The last lines of the trainer's log, and where the others are."""
+  """The last lines of the trainer's log, and its path."""
   lines = run.log.read_text(errors="replace").splitlines()
   return "\n".join([f"the last lines of {run.log}:", *lines[-_LOG_LINES:]])

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 from unittest import mock
 
 from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.maxtext_api import start
+from maxtext_ling2.maxtext_api.start import ConfigError
 
 
 class OutOfMemoryError(Ling2Error):
@@ -20,9 +21,8 @@ class CompilerError(Ling2Error):
   """The program cannot be traced or compiled for these chips; the text is MaxText's, a kernel's, XLA's or Mosaic's."""
 
 
-class PlanConfigError(Ling2Error, ValueError):
-  """MaxText refuses the settings."""
-
+PlanConfigError = ConfigError
+"""The name by which plan/ knows it."""
 
 # "memory space hbm", "exceeds available HBM", "of 31.25G hbm"; not a kernel that overflows its own memory (vmem, smem).
 _OUT_OF_HBM = re.compile(r"space hbm|available hbm|[\d.]+[KMG] (?:of )?hbm", re.IGNORECASE)
@@ -47,17 +47,15 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
   """Compiles a train step; what MaxText prints goes to stderr.
 
   Args:
-    yml: base yml.
+    yml: the base YAML file.
     words: KEY=VALUE settings of MaxText, compile_topology among them.
 
   Raises:
     OutOfMemoryError: it does not fit.
     CompilerError: it cannot be compiled for these chips.
-    PlanConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
+    ConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
   """
-  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
-
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  start.set_environment()
   from maxtext.trainers.pre_train import train_compile
   from maxtext.utils import maxtext_utils
 
@@ -71,7 +69,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
     return compiled
 
   with mock.patch.object(train_compile, "jit_and_compile", keep), contextlib.redirect_stdout(sys.stderr):
-    with _refusals(yml):
+    with _named_errors(yml):
       train_compile.main(["train_compile", yml, *words])
     config, compiled = seen[-1]
     total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
@@ -84,14 +82,12 @@ def read_config(yml: str, words: Sequence[str]) -> Any:
   Args: as for `compile_step`.
 
   Raises:
-    PlanConfigError: MaxText refuses the settings.
+    ConfigError: MaxText refuses the settings.
   """
-  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
-
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  start.set_environment()
   from maxtext.configs import pyconfig
 
-  with contextlib.redirect_stdout(sys.stderr), _refusals(yml):
+  with contextlib.redirect_stdout(sys.stderr), _named_errors(yml):
     return pyconfig.initialize(["train_compile", yml, *words])
 
 
@@ -106,21 +102,20 @@ def _made(compile_program: Callable[..., Any], args: Sequence[Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _refusals(yml: str) -> Iterator[None]:
-  """Turns what MaxText and the compiler raise into the errors of this module."""
+def _named_errors(yml: str) -> Iterator[None]:
+  """Turns errors of MaxText and the compiler into those of this module."""
   import yaml
 
   try:
-    yield
-  except SystemExit as error:
-    raise PlanConfigError("MaxText refuses this configuration; its reason stands above") from error
+    with start.refusals():
+      yield
   except Ling2Error:
     raise
   except (ValueError, AssertionError, NotImplementedError) as error:  # the last: a mesh that its chips cannot form
-    raise PlanConfigError(f"MaxText refuses this configuration: {error}") from error
+    raise ConfigError(f"MaxText refuses this configuration: {error}") from error
   except (yaml.YAMLError, FileNotFoundError, RecursionError) as error:
-    raise PlanConfigError(
-      f"{yml}: MaxText cannot read it and the ymls that it inherits from ({error}); correct it, base_config first"
+    raise ConfigError(
+      f"{yml}: MaxText cannot read it and the files that it inherits from ({error}); correct it, base_config first"
     ) from error
   except Exception as error:
     if _OUT_OF_HBM.search(str(error)):

@@ -1,4 +1,4 @@
-"""Which decay offset a model was trained with, told from its loss on a text with either."""
+"""Finds the decay offset that a model was trained with, from its loss on a text with either."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from maxtext_ling2.inference import evaluate
 from maxtext_ling2.inference.evaluate import Score
 
 BLOCKS = 32
-BLOCK_TOKENS = 16  # at least
+BLOCK_TOKENS = 16  # minimum per block
 FEWEST_BLOCKS = 8
 SIGNIFICANT = 4.0
 SMALLEST = 0.05
@@ -21,10 +21,10 @@ SMALLEST = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class OffsetComparison:
-  """A text's loss with each decay offset, and whether it tells which one the weights were trained with.
+  """A text's loss with each decay offset, and whether it decides which one the weights were trained with.
 
-  The weights load with either offset; only the loss shows the wrong one. The lower loss decides, if it is clear and comes
-  from a model that has learnt something: three conditions must hold, and `undecided` names the first that does not.
+  The weights load with either offset; only the loss reveals the wrong one. The lower loss decides if three conditions
+  hold; `undecided` names the first that does not.
 
   1. The difference is at least `SMALLEST` nats per token. A smaller one may have other causes, however significant it is:
      ling2-tiny, trained for 300 steps with offset 0, has a loss that is lower with offset 1, by 0.0039 (standard error
@@ -38,9 +38,9 @@ class OffsetComparison:
   Attributes:
     scores: with offset 0 and with offset 1.
     standard_error: of the difference, in nats per token.
-    blocks: how many the text was cut into.
+    blocks: number of blocks that the text was divided into.
     frequency_entropy: loss in nats per token of the best prediction from token frequencies alone.
-    stated: the offset in the folder's config.json; None: nothing says it.
+    stated: the offset in the folder's config.json; None if it has none.
   """
 
   scores: tuple[Score, Score]
@@ -61,7 +61,7 @@ class OffsetComparison:
 
   @property
   def undecided(self) -> str | None:
-    """Why the text cannot tell the offset; None: it can."""
+    """Why the text does not decide the offset; None if it does."""
     lowest, size = self.scores[self.lower].loss, abs(self.difference)
     if self.blocks < FEWEST_BLOCKS:
       return (
@@ -91,34 +91,34 @@ def compare_offsets(
   model_name: str | None = None,
   tokenizer: Path | None = None,
   length: int = evaluate.LENGTH,
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
 ) -> OffsetComparison:
-  """Scores a text as `evaluate.evaluate` does, with decay offset 0 and 1; the weights are opened once.
+  """Evaluates a text as `evaluate.evaluate` does, with decay offset 0 and 1; the weights are read once.
 
   Args:
     checkpoint: see `evaluate.evaluate`, as for the others.
-    text: at least two tokens; a hundred are needed to tell the offset, a few thousand are better.
-    model_name: MaxText's.
+    text: at least two tokens; a hundred are needed to decide the offset, a few thousand are better.
+    model_name: MaxText's model_name.
     tokenizer: file or folder.
-    length: tokens of context at most.
-    words: KEY=VALUE settings of MaxText, without gla_decay_layer_offset.
+    length: tokens per window.
+    overrides: KEY=VALUE settings of MaxText, without gla_decay_layer_offset.
 
   Raises:
-    SavedModelError: an argument does not fit.
+    SavedModelError: an argument is invalid.
     ValueError: see `saved_model.open_model`.
   """
   from maxtext_ling2.maxtext_api import session
 
-  opened, ids = evaluate.open_with_text(checkpoint, text, model_name, tokenizer, length, words, evaluate.BOTH)
+  opened, ids = evaluate.open_with_text(checkpoint, text, model_name, tokenizer, length, overrides, evaluate.BOTH)
   configs = [session.changed(opened.config, **{FIELD: offset}) for offset in (0, 1)]
-  zero, one = (evaluate.token_losses(config, opened.values, ids) for config in configs)
+  zero, one = (evaluate.token_losses(config, opened.weights, ids) for config in configs)
   error, blocks = paired_error(zero, one)
   scores = (evaluate.score(zero, text), evaluate.score(one, text))
   return OffsetComparison(scores, error, blocks, frequency_entropy(ids[1:]), opened.stated_offset)
 
 
 def verdict(found: OffsetComparison) -> list[str]:
-  """What a comparison says, in lines for people."""
+  """The result of a comparison as lines of text."""
   lines = [
     f"difference (1 minus 0): {found.difference:+.4f} nats per token, standard error {found.standard_error:.4f} "
     f"({found.blocks} blocks); token frequencies alone: {found.frequency_entropy:.4f} nats per token"
@@ -134,7 +134,7 @@ def verdict(found: OffsetComparison) -> list[str]:
 
 
 def paired_error(first: NDArray[np.float32], second: NDArray[np.float32]) -> tuple[float, int]:
-  """(standard error of the mean difference of two losses [N] of the same tokens, number of blocks it was taken over)."""
+  """(standard error of the mean difference of two losses [N] of the same tokens, number of blocks)."""
   blocks = min(BLOCKS, first.size // BLOCK_TOKENS)
   if blocks < 2:
     return math.inf, blocks

@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 from maxtext_ling2.checkpoint.decay_offset import FIELD
 from maxtext_ling2.inference import saved_model
 from maxtext_ling2.inference.saved_model import SavedModel, SavedModelError
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api.overrides import parse
 
 LENGTH = 1024
-ROWS = 4
+BATCH = 4
 BOTH = "both"  # decay offsets
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How well a model predicts a text.
+  """Result of an evaluation.
 
   Attributes:
-    nats: sum of the losses of all scored tokens.
-    tokens: number of scored tokens.
+    nats: sum of the losses of all predicted tokens.
+    tokens: number of predicted tokens.
     bytes: UTF-8 bytes of the text.
   """
 
@@ -35,7 +35,7 @@ class Score:
 
   @property
   def loss(self) -> float:
-    """Mean loss of a token, in nats."""
+    """Mean loss per token, in nats."""
     return self.nats / self.tokens
 
   @property
@@ -45,7 +45,7 @@ class Score:
 
   @property
   def bits_per_byte(self) -> float:
-    """Comparable between tokenizers."""
+    """Loss in bits per byte of text, comparable between tokenizers."""
     return self.nats / math.log(2) / self.bytes
 
 
@@ -56,28 +56,28 @@ def evaluate(
   model_name: str | None = None,
   tokenizer: Path | None = None,
   length: int = LENGTH,
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
   decay_offset: int | None = None,
 ) -> Score:
-  """Scores a text, cut into windows of `length` tokens that do not see each other.
+  """Evaluates a model on a text, in independent windows of `length` tokens.
 
-  Each window also gets the last token of the window before, so that every token but the text's first is scored.
+  Each window starts with the last token of the previous one, so that every token but the text's first is predicted.
 
   Args:
-    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
+    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and overrides.
     text: at least two tokens.
-    model_name: MaxText's.
+    model_name: MaxText's model_name.
     tokenizer: file or folder.
-    length: tokens of context at most.
-    words: KEY=VALUE settings of MaxText.
-    decay_offset: gla_decay_layer_offset; None: the one that the folder states, else 0.
+    length: tokens per window.
+    overrides: KEY=VALUE settings of MaxText.
+    decay_offset: gla_decay_layer_offset; None: that of the folder's config.json, else 0.
 
   Raises:
-    SavedModelError: an argument does not fit.
+    SavedModelError: an argument is invalid.
     ValueError: see `saved_model.open_model`.
   """
-  opened, ids = open_with_text(checkpoint, text, model_name, tokenizer, length, words, decay_offset)
-  return score(token_losses(opened.config, opened.values, ids), text)
+  opened, ids = open_with_text(checkpoint, text, model_name, tokenizer, length, overrides, decay_offset)
+  return score(token_losses(opened.config, opened.weights, ids), text)
 
 
 def open_with_text(
@@ -86,31 +86,34 @@ def open_with_text(
   model_name: str | None,
   tokenizer: Path | None,
   length: int,
-  words: Sequence[str],
+  overrides: Sequence[str],
   decay_offset: int | str | None,
 ) -> tuple[SavedModel, NDArray[np.int32]]:
-  """The model, and the token ids [N] of the text; for the arguments see `evaluate`.
+  """Opens the model and tokenizes the text; for the arguments see `evaluate`.
 
   Args:
     checkpoint: see `evaluate`.
     text: at least two tokens.
-    model_name: MaxText's.
+    model_name: MaxText's model_name.
     tokenizer: file or folder.
-    length: tokens of context at most.
-    words: KEY=VALUE settings of MaxText.
-    decay_offset: `BOTH`: the caller sets it in the config, whatever the folder states.
+    length: tokens per window.
+    overrides: KEY=VALUE settings of MaxText.
+    decay_offset: `BOTH`: the caller sets it in the config; the folder's is ignored.
+
+  Returns:
+    The model, and the token ids [N].
 
   Raises:
-    SavedModelError: an argument does not fit.
+    SavedModelError: an argument is invalid.
     ValueError: see `saved_model.open_model`.
   """
-  word = overrides.parse(words).get(FIELD)
-  if None not in (word, decay_offset) and word != str(decay_offset):
-    raise SavedModelError(f"--decay-offset {decay_offset} and {FIELD}={word}: two values for one setting; leave one out")
-  sizes: dict[str, Any] = {"max_target_length": length, "per_device_batch_size": ROWS}
+  given = parse(overrides).get(FIELD)
+  if None not in (given, decay_offset) and given != str(decay_offset):
+    raise SavedModelError(f"--decay-offset {decay_offset} and {FIELD}={given}: two values for one setting; leave one out")
+  sizes: dict[str, Any] = {"max_target_length": length, "per_device_batch_size": BATCH}
   if decay_offset not in (None, BOTH):
     sizes[FIELD] = decay_offset
-  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words, decay_offset != BOTH)
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, overrides, decay_offset != BOTH)
   ids = np.asarray(opened.tokenizer.encode(text), np.int32)
   if ids.size < 2:
     raise SavedModelError(f"the text has {ids.size} token(s); a loss needs at least two")
@@ -119,12 +122,12 @@ def open_with_text(
 
 
 def score(losses: NDArray[np.float32], text: str) -> Score:
-  """The score of a text from the losses [N - 1] of its tokens."""
+  """Sums up the losses [N - 1] of a text's tokens."""
   return Score(float(losses.sum(dtype=np.float64)), losses.size, len(text.encode()))
 
 
-def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-  """The loss of each token but the first, [N - 1] float32 nats, for token ids [N]."""
+def token_losses(config: Any, weights: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+  """Losses [N - 1] float32 in nats of all tokens but the first, for token ids [N]."""
   import jax
   import jax.numpy as jnp
   from flax import nnx
@@ -132,7 +135,7 @@ def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np
   from maxtext_ling2.maxtext_api import session
 
   mesh = session.make_mesh(config)
-  graph, state = nnx.split(session.make_model(config, mesh, values))
+  graph, state = nnx.split(session.make_model(config, mesh, weights))
 
   @jax.jit
   def losses(state: Any, inputs: Any, targets: Any, segments: Any) -> Any:
@@ -148,11 +151,11 @@ def token_losses(config: Any, values: Any, ids: NDArray[np.int32]) -> NDArray[np
   return np.concatenate(found)
 
 
-def batches(ids: NDArray[np.int32], length: int, rows: int) -> Any:
-  """Yields (inputs, targets, segment ids), each [rows, length] int32: the windows of a text, the last ones padded."""
+def batches(ids: NDArray[np.int32], length: int, batch: int) -> Any:
+  """Yields (inputs, targets, segment ids), each [batch, length] int32: the windows of a text, padded at the end."""
   count = ids.size - 1
   windows = -(-count // length)
-  size = -(-windows // rows) * rows * length
+  size = -(-windows // batch) * batch * length
   inputs, targets, segments = (np.zeros(size, np.int32) for _ in range(3))
   inputs[:count], targets[:count], segments[:count] = ids[:-1], ids[1:], 1
-  yield from zip(*(x.reshape(-1, rows, length) for x in (inputs, targets, segments)), strict=True)
+  yield from zip(*(x.reshape(-1, batch, length) for x in (inputs, targets, segments)), strict=True)

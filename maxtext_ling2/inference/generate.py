@@ -9,7 +9,7 @@ from maxtext_ling2.inference import saved_model
 from maxtext_ling2.inference.saved_model import SavedModelError
 from maxtext_ling2.maxtext_api.engine import Engine
 
-_HALF_A_CHARACTER = "\ufffd"  # what bytes that are no UTF-8 decode to
+_REPLACEMENT = "\ufffd"  # incomplete UTF-8 decodes to this character
 
 PROMPT_STEP = 128
 """Prompts are padded to a multiple of this, so that prompts of similar length share a compiled program."""
@@ -25,24 +25,24 @@ def generate(
   temperature: float = 0.0,
   nucleus: float = 1.0,
   seed: int = 0,
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
 ) -> Iterator[str]:
-  """Yields the text that a model writes after a prompt, piece by piece.
+  """Yields the text that a model generates after a prompt, as it is generated.
 
   Args:
-    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and words.
-    prompt: must give at least one token.
-    count: tokens at most; the text ends earlier at an end-of-sequence token (`saved_model.end_tokens`), of the folders
-      `checkpoint` and `tokenizer`.
-    model_name: MaxText's.
+    checkpoint: see `saved_model.open_model`, as for model_name, tokenizer and overrides.
+    prompt: at least one token.
+    count: maximum number of tokens; the text ends earlier at an end-of-sequence token (`saved_model.end_tokens`) of the
+      folders `checkpoint` and `tokenizer`.
+    model_name: MaxText's model_name.
     tokenizer: file or folder.
-    temperature: of sampling; 0 takes the most likely token.
-    nucleus: samples among the most likely tokens that together have this probability.
-    seed: of sampling.
-    words: KEY=VALUE settings of MaxText.
+    temperature: sampling temperature; 0 takes the most likely token.
+    nucleus: sampling is restricted to the most likely tokens that together have this probability.
+    seed: seed of the sampling.
+    overrides: KEY=VALUE settings of MaxText.
 
   Raises:
-    SavedModelError: an argument does not fit.
+    SavedModelError: an argument is invalid.
     ValueError: see `saved_model.open_model`.
   """
   if count < 1:
@@ -59,28 +59,28 @@ def generate(
     "per_device_batch_size": 1,
     **sampling,
   }
-  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, words)
+  opened = saved_model.open_model(checkpoint, model_name, tokenizer, sizes, overrides)
   ids = opened.tokenizer.encode(prompt)
   if not ids:
     raise SavedModelError("the prompt gives no token; write at least a word")
   saved_model.check_vocabulary(opened, ids)
   end = saved_model.end_tokens(opened, checkpoint, tokenizer)
-  engine = Engine(opened.config, opened.values, seed)
+  engine = Engine(opened.config, opened.weights, seed)
   yield from pieces(ids, engine.stream(ids, count, tuple(end)), opened.tokenizer)
 
 
 def pieces(prompt: Sequence[int], tokens: Iterator[int], tokenizer: Any) -> Iterator[str]:
-  """Text of tokens as they come.
+  """Yields the text of tokens as they arrive.
 
-  Decoded together with the prompt, because tokenizers drop a space at the start of a text. A character whose bytes are
-  spread over tokens is held back until it is whole.
+  They are decoded together with the prompt, because tokenizers drop a space at the start of a text. A character whose
+  bytes are spread over several tokens is held back until it is complete.
   """
   seen = list(prompt)
   text = shown = tokenizer.decode(seen)
   for token in tokens:
     seen.append(token)
     text = tokenizer.decode(seen)
-    if not text.endswith(_HALF_A_CHARACTER) and text.startswith(shown):
+    if not text.endswith(_REPLACEMENT) and text.startswith(shown):
       yield text[len(shown) :]
       shown = text
   if text.startswith(shown) and text != shown:

@@ -1,4 +1,4 @@
-"""Opens a trained model for our own tools, from a MaxText checkpoint or a Hugging Face folder: generate, eval."""
+"""Opens a trained model for `generate` and `eval`, from a MaxText checkpoint or a Hugging Face folder."""
 
 import dataclasses
 import json
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from maxtext_ling2.checkpoint import decay_offset as offsets
-from maxtext_ling2.checkpoint.json_object import unique
+from maxtext_ling2.checkpoint import hf_config
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api import start
+from maxtext_ling2.maxtext_api.overrides import parse
 
 DEFAULT_MODEL = "ling2"
 
@@ -18,22 +19,22 @@ _EOS_FILES = ("generation_config.json", "config.json")
 
 
 class SavedModelError(Ling2Error, ValueError):
-  """A checkpoint, a tokenizer or a setting does not fit; the text says what and why."""
+  """A checkpoint, a tokenizer or a setting is not usable; the text says which and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-  """A model's config and weights.
+  """A model: config, weights and tokenizer.
 
   Attributes:
     config: MaxText config.
-    values: arrays for all parameters and router biases, by path in the model.
+    weights: arrays for all parameters and router biases, by path in the model.
     tokenizer: MaxText's tokenizer: `encode(text)`, `decode(ids)`, `eos_id`.
-    stated_offset: gla_decay_layer_offset in the config.json of a Hugging Face folder; None: nothing says it.
+    stated_offset: gla_decay_layer_offset in the config.json of a Hugging Face folder; None if it has none.
   """
 
   config: Any
-  values: Mapping[Any, Any]
+  weights: Mapping[Any, Any]
   tokenizer: Any
   stated_offset: int | None = None
 
@@ -43,7 +44,7 @@ def open_model(
   model_name: str | None,
   tokenizer: Path | None,
   sizes: Mapping[str, Any],
-  words: Sequence[str] = (),
+  overrides: Sequence[str] = (),
   offset_matters: bool = True,
 ) -> SavedModel:
   """Opens a model.
@@ -51,30 +52,35 @@ def open_model(
   Args:
     checkpoint: a MaxText checkpoint (the folder of a step, its `items`, or a run's `checkpoints`, of which the last step
       is taken), or a Hugging Face folder.
-    model_name: MaxText's, for a MaxText checkpoint, which does not say it; None: `ling2`.
+    model_name: MaxText's model_name, which a MaxText checkpoint does not record; None: `ling2`.
     tokenizer: a sentencepiece model, or a folder with a Hugging Face tokenizer; None: that of the Hugging Face folder.
-    sizes: settings that the caller needs, such as max_target_length.
-    words: KEY=VALUE settings of the user, which win over everything else.
-    offset_matters: whether the caller uses the config's gla_decay_layer_offset, which must then be what the folder says.
+    sizes: settings of the caller, such as max_target_length.
+    overrides: KEY=VALUE settings of the user, which win over all others.
+    offset_matters: whether to check that the config's gla_decay_layer_offset is that of the folder.
 
   Raises:
-    SavedModelError: what is asked for does not fit together.
-    OverrideError: a word is not KEY=VALUE.
-    CheckpointError: the Hugging Face folder is not a whole LING2 checkpoint, or states another decay offset.
+    SavedModelError: the arguments do not fit together.
+    OverrideError: an override is not KEY=VALUE.
+    CheckpointError: the Hugging Face folder is not a complete LING2 checkpoint, or states another decay offset.
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
-  settings = {**_platform(), **sizes}
-  model_name = overrides.parse(words).get("model_name", model_name)
+  import jax
+
+  from maxtext_ling2.maxtext_api import session
+
+  start.set_environment()
+  settings = {**session.platform_settings(jax.default_backend()), **sizes}
+  model_name = parse(overrides).get("model_name", model_name)
   items = None if is_hugging_face(checkpoint) else _step(checkpoint)
   if items is None and model_name is not None:
     raise SavedModelError(
       f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is; leave it out"
     )
-  built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take their time
+  built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take longer
   if items is not None:
-    config, values = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, words)
-    return SavedModel(config, values, built)
-  config, stated = _config_of(checkpoint, settings, words)
+    config, weights = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, overrides)
+    return SavedModel(config, weights, built)
+  config, stated = _config_of(checkpoint, settings, overrides)
   if offset_matters:
     offsets.check(checkpoint, stated, config.gla_decay_layer_offset)
   return SavedModel(config, _weights_of(checkpoint, config), built, stated)
@@ -86,7 +92,7 @@ def is_hugging_face(checkpoint: Path) -> bool:
 
 
 def check_vocabulary(model: SavedModel, ids: Any) -> None:
-  """Raises SavedModelError if the tokenizer gives ids that the model does not have."""
+  """Raises SavedModelError if token ids exceed the model's vocabulary."""
   if max(ids) >= model.config.vocab_size:
     raise SavedModelError(
       f"the tokenizer gives token {max(ids)}, but vocab_size={model.config.vocab_size}: it is not this model's "
@@ -95,13 +101,13 @@ def check_vocabulary(model: SavedModel, ids: Any) -> None:
 
 
 def end_tokens(model: SavedModel, *folders: Path | None) -> frozenset[int]:
-  """All end-of-sequence ids: the tokenizer's, and those of generation_config.json and config.json in the folders.
+  """Collects all end-of-sequence ids: the tokenizer's, and those of generation_config.json and config.json.
 
-  Chat models name several there (the end of a turn, the end of a text), and a tokenizer has room for one.
+  Chat models list several in these files (end of a turn, end of a text), where a tokenizer has one.
 
   Args:
-    model: the model, for its tokenizer and its vocabulary.
-    folders: where to look; what is no folder, or has no such file, adds nothing.
+    model: has the tokenizer and the size of the vocabulary.
+    folders: folders with these files; others are ignored.
 
   Raises:
     SavedModelError: `eos_token_id` is not a token id, a list of token ids, or null.
@@ -114,16 +120,10 @@ def end_tokens(model: SavedModel, *folders: Path | None) -> frozenset[int]:
 
 
 def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
-  try:
-    read = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-  except (ValueError, RecursionError) as error:
-    raise SavedModelError(f"{file}: not valid JSON ({error}); fetch the file again") from error
-  if not isinstance(read, dict):
-    raise SavedModelError(f"{file}: a {type(read).__name__} instead of a JSON object; fetch the file again")
-  value = read.get(_EOS)
+  value = hf_config.read_json(file).get(_EOS)
   ids = value if isinstance(value, list) else [] if value is None else [value]
   for one in ids:
-    if type(one) is not int or not 0 <= one < vocab_size:  # true is no id
+    if type(one) is not int or not 0 <= one < vocab_size:  # True is an int, but not an id
       raise SavedModelError(
         f"{file}: {_EOS}={json.dumps(value)}: {json.dumps(one)} is not a token id from 0 to {vocab_size - 1}; correct "
         "it, or remove the key"
@@ -131,50 +131,42 @@ def _end_tokens_of(file: Path, vocab_size: int) -> set[int]:
   return set(ids)
 
 
-def _platform() -> dict[str, Any]:
-  """Few CPUs calculate in bfloat16, and the kernel of sparse_matmul is for accelerators."""
-  import jax
-
-  return {"dtype": "float32", "sparse_matmul": False} if jax.default_backend() == "cpu" else {}
-
-
-def _config_of(folder: Path, settings: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, int | None]:
-  """MaxText's config of a Hugging Face folder, and the decay offset that its config.json states."""
-  from maxtext_ling2.checkpoint import hf_config
+def _config_of(folder: Path, settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, int | None]:
+  """MaxText's config of a Hugging Face folder, and the decay offset in its config.json."""
   from maxtext_ling2.maxtext_api import session
 
   stated = hf_config.to_maxtext(hf_config.read(folder))
-  config = session.make_config(model_name="default", **{**stated, **settings}, words=words)
+  config = session.make_config(model_name="default", **{**stated, **settings}, overrides=overrides)
   return config, stated.get(offsets.FIELD)
 
 
 def _weights_of(folder: Path, config: Any) -> dict[Any, Any]:
-  from maxtext_ling2.checkpoint import stacking
-  from maxtext_ling2.checkpoint.hf_folder import HfFolder
+  from maxtext_ling2.checkpoint import blocks, stacking
+  from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 
-  with HfFolder(folder) as tensors:
+  with HfCheckpoint(folder) as tensors:
     tensors.check(config)
-    return {leaf.path: leaf.assemble(tensors.tensor) for leaf in stacking.leaves(config)}
+    return {leaf.path: blocks.stack(leaf, tensors.__getitem__) for leaf in stacking.leaves(config)}
 
 
 def _from_maxtext(
-  items: Path, model_name: str, settings: Mapping[str, Any], words: Sequence[str]
+  items: Path, model_name: str, settings: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[Any, dict[Any, Any]]:
   from maxtext_ling2.maxtext_api import session
 
   scanned = session.is_scanned(str(items))
   layout = {} if scanned is None else {"scan_layers": scanned}
-  config = session.make_config(**{"model_name": model_name, **layout, **settings}, words=words)
+  config = session.make_config(**{"model_name": model_name, **layout, **settings}, overrides=overrides)
   try:
     return config, session.restore(config, session.make_mesh(config), str(items))
   except (ValueError, KeyError) as error:
     raise SavedModelError(
-      f"{items}: no weights of --model {model_name} can be read ({error}); pass a step saved whole, and its model"
+      f"{items}: no weights of --model {model_name} can be read ({error}); pass a complete step, and its model"
     ) from error
 
 
 def _step(checkpoint: Path) -> Path:
-  """The `items` of a step's folder, or of the last step's in a run's `checkpoints`."""
+  """The `items` of a step's folder, or of the last step in a run's `checkpoints`."""
   if not checkpoint.is_dir():
     raise SavedModelError(f"{checkpoint}: there is no such folder; pass that of a checkpoint")
   steps = [int(path.name) for path in checkpoint.iterdir() if path.name.isdigit()]
@@ -202,7 +194,7 @@ def _tokenizer(path: Path) -> Any:
     )
   try:
     return build_tokenizer(str(path), kind, False, False, None)
-  except Exception as error:  # each library of tokenizers has errors of its own
+  except Exception as error:  # tokenizer libraries have no common error
     raise SavedModelError(
       f"{path}: not a tokenizer that {kind} can read ({error}); pass --tokenizer with another one"
     ) from error

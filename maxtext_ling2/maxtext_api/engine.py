@@ -1,4 +1,4 @@
-"""MaxText's MaxEngine used by our own tools: prompts go into slots, and all slots move on together, token by token."""
+"""MaxText's MaxEngine used by our own commands: prompts are prefilled into slots, and all slots decode together."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,37 +19,37 @@ class Engine:
   Args:
     config: MaxText config; `per_device_batch_size` x devices is the number of slots, prompts hold up to
       max_prefill_predict_length tokens, and max_target_length - max_prefill_predict_length tokens can follow.
-    values: arrays for all parameters and router biases by path in the model, in the config's layout; None: those of the
+    weights: arrays for all parameters and router biases by path in the model, in the config's layout; None: those of the
       checkpoint that `load_parameters_path` names.
-    seed: of sampling.
+    seed: seed of the sampling.
   """
 
-  def __init__(self, config: Any, values: Mapping[Any, Any] | None = None, seed: int = 0):
+  def __init__(self, config: Any, weights: Mapping[Any, Any] | None = None, seed: int = 0):
     import jax
     from maxtext.inference.maxengine import maxengine
 
     self.config = config
     self._engine = maxengine.MaxEngine(config)
     self._key = jax.random.key(seed)
-    self.params = self._load(values)
+    self.params = self._load(weights)
     self.slots = int(self._engine.max_concurrent_decodes)
     self.room = config.max_target_length - config.max_prefill_predict_length
     self._left: dict[int, int] = {}
     self._state = self._engine.init_decode_state(rng=self._next_key())
 
-  def _load(self, values: Mapping[Any, Any] | None) -> Any:
-    """The parameters as MaxEngine wants them; router biases, which are no parameters, go into its other state."""
+  def _load(self, weights: Mapping[Any, Any] | None) -> Any:
+    """Loads the parameters; router biases, which are not parameters, go into MaxEngine's other state."""
     from flax import nnx
 
-    if values is None:
+    if weights is None:
       return self._engine.load_params(rng=self._next_key())
     parameters = nnx.split(self._engine.model, nnx.Param, ...)[1]
-    params = self._engine.load_params(params=_filled(parameters, values), rng=self._next_key())
-    self._engine._nnx_rest_state = _filled(self._engine._nnx_rest_state, values)
+    params = self._engine.load_params(params=_filled(parameters, weights), rng=self._next_key())
+    self._engine._nnx_rest_state = _filled(self._engine._nnx_rest_state, weights)
     return params
 
   def prefill(self, tokens: Sequence[int], slot: int) -> tuple[int, NDArray[Any]]:
-    """Reads a prompt into a slot, whatever was in it before.
+    """Prefills a slot with a prompt, replacing its content.
 
     Args:
       tokens: at least one token id.
@@ -82,13 +82,13 @@ class Engine:
     return token, logits
 
   def step(self, tokens: Mapping[int, int] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Moves all slots on by one token.
+    """Decodes one token in every slot.
 
     Args:
-      tokens: by slot, tokens to go on with in place of those that were sampled last.
+      tokens: by slot, tokens to continue with instead of those sampled last.
 
     Returns:
-      The tokens sampled now [slots], and the logits [slots, V] they were sampled from.
+      The sampled tokens [slots], and the logits [slots, V] they were sampled from.
 
     Raises:
       EngineError: a slot in use has no room for another token; `free` it, or give it a new prompt.
@@ -107,7 +107,7 @@ class Engine:
     return np.asarray(self._state["tokens"])[:, 0], np.asarray(self._state["logits"])[:, 0]
 
   def free(self, slot: int) -> None:
-    """Takes a slot out of use; what is computed for it until its next prompt means nothing."""
+    """Releases a slot; its outputs are undefined until its next prompt."""
     self._left.pop(slot, None)
 
   def stream(self, prompt: Sequence[int], count: int, stop: Sequence[int] = (), slot: int = 0) -> Iterator[int]:
@@ -136,15 +136,15 @@ class Engine:
     return key
 
 
-def _filled(state: Any, values: Mapping[Any, Any]) -> Any:
-  """A state with the values of those of its variables that have one; in their own dtype and sharding."""
+def _filled(state: Any, weights: Mapping[Any, Any]) -> Any:
+  """Replaces the values of a state's variables that have weights, in their own dtype and sharding."""
   import jax.numpy as jnp
   from flax import nnx
 
   def one(path: Any, variable: Any) -> Any:
-    if path not in values:
+    if path not in weights:
       return variable
     old = variable.get_value()
-    return variable.replace(jnp.asarray(values[path], old.dtype).reshape(old.shape))
+    return variable.replace(jnp.asarray(weights[path], old.dtype).reshape(old.shape))
 
   return nnx.from_flat_state([(path, one(path, variable)) for path, variable in nnx.to_flat_state(state)])

@@ -1,4 +1,4 @@
-"""A mesh for `maxtext-ling2 verify --mesh fsdp=2,tensor=2`, of forced CPU devices where there are no others."""
+"""A device mesh in text, such as `--mesh fsdp=2,tensor=2` of `maxtext-ling2 verify` and `plan`."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.maxtext_api import overrides
 
 Array = NDArray[Any]
 
@@ -17,19 +18,19 @@ AXES = (
   *("data", "fsdp", "fsdp_transpose", "tensor", "tensor_transpose", "tensor_sequence", "expert", "context"),
   *("context_usp_ulysses", "autoregressive"),
 )
-"""MaxText's mesh axes within a slice; those of pipelines and of diloco compute something else."""
+"""MaxText's mesh axes within a slice, except those of pipelines and DiLoCo, which change the computation."""
 
-_ROWS = ("data", "fsdp", "fsdp_transpose", "expert")  # the axes that cut the batch
-_LENGTH = ("context", "context_usp_ulysses")  # and those that cut the sequence
+_BATCH = ("data", "fsdp", "fsdp_transpose", "expert")  # axes that shard the batch
+_SEQUENCE = ("context", "context_usp_ulysses")  # axes that shard the sequence
 
 
 class MeshError(Ling2Error, ValueError):
-  """The text of a mesh cannot be read, or its devices cannot be had."""
+  """The text is not a mesh, or JAX has another number of devices."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyMesh:
-  """Sizes of mesh axes by name; those left out are 1."""
+class MeshSpec:
+  """Sizes of mesh axes by name; all others are 1."""
 
   sizes: Mapping[str, int]
 
@@ -38,13 +39,13 @@ class VerifyMesh:
     """Reads axis=size,axis=size.
 
     Raises:
-      MeshError: an axis is unknown or named twice, or a size is no positive number.
+      MeshError: an axis is unknown or named twice, or a size is not a positive number.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
-      axis, _, size = (word.strip() for word in part.partition("="))
+      axis, size = (text.strip() for text in overrides.split(part) or (part, ""))
       if axis not in AXES or axis in sizes:
-        why = "is there twice" if axis in sizes else "is no axis of MaxText's mesh"
+        why = "occurs twice" if axis in sizes else "is no axis of MaxText's mesh"
         raise MeshError(f"--mesh {text}: {axis!r} {why}; name each of {', '.join(AXES)} at most once, as fsdp=2,tensor=4")
       if not size.isdecimal() or int(size) < 1:
         raise MeshError(f"--mesh {text}: {axis} has size {size!r}; sizes are positive numbers, as in fsdp=2,tensor=4")
@@ -53,34 +54,34 @@ class VerifyMesh:
 
   @property
   def devices(self) -> int:
-    """Devices in all."""
+    """Number of devices."""
     return math.prod(self.sizes.values())
 
   @property
-  def rows(self) -> int:
-    """What the number of rows must be a multiple of."""
-    return self._product(_ROWS)
+  def batch_shards(self) -> int:
+    """Number of shards of the batch, which must divide the number of sequences."""
+    return self._product(_BATCH)
 
   @property
   def length(self) -> int:
-    """What the number of tokens of a row must be a multiple of."""
-    return self._product(_LENGTH)
+    """Number of shards of a sequence, which must divide its number of tokens."""
+    return self._product(_SEQUENCE)
 
   def _product(self, axes: tuple[str, ...]) -> int:
     return math.prod(self.sizes.get(axis, 1) for axis in axes)
 
   def settings(self) -> dict[str, Any]:
-    """MaxText's settings for it; experts are multiplied densely, all that XLA has on CPUs over an expert axis."""
-    sizes = {f"ici_{axis}_parallelism": size for axis, size in ({"fsdp": 1} | dict(self.sizes)).items()}
-    return sizes | {"context_parallel_load_balance": False, "sparse_matmul": False}
+    """MaxText's settings for it; its load balancing of attention over context would reorder tokens, which GLA forbids."""
+    sizes: dict[str, Any] = {f"ici_{axis}_parallelism": size for axis, size in self.sizes.items()}
+    return sizes | ({"context_parallel_load_balance": False} if self.length > 1 else {})
 
-  def fill(self, tokens: Array, value: int) -> Array:
-    """[B, T] filled up at the end of both axes, so that the mesh can cut it evenly."""
-    extra = [(0, -size % multiple) for size, multiple in zip(tokens.shape, (self.rows, self.length), strict=True)]
+  def pad(self, tokens: Array, value: int) -> Array:
+    """Pads [B, T] at the end of both axes to multiples of the numbers of shards."""
+    extra = [(0, -size % shards) for size, shards in zip(tokens.shape, (self.batch_shards, self.length), strict=True)]
     return np.pad(tokens, extra, constant_values=value)
 
   def force_devices(self) -> None:
-    """Asks XLA for so many CPU devices; to be called before JAX looks for devices."""
+    """Makes XLA create `devices` CPU devices; to be called before JAX initialises."""
     flags = os.environ.get("XLA_FLAGS", "")
     if self.devices > 1 and "xla_force_host_platform_device_count" not in flags:
       os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.devices}".strip()
@@ -96,4 +97,7 @@ class VerifyMesh:
       )
 
 
-ONE_DEVICE = VerifyMesh({})
+ONE_DEVICE = MeshSpec({})
+
+VerifyMesh = MeshSpec
+"""The name by which plan/ knows it."""

@@ -1,6 +1,6 @@
-"""Recipes: base ymls of training runs.
+"""Recipes: base YAML files of training runs.
 
-MODEL-TOPOLOGY: batch, mesh and memory for a slice. pretrain_...: optimizer, rate, objective and data of a pre-training.
+MODEL-TOPOLOGY sets batch, mesh and memory options for a slice; pretrain_... optimizer, learning rate, objective and data.
 """
 
 from pathlib import Path
@@ -11,27 +11,27 @@ FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
 
 
 class RecipeError(Ling2Error, ValueError):
-  """There is no recipe of this name, or it is for another model."""
+  """No recipe has this name, or it is for another model."""
 
 
 def names() -> list[str]:
-  """All recipes of a slice, MODEL-TOPOLOGY."""
+  """Names of all recipes for a slice, MODEL-TOPOLOGY."""
   return sorted(path.stem for path in FOLDER.glob("*-*.yml"))
 
 
 def trainings() -> list[str]:
-  """All recipes of a pre-training."""
+  """Names of all recipes for pre-training."""
   return sorted(path.stem for path in FOLDER.glob("pretrain_*.yml"))
 
 
 def file_of(recipe: str) -> Path:
-  """The yml of a recipe.
+  """Finds the YAML file of a recipe.
 
   Args:
-    recipe: one of `names()` or `trainings()`, or the path of a yml of the user's.
+    recipe: one of `names()` or `trainings()`, or the path of the user's own file.
 
   Raises:
-    RecipeError: neither.
+    RecipeError: it is neither.
   """
   path = Path(recipe) if recipe.endswith(".yml") else FOLDER / f"{recipe}.yml"
   if not path.is_file():
@@ -42,5 +42,5 @@ def file_of(recipe: str) -> Path:
 
 
 def title(recipe: str) -> str:
-  """The first line of a recipe, what it is for."""
+  """The first line of a recipe, its title."""
   return file_of(recipe).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")

@@ -1,4 +1,4 @@
-"""MaxText used as a library by our own tools: a config for one process, a mesh, a model."""
+"""MaxText used as a library by our own commands: a config for one process, a mesh, a model."""
 
 import contextlib
 import os
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api import start
+from maxtext_ling2.maxtext_api.overrides import parse
+from maxtext_ling2.maxtext_api.overrides import words as as_words
 
 TOOL_SETTINGS: dict[str, Any] = {
   "run_name": "maxtext-ling2",
@@ -23,7 +25,7 @@ TOOL_SETTINGS: dict[str, Any] = {
   "megablox": False,
   "scan_layers": False,
 }
-"""Settings of a run that trains nothing and writes nothing, on whatever devices there are."""
+"""Settings of a run that trains nothing and writes nothing, on any device."""
 
 FLOAT32_SETTINGS: dict[str, Any] = {
   "dtype": "float32",
@@ -32,47 +34,52 @@ FLOAT32_SETTINGS: dict[str, Any] = {
   "float32_logits": True,
   "float32_qk_product": True,
 }
-"""MaxText's bar for comparing with a reference: everything in float32."""
+"""Settings for comparing with a reference: everything in float32."""
+
+CPU_SETTINGS: dict[str, Any] = {"dtype": "float32", "sparse_matmul": False}
+"""Settings for CPUs: few compute in bfloat16, the others emulate it; the kernels of sparse_matmul are for accelerators,
+and a CPU interprets them, at minutes per step."""
 
 
-def make_config(*, words: Sequence[str] = (), **settings: Any) -> Any:
-  """A MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS`, the given settings and words, the last ones first.
+def make_config(*, overrides: Sequence[str] = (), **settings: Any) -> Any:
+  """Makes a MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS`, settings and overrides; the last one wins.
 
   Args:
-    words: KEY=VALUE of the user, which MaxText reads as those of its command line.
+    overrides: KEY=VALUE of the user, which MaxText reads as those of its command line.
     settings: Python values.
 
   Raises:
-    OverrideError: a word is not KEY=VALUE.
-    ValueError: MaxText refuses the settings. Outside pytest it prints why and would end the process.
+    OverrideError: an override is not KEY=VALUE.
+    ConfigError: MaxText refuses the settings; it has printed why.
   """
-  given = overrides.parse(words)
-  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
-
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  given = parse(overrides)
+  start.set_environment()
   from maxtext.configs import pyconfig
 
   base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
-  try:
-    # MaxText lets keyword arguments win over words.
-    others = {key: value for key, value in {**TOOL_SETTINGS, **settings}.items() if key not in given}
-    return pyconfig.initialize(["", base, *words], **others)
-  except SystemExit as error:
-    raise ValueError("MaxText refuses this configuration; its reason stands above") from error
+  # In MaxText keyword arguments win over those of the command line.
+  others = {key: value for key, value in {**TOOL_SETTINGS, **settings}.items() if key not in given}
+  with start.refusals():
+    return pyconfig.initialize(["", base, *overrides], **others)
+
+
+def platform_settings(platform: str) -> dict[str, Any]:
+  """Settings that a platform ("cpu", "gpu" or "tpu") needs: `CPU_SETTINGS` or none."""
+  return dict(CPU_SETTINGS) if platform == "cpu" else {}
 
 
 def changed(config: Any, **fields: Any) -> Any:
-  """A MaxText config with other values of some fields, which MaxText does not check again."""
+  """Copies a MaxText config with other values of some fields, which MaxText does not validate."""
   from maxtext.configs import pyconfig
 
   return pyconfig.HyperParameters(config._pydantic_config.model_copy(update=fields))
 
 
 def check_remat_policy(config: Any) -> None:
-  """Asks MaxText's own table of policies, which it does only while a model is traced.
+  """Checks `remat_policy` by MaxText's own table, which MaxText reads only when a model is traced.
 
   Raises:
-    ValueError: `remat_policy` is none of them.
+    ValueError: it is none of MaxText's policies.
   """
   from maxtext.layers.nnx_decoders import NNXDecoder
 
@@ -83,45 +90,45 @@ def check_remat_policy(config: Any) -> None:
 
 
 def make_mesh(config: Any) -> Any:
-  """The device mesh that MaxText's trainer would build."""
+  """Builds the device mesh that MaxText's trainer would build."""
   from maxtext.utils import maxtext_utils
 
   return maxtext_utils.get_mesh_from_config(config)
 
 
-def make_model(config: Any, mesh: Any, values: Mapping[Any, Any], seed: int = 0) -> Any:
-  """A `maxtext.models.Transformer` (flax NNX) with given weights, built without running any initialiser.
+def make_model(config: Any, mesh: Any, weights: Mapping[Any, Any], seed: int = 0) -> Any:
+  """Builds a `maxtext.models.Transformer` (Flax NNX) with given weights, without running any initialiser.
 
   Args:
     config: MaxText config.
     mesh: device mesh.
-    values: arrays for all parameters and router biases, by path in the model; other state (counters) starts at zero.
-    seed: of the model's random streams.
+    weights: arrays for all parameters and router biases, by path in the model; other state (counters) starts at zero.
+    seed: seed of the model's random streams.
 
   Raises:
-    KeyError: a parameter has no value, or a value no parameter; the paths are named.
+    KeyError: the paths of the weights are not those of the model's parameters; the differences are named.
   """
   from flax import nnx
 
   graph, state = nnx.split(_abstract_model(config, mesh, seed))
   flat = dict(nnx.to_flat_state(state))
   needed = {path for path, variable in flat.items() if _holds_weights(variable)}
-  if needed != set(values):
-    raise KeyError(f"no value for {sorted(needed - set(values))}; no parameter for {sorted(set(values) - needed)}")
-  filled = [(path, variable.replace(_value(variable, values.get(path), seed, mesh))) for path, variable in flat.items()]
+  if needed != set(weights):
+    raise KeyError(f"no weights for {sorted(needed - set(weights))}; no parameter for {sorted(set(weights) - needed)}")
+  filled = [(path, variable.replace(_value(variable, weights.get(path), seed, mesh))) for path, variable in flat.items()]
   return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def restore(config: Any, mesh: Any, checkpoint: str) -> dict[Any, Any]:
-  """The weights of a checkpoint by path in the model, restored by the function that MaxText's trainer restores with.
+  """Restores the weights of a checkpoint by path in the model, by the function that MaxText's trainer uses.
 
   Args:
     config: MaxText config, in the layout of the checkpoint (`scan_layers`).
-    mesh: device mesh; every weight is put on all of its devices.
+    mesh: device mesh; weights are replicated over it.
     checkpoint: as `load_parameters_path`.
 
   Raises:
-    ValueError: MaxText does not find the model's weights there.
+    ValueError: MaxText does not find the model's weights.
   """
   import jax
   from flax import nnx
@@ -144,7 +151,7 @@ def restore(config: Any, mesh: Any, checkpoint: str) -> dict[Any, Any]:
 
 
 def is_scanned(checkpoint: str) -> bool | None:
-  """Whether a MaxText checkpoint (its `items` or a step's folder) was saved with scan_layers; None: it does not say."""
+  """Whether a MaxText checkpoint (its `items` or a step's folder) was saved with scan_layers; None if not recorded."""
   from maxtext.common import checkpointing
 
   scanned = checkpointing.load_checkpoint_metadata(checkpoint).get("scan_layers")
@@ -152,41 +159,37 @@ def is_scanned(checkpoint: str) -> bool | None:
 
 
 def convert(
-  yml: str, model_name: str, folder: str, output: str, save_dtype: str, scan: bool, words: Sequence[str] = ()
+  yml: str, model_name: str, folder: str, output: str, save_dtype: str, scan: bool, overrides: Sequence[str] = ()
 ) -> str:
   """Converts a Hugging Face folder by MaxText's own command, in this process.
 
   Args:
-    yml: base yml.
-    model_name: as in MaxText's config.
+    yml: the base YAML file.
+    model_name: MaxText's model_name.
     folder: the Hugging Face folder.
     output: base_output_directory.
-    save_dtype: of the weights.
+    save_dtype: dtype of the weights.
     scan: scan_layers.
-    words: KEY=VALUE of the user.
+    overrides: KEY=VALUE of the user.
 
   Returns:
     The checkpoint, as `load_parameters_path`.
 
   Raises:
-    ValueError: MaxText refuses the settings.
+    ConfigError: MaxText refuses the settings.
   """
-  import maxtext_ling2  # noqa: F401  the plugin, where no .pth file brought it
-
-  os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+  start.set_environment()
   from maxtext.checkpoint_conversion import to_maxtext
 
   settings = {"model_name": model_name, "base_output_directory": output, "run_name": "conversion", "scan_layers": scan}
   settings |= {"skip_jax_distributed_system": True, "log_config": False}
-  try:
+  with start.refusals():
     to_maxtext.main(
-      ["", yml, *overrides.words(settings), *words],
+      ["", yml, *as_words(settings), *overrides],
       hf_model_path=folder,
       save_dtype=save_dtype,
       simulated_cpu_devices_count=1,
     )
-  except SystemExit as error:
-    raise ValueError("MaxText refuses this configuration; its reason stands above") from error
   return os.path.join(output, "0", "items")
 
 
@@ -219,14 +222,14 @@ def _value(variable: Any, given: Any, seed: int, mesh: Any) -> Any:
   abstract = variable.get_value()
   if given is not None:
     value = np.asarray(given).astype(abstract.dtype).reshape(abstract.shape)
-    return jax.device_put(value, _fitting(mesh, abstract))
+    return jax.device_put(value, _sharding(mesh, abstract))
   if isinstance(variable, nnx.RngKey):
     return jax.random.split(jax.random.key(seed), abstract.shape) if abstract.shape else jax.random.key(seed)
   return jnp.zeros(abstract.shape, abstract.dtype)
 
 
-def _fitting(mesh: Any, abstract: Any) -> Any:
-  """MaxText's sharding of a variable; none on one device, whole on each device where the mesh cannot cut it evenly."""
+def _sharding(mesh: Any, abstract: Any) -> Any:
+  """MaxText's sharding of a variable; None on one device, replicated if the mesh does not divide it evenly."""
   import jax
 
   if mesh.size == 1:

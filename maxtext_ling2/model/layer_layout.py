@@ -16,6 +16,15 @@ def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
   return (layer + 1) % cycle == 0 or layer >= num_layers // cycle * cycle
 
 
+ROUTER_BIAS = ("gate", "bias")
+"""Path of the router bias in an MoE block."""
+
+
+def shared_expert_width(config: Any) -> int:
+  """Hidden width of one shared expert; all of them together are one MLP of `shared_experts` times this width."""
+  return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
+
+
 def is_dense(layer: int, first_num_dense_layers: int) -> bool:
   """Whether 0-based `layer` has a dense MLP; the others are mixtures of experts."""
   return layer < first_num_dense_layers

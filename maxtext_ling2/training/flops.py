@@ -16,7 +16,7 @@ A training step counts as three forward passes; rematerialisation is not counted
 import dataclasses
 from typing import Any
 
-from maxtext_ling2.model.layer_layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla, shared_expert_width
 from maxtext_ling2.ops.gla import chunk_size
 
 
@@ -84,7 +84,7 @@ def _dense(c: Any) -> ForwardFlops:
 
 
 def _experts(c: Any) -> ForwardFlops:
-  shared = c.shared_experts * (c.moe_shared_expert_dim or c.moe_mlp_dim)
+  shared = c.shared_experts * shared_expert_width(c)
   width = c.num_experts_per_tok * c.moe_mlp_dim + shared
   return ForwardFlops(weights=2 * c.emb_dim * c.num_experts + 6 * c.emb_dim * width)
 

@@ -1,1 +1,1 @@
-"""`maxtext-ling2 verify`: LING2 against recorded outputs of a reference, and a checkpoint against its origin."""
+"""`maxtext-ling2 verify`: LING2 against recorded outputs of a reference, and a checkpoint against its source."""

@@ -1,4 +1,4 @@
-"""Compares a MaxText checkpoint with a Hugging Face folder: every tensor bit by bit, a block at a time."""
+"""Compares a MaxText checkpoint with a Hugging Face folder: every tensor bit by bit, block by block."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
-from maxtext_ling2.checkpoint import blocks, export_hf, stacking
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint import blocks, stacking, stored_weights
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 
 Array = NDArray[Any]
 
 
 @dataclasses.dataclass
 class TensorReport:
-  """How one Hugging Face tensor compares with its place in a checkpoint.
+  """Difference of one Hugging Face tensor from its counterpart in a checkpoint.
 
   Attributes:
     name: of the Hugging Face tensor.
     hf_dtype: its dtype.
-    dtype: that of the checkpoint, to which the Hugging Face tensor is rounded before they are compared.
-    elements: how many it has.
-    different: how many differ in a bit.
-    max_abs_error: the largest difference, NaN if one of the two is NaN and the other is not.
+    dtype: dtype in the checkpoint; the Hugging Face tensor is rounded to it before the comparison.
+    elements: number of elements.
+    different: number of elements with different bits.
+    max_abs_error: largest absolute difference; NaN if one of the two is NaN and the other is not.
   """
 
   name: str
@@ -41,7 +41,7 @@ class TensorReport:
     return self.different == 0
 
   def add(self, ours: Array, theirs: Array) -> None:
-    """Takes a part of the tensor into account."""
+    """Adds a part of the tensor to the report."""
     unequal = blocks.bits(ours) != blocks.bits(theirs.astype(ours.dtype))
     self.elements += ours.size
     if np.any(unequal):
@@ -59,22 +59,22 @@ def compare(checkpoint: Path, folder: Path, config: Any) -> list[TensorReport]:
     config: MaxText config in the layout of the checkpoint (`scan_layers`).
 
   Returns:
-    A report for each Hugging Face tensor, in no particular order.
+    A report per Hugging Face tensor, in no particular order.
 
   Raises:
     CheckpointError: one of the two does not hold the tensors of this model.
   """
-  leaves, stores = export_hf.match(epath.Path(checkpoint), config)
-  with HfFolder(folder) as tensors:
+  leaves, stores = stored_weights.open_weights(epath.Path(checkpoint), config)
+  with HfCheckpoint(folder) as tensors:
     tensors.check(config)
     return [report for leaf in leaves for report in _compare(leaf, stores[leaf.path], tensors)]
 
 
-def _compare(leaf: stacking.Leaf, store: Any, tensors: HfFolder) -> Iterator[TensorReport]:
+def _compare(leaf: stacking.Leaf, store: Any, tensors: HfCheckpoint) -> Iterator[TensorReport]:
   reports: dict[str, TensorReport] = {}
-  for box, block in export_hf.read_blocks(store):
-    for entry, name, index, inner in blocks.parts(leaf, box):
+  for block, values in stored_weights.read_blocks(store):
+    for entry, name, index, inner in blocks.hf_slices(leaf, block):
       theirs = tensors[name]
-      report = reports.setdefault(name, TensorReport(name, theirs.dtype.name, block.dtype.name))
-      report.add(block[index], entry.view(theirs)[inner])
+      report = reports.setdefault(name, TensorReport(name, theirs.dtype.name, values.dtype.name))
+      report.add(values[index], entry.from_hf(theirs)[inner])
   yield from reports.values()

@@ -9,7 +9,7 @@ from rows import LIMIT, folders, largest_difference, row, row_of_all
 
 import maxtext_ling2
 from maxtext_ling2.checkpoint import hf_config
-from maxtext_ling2.verify import comparison
+from maxtext_ling2.verify.model import Float32Model
 
 VERSION = maxtext_ling2.__version__
 
@@ -25,6 +25,6 @@ found = folders("exported", "saved")
 row_of_all(VERSION, "settings", "none", [(folder, wrong_settings(folder)) for folder in found])
 for folder in found:
   recorded = np.load(folder.logits)
-  model = comparison.Reference(folder.path, *recorded["ids"].shape, gla_decay_layer_offset=folder.offset)
+  model = Float32Model(folder.path, *recorded["ids"].shape, gla_decay_layer_offset=folder.offset)
   difference = largest_difference(model.logits(recorded["ids"]), recorded[f"offset_{folder.offset}"])
   row(VERSION, f"{folder.kind} {folder.case}: logits with offset {folder.offset}", difference, difference <= LIMIT)

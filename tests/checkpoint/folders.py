@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from maxtext_ling2.checkpoint import stock_tables
-from maxtext_ling2.verify import comparison
+from maxtext_ling2.verify import model
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("one_cycle", "trailing_mtp")
@@ -108,7 +108,40 @@ def read(folder):
 
 def config(folder, **settings):
   """The MaxText config of a folder's model."""
-  return comparison.make_config(folder, 1, 16, **settings)
+  return model.make_config(folder, 1, 16, **settings)
+
+
+def stacked(leaf, get):
+  """A whole leaf, put together by np.stack instead of in blocks.
+
+  Args:
+    leaf: of `stacking.leaves`.
+    get: Hugging Face name -> tensor.
+  """
+
+  def one(entry):
+    parts = [(get(name).T if entry.linear else get(name)).reshape(entry.one_shape) for name in entry.names]
+    return np.stack(parts) if len(parts) > 1 else parts[0]
+
+  cycles = [[one(entry) for entry in cycle] for cycle in leaf.entries]
+  if leaf.num_stacked_axes == 2:
+    return np.stack([np.stack(cycle, axis=leaf.axis) for cycle in cycles], axis=leaf.axis)
+  return np.stack([cycle[0] for cycle in cycles], axis=leaf.axis) if leaf.num_stacked_axes else cycles[0][0]
+
+
+def unstacked(values):
+  """{Hugging Face name: tensor} of {leaf: whole array}, taken apart by np.moveaxis instead of in blocks."""
+  tensors = {}
+  for leaf, value in values.items():
+    for axis in range(leaf.num_stacked_axes):
+      value = np.moveaxis(value, leaf.axis + axis, axis)
+    value = value.reshape(len(leaf.entries), len(leaf.entries[0]), *leaf.first.shape)
+    for cycle, of_cycle in zip(leaf.entries, value, strict=True):
+      for entry, of_entry in zip(cycle, of_cycle, strict=True):
+        parts = of_entry if len(entry.names) > 1 else [of_entry]
+        parts = [part.reshape(entry.hf_shape[::-1]).T if entry.linear else part for part in parts]
+        tensors |= zip(entry.names, parts, strict=True)
+  return tensors
 
 
 def assert_equal(ours, theirs):

@@ -27,7 +27,8 @@ from maxtext.layers.multi_token_prediction import mtp_losses
 from maxtext.utils import model_creation_utils
 
 import maxtext_ling2
-from maxtext_ling2.checkpoint import hf_config, stacking
+import tiny
+from maxtext_ling2.checkpoint import hf_config, mapping
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.maxtext_api import session
 
@@ -288,7 +289,7 @@ def weights(config, program):
     value = 0.3 * rng.standard_normal(entry.shape)
     return (value + (entry.path[-1] == "scale")).astype(np.float32)
 
-  given = {leaf.path: leaf.assemble(one) for leaf in stacking.leaves(config)}
+  given = tiny.stacked(config, {entry: one(entry) for entry in mapping.entries(config)})
   without, spare = set(program.inputs) - set(given), set(given) - set(program.inputs)
   if without or spare:
     raise Homeless(f"exported without {short(without)}; exported, but not in the model: {short(spare)}")

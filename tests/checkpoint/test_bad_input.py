@@ -20,7 +20,7 @@ from rich.console import Console
 
 from hostile.bad_folders import config as damaged_config
 from hostile.bad_folders import tensors
-from maxtext_ling2.checkpoint import hf_config, import_hf, orbax_store, safetensors_file
+from maxtext_ling2.checkpoint import hf_config, import_hf, orbax_handlers, orbax_store, safetensors_file
 from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
@@ -75,7 +75,7 @@ def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
 
 def test_a_target_that_is_there(tmp_path, model):
   (tmp_path / "0").mkdir()
-  with pytest.raises(CheckpointError, match=r"0: already there.*delete it, or choose another"):
+  with pytest.raises(CheckpointError, match=r"0: already exists.*delete it, or choose another"):
     Import(folders.GOLDEN / "one_cycle", model, epath.Path(tmp_path / "0"), "float32")
   assert not list((tmp_path / "0").iterdir())
 
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up(tmp_path, model, monkeypatch):
   async def full(self, store, window):
     raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
-  monkeypatch.setattr(orbax_store.StreamedLeaf, "write", full)
+  monkeypatch.setattr(orbax_handlers.StreamedLeaf, "write", full)
   with pytest.raises(CheckpointError, match="the disk is full; make room"):
     job.run(Storage(), QUIET)
   assert not list((tmp_path / "mt").iterdir())
@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up(tmp_path, model, monkeypatch):
 def test_a_disk_that_fills_up_while_other_leaves_are_written(tmp_path, model, monkeypatch):
   """No write is under way, or begins, once the folder has been removed."""
   job = Import(folders.GOLDEN / "one_cycle", model, epath.Path(tmp_path / "mt" / "0"), "float32")
-  original = orbax_store.StreamedLeaf.write
+  original = orbax_handlers.StreamedLeaf.write
   begun, ended = [], []
 
   async def write(self, store, window):
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up_while_other_leaves_are_written(tmp_path, model, mo
     finally:
       ended.append(self)
 
-  monkeypatch.setattr(orbax_store.StreamedLeaf, "write", write)
+  monkeypatch.setattr(orbax_handlers.StreamedLeaf, "write", write)
   with pytest.raises(CheckpointError, match="the disk is full; make room"):
     job.run(Storage(), QUIET)
   assert len(ended) == len(begun) - 1 > 2
@@ -126,19 +126,19 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_run_again(tmp_path, mod
   (tmp_path / "mt" / "0.orbax-checkpoint-tmp" / "items").mkdir(parents=True)  # what a killed process leaves
   job = Import(folders.GOLDEN / "one_cycle", model, epath.Path(target), "float32")
   written = []
-  original = import_hf.blocks.fill
+  original = import_hf.blocks.read_block
 
-  def fill(*arguments):
+  def read_block(*arguments):
     if len(written) == 20:
       raise KeyboardInterrupt
     written.append(arguments)
     return original(*arguments)
 
-  monkeypatch.setattr(import_hf.blocks, "fill", fill)
+  monkeypatch.setattr(import_hf.blocks, "read_block", read_block)
   with pytest.raises(KeyboardInterrupt):
     job.run(Storage(), QUIET)
   assert not list((tmp_path / "mt").iterdir())
-  monkeypatch.setattr(import_hf.blocks, "fill", original)
+  monkeypatch.setattr(import_hf.blocks, "read_block", original)
   job.run(Storage(), QUIET)
   assert [path.name for path in (tmp_path / "mt").iterdir()] == ["0"]
 
@@ -152,19 +152,19 @@ def checkpoint(tmp_path_factory, model):
 
 def test_an_interrupted_export_leaves_nothing_and_can_be_run_again(tmp_path, model, checkpoint, monkeypatch):
   job = Export(epath.Path(checkpoint), model)
-  original = import_hf.blocks.spill
+  original = import_hf.blocks.write_block
   count = iter(range(20))
 
-  def spill(*arguments):
+  def write_block(*arguments):
     if next(count, None) is None:
       raise KeyboardInterrupt
     original(*arguments)
 
-  monkeypatch.setattr(import_hf.blocks, "spill", spill)
+  monkeypatch.setattr(import_hf.blocks, "write_block", write_block)
   with pytest.raises(KeyboardInterrupt):
     job.run(tmp_path / "hf", "float32", None, QUIET)
   assert not list(tmp_path.iterdir())
-  monkeypatch.setattr(import_hf.blocks, "spill", original)
+  monkeypatch.setattr(import_hf.blocks, "write_block", original)
   job.run(tmp_path / "hf", "float32", None, QUIET)
   assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

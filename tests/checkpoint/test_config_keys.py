@@ -369,12 +369,12 @@ def test_no_value_of_any_key_ends_in_another_error():
 def test_mtp_left_out_everywhere_alike(tmp_path, caplog):
   """to_maxtext, verify and the weights of generate and eval: one rule, one line that says so."""
   from maxtext_ling2.inference import saved_model
-  from maxtext_ling2.verify import comparison
+  from maxtext_ling2.verify.model import Float32Model
 
   folder = folders.write(tmp_path / "hf", "F32", num_nextn_predict_layers=1)
   with caplog.at_level("WARNING", "maxtext_ling2"):
     check(folder, mtp_num_layers=0)
-    comparison.Reference(folder, 1, 16, mtp_num_layers=0)
+    Float32Model(folder, 1, 16, mtp_num_layers=0)
     saved_model._weights_of(folder, folders.config(folder, mtp_num_layers=0))
   lines = [message for message in caplog.messages if "left out" in message]
   assert len(lines) == 3 and len(set(lines)) == 1

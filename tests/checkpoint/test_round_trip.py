@@ -14,7 +14,7 @@ from rich.console import Console
 
 from maxtext_ling2.checkpoint import blocks, hf_config, orbax_store, safetensors_file, stacking
 from maxtext_ling2.checkpoint.export_hf import Export
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
 from maxtext_ling2.maxtext_api import session
@@ -68,8 +68,8 @@ def test_what_maxtexts_trainer_restores(tmp_path, case, scan):
   folder = folders.GOLDEN / case
   config = to_maxtext(folder, tmp_path / "mt" / "0", "float32", scan_layers=scan)
   restored = session.restore(config, session.make_mesh(config), str(tmp_path / "mt" / "0" / "items"))
-  with HfFolder(folder) as tensors:
-    expected = {leaf.path: leaf.assemble(tensors.tensor) for leaf in stacking.leaves(config)}
+  with HfCheckpoint(folder) as tensors:
+    expected = {leaf.path: folders.stacked(leaf, tensors.__getitem__) for leaf in stacking.leaves(config)}
   assert set(restored) == set(expected)
   for path, value in expected.items():
     np.testing.assert_array_equal(np.asarray(restored[path]), value, err_msg="/".join(path))
@@ -189,8 +189,8 @@ def test_router_biases_outside_the_parameters_are_exported(tmp_path):
   """
   folder = folders.write(tmp_path / "hf", num_nextn_predict_layers=1)
   config = folders.config(folder)
-  with HfFolder(folder) as tensors:
-    values = {leaf: leaf.assemble(tensors.tensor) for leaf in stacking.leaves(config)}
+  with HfCheckpoint(folder) as tensors:
+    values = {leaf: folders.stacked(leaf, tensors.__getitem__) for leaf in stacking.leaves(config)}
   from maxtext_ling2.checkpoint.import_hf import nested
 
   weights = nested({leaf.path: value for leaf, value in values.items() if leaf.is_parameter})

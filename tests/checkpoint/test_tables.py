@@ -8,7 +8,7 @@ from flax import nnx
 
 from maxtext_ling2 import plugin
 from maxtext_ling2.checkpoint import hf_config, stacking, stock_tables
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 from maxtext_ling2.maxtext_api import session
 
 # (all without MTP, MTP): the published totals; the MTP layer to the digits that are published.
@@ -19,20 +19,24 @@ SIZES = {
 }
 
 
+def parameter_count(config):
+  return sum(int(np.prod(leaf.shape)) for leaf in stacking.leaves(config))
+
+
 def count(model_name, **settings):
   """Parameters and router biases of MaxText's own model, of which no weight is made."""
   config = session.make_config(model_name=model_name, **settings)
   state = nnx.state(session._abstract_model(config, session.make_mesh(config), 0))
   held = [variable.get_value() for _, variable in nnx.to_flat_state(state) if session._holds_weights(variable)]
-  assert sum(int(np.prod(value.shape)) for value in held) == stock_tables.parameter_count(config)
-  return stock_tables.parameter_count(config)
+  assert sum(int(np.prod(value.shape)) for value in held) == parameter_count(config)
+  return parameter_count(config)
 
 
 @pytest.mark.parametrize("model_name", SIZES)
 def test_parameter_counts(model_name):
   total, mtp = SIZES[model_name]
   assert count(model_name, mtp_num_layers=0, scan_layers=True) == total
-  with_mtp = stock_tables.parameter_count(session.make_config(model_name=model_name))
+  with_mtp = parameter_count(session.make_config(model_name=model_name))
   assert with_mtp - total == pytest.approx(mtp, rel=5e-4)
 
 
@@ -53,20 +57,20 @@ def test_maxtexts_own_way_through_the_tables(case, scan):
   abstract, _ = to_maxtext.get_maxtext_model_info(config)
   assert set(names) == set(abstract) == set(forth)
   returned, expected = {}, set()
-  with HfFolder(folder) as tensors:
+  with HfCheckpoint(folder) as tensors:
     for leaf in stacking.leaves(config):
       key = leaf.table_key
       assert abstract[key][1] == leaf.shape
-      if leaf.keeps_dtype and leaf.depth == 2:
+      if leaf.keeps_dtype and leaf.num_stacked_axes == 2:
         continue  # MaxText's generic code stacks no other collection in a nested scan
       load = to_maxtext._get_hf_loading_function(names[key], tensors.__getitem__, forth[key], leaf.shape, config, key)
       value = load()
-      np.testing.assert_array_equal(value, leaf.assemble(tensors.tensor), err_msg=key)
+      np.testing.assert_array_equal(value, folders.stacked(leaf, tensors.__getitem__), err_msg=key)
       # On the way back MaxText's generic code takes any plain list in a scanned model for layers, also one of experts.
-      if not leaf.keeps_dtype and not (scan and leaf.depth == 0 and leaf.stacked_axes):
+      if not leaf.keeps_dtype and not (scan and leaf.num_stacked_axes == 0 and leaf.stacked_axes):
         parts = utils.process_maxtext_param(key, jax.numpy.asarray(value), names, back, shapes, config)
         returned |= dict(parts)
-        expected |= {name for block in leaf.members for one in block for name in one.names}
+        expected |= set(leaf.names)
   source = folders.read(folder)
   assert set(returned) == expected and len(expected) > 50
   for name, value in returned.items():
@@ -95,7 +99,7 @@ def test_config_json_of_each_model_gives_its_settings_back(model_name):
       assert getattr(found, "value", found) == value, field
   assert hf_config.shared_width(config) == written["num_shared_experts"] * written["moe_intermediate_size"]
   shapes = stock_tables.hf_shapes(written)
-  assert sum(int(np.prod(shape)) for shape in shapes.values()) == stock_tables.parameter_count(config)
+  assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameter_count(config)
 
 
 def test_shared_width_of_four_experts():
@@ -109,5 +113,5 @@ def test_numbers_of_tensors_of_ling2(mtp, count):
   """The RFC's, by shapes alone: of MaxText's checkpoint, and 15643 of the Hugging Face folder with MTP."""
   leaves = list(stacking.leaves(session.make_config(model_name="ling2", mtp_num_layers=mtp, override_model_config=True)))
   assert len(leaves) == count
-  names = {name for leaf in leaves for block in leaf.members for entry in block for name in entry.names}
+  names = {name for leaf in leaves for name in leaf.names}
   assert len(names) == {1: 15643, 0: 14857}[mtp]

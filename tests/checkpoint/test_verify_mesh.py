@@ -1,4 +1,4 @@
-"""`maxtext-ling2 verify --mesh`: reading the mesh, filling up the inputs, and the check itself on eight CPU devices."""
+"""`maxtext-ling2 verify --mesh`: reading the mesh, padding the inputs, and the check itself on eight CPU devices."""
 
 import os
 import subprocess
@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maxtext_ling2.maxtext_api.mesh import ONE_DEVICE, MeshError, VerifyMesh
+from maxtext_ling2.maxtext_api.mesh import ONE_DEVICE, MeshError, MeshSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def test_reading():
-  mesh = VerifyMesh.read("fsdp=2, expert=3,context=4")
-  assert (mesh.devices, mesh.rows, mesh.length) == (24, 6, 4)
-  assert mesh.settings()["ici_fsdp_parallelism"] == 2
-  assert VerifyMesh.read("tensor=2").settings()["ici_fsdp_parallelism"] == 1  # MaxText's default is all devices
-  assert VerifyMesh.read("") == ONE_DEVICE and ONE_DEVICE.devices == 1
+  mesh = MeshSpec.read("fsdp=2, expert=3,context=4")
+  assert (mesh.devices, mesh.batch_shards, mesh.length) == (24, 6, 4)
+  sizes = {"ici_fsdp_parallelism": 2, "ici_expert_parallelism": 3, "ici_context_parallelism": 4}
+  assert mesh.settings() == sizes | {"context_parallel_load_balance": False}
+  assert MeshSpec.read("tensor=2").settings() == {"ici_tensor_parallelism": 2}
+  assert MeshSpec.read("") == ONE_DEVICE and ONE_DEVICE.devices == 1
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_reading():
   [
     ("fsp=2", "'fsp' is no axis"),
     ("pipeline=2", "'pipeline' is no axis"),
-    ("fsdp=2,fsdp=2", "'fsdp' is there twice"),
+    ("fsdp=2,fsdp=2", "'fsdp' occurs twice"),
     ("fsdp=0", "fsdp has size '0'"),
     ("fsdp=-1", "fsdp has size '-1'"),
     ("fsdp", "fsdp has size ''"),
@@ -35,16 +36,16 @@ def test_reading():
 )
 def test_what_is_no_mesh(text, why):
   with pytest.raises(MeshError, match=why):
-    VerifyMesh.read(text)
+    MeshSpec.read(text)
 
 
-def test_filling_up():
+def test_padding():
   tokens = np.arange(15).reshape(3, 5)
-  filled = VerifyMesh.read("fsdp=2,context=4").fill(tokens, -100)
-  assert filled.shape == (4, 8)
-  np.testing.assert_array_equal(filled[:3, :5], tokens)
-  assert (filled[3] == -100).all() and (filled[:, 5:] == -100).all()
-  np.testing.assert_array_equal(ONE_DEVICE.fill(tokens, 0), tokens)
+  padded = MeshSpec.read("fsdp=2,context=4").pad(tokens, -100)
+  assert padded.shape == (4, 8)
+  np.testing.assert_array_equal(padded[:3, :5], tokens)
+  assert (padded[3] == -100).all() and (padded[:, 5:] == -100).all()
+  np.testing.assert_array_equal(ONE_DEVICE.pad(tokens, 0), tokens)
 
 
 @pytest.mark.mesh

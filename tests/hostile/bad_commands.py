@@ -116,7 +116,7 @@ COMMANDS = {
   _verify("--mesh x"): (CONTENT, ["--mesh x", "name each of data"]),
   _verify("--mesh fsdp=0"): (CONTENT, ["--mesh fsdp=0", "positive numbers"]),
   _verify("--mesh fsdp=two"): (CONTENT, ["--mesh fsdp=two", "positive numbers"]),
-  _verify("--mesh fsdp=2,fsdp=2"): (CONTENT, ["'fsdp' is there twice", "at most once"]),
+  _verify("--mesh fsdp=2,fsdp=2"): (CONTENT, ["'fsdp' occurs twice", "at most once"]),
   _verify("--mesh pipeline=2"): (CONTENT, ["'pipeline' is no axis", "name each of data"]),
   _verify("--mesh fsdp=99"): (CONTENT, ["--mesh needs 99 devices", "jax_platforms=cpu"]),
   _verify("--mesh fsdp=2 --decode 3"): (CONTENT, ["--decode with --mesh", "leave one"]),

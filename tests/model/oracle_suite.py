@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from maxtext_ling2.verify import comparison
-from maxtext_ling2.verify.comparison import Reference
+from maxtext_ling2.verify.model import Float32Model, positions_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LENGTHS = {"short": 24, "long": 80}
@@ -25,7 +25,7 @@ def recorded(case, name):
 @functools.cache
 def model(case, length, offset, **settings):
   """The model with the folder's weights, two rows of `length` tokens; built once a process."""
-  return Reference(GOLDEN / case, 2, LENGTHS[length], gla_decay_layer_offset=offset, **settings)
+  return Float32Model(GOLDEN / case, 2, LENGTHS[length], gla_decay_layer_offset=offset, **settings)
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def layer_outputs(reference, hidden_states, embed):
   graph, state = reference.split()
   inputs = [embed, *hidden_states[1:-1]]
   segments = jnp.ones(embed.shape[:2], jnp.int32)
-  positions = comparison.positions_of(segments)
+  positions = positions_of(segments)
 
   def one(decoder, index, x):
     layer = getattr(decoder, f"layers_{index}")
@@ -184,7 +184,7 @@ class OracleSuite:
     """A few tokens get other experts: noise, which falls with the square root of the number of labels."""
     differences, errors, labels = [], [], []
     for length in LENGTHS:
-      reference = Reference(GOLDEN / self.case, 2, LENGTHS[length], gla_decay_layer_offset=1, dtype="bfloat16")
+      reference = Float32Model(GOLDEN / self.case, 2, LENGTHS[length], gla_decay_layer_offset=1, dtype="bfloat16")
       ours = reference.logits(tokens(self.case, length))
       loss = cross_entropy(ours, tokens(self.case, length, "labels"))
       differences.append(loss - float(recorded(self.case, f"io_{length}")["eval.loss"]))

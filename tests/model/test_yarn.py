@@ -38,7 +38,7 @@ RULES = {
 
 def settings(scaling):
   raw = BASE | {"rope_scaling": SCALING | scaling}
-  assert list(hf_rope.refusals(raw)) == []
+  assert list(hf_rope.validate(raw)) == []
   return hf_rope.to_maxtext(raw)
 
 
@@ -180,18 +180,18 @@ def test_exported_again_it_means_the_same(scaling, factor, m):
   ],
 )
 def test_scalings_that_cannot_be_represented(scaling, words):
-  assert any(words in sentence for sentence in hf_rope.refusals(BASE | {"rope_scaling": SCALING | scaling}))
+  assert any(words in sentence for sentence in hf_rope.validate(BASE | {"rope_scaling": SCALING | scaling}))
 
 
 def test_frequencies_of_gla_and_mla_must_be_the_same():
-  (sentence,) = hf_rope.refusals(BASE | {"partial_rotary_factor": 0.25})
+  (sentence,) = hf_rope.validate(BASE | {"partial_rotary_factor": 0.25})
   assert "head_dim * factor is 32, not qk_rope_head_dim=64" in sentence
 
 
 def test_no_scaling():
   for nothing in (None, {}, {"rope_type": "default"}):
     raw = BASE | {"rope_scaling": nothing}
-    assert list(hf_rope.refusals(raw)) == []
+    assert list(hf_rope.validate(raw)) == []
     assert hf_rope.to_maxtext(raw) == {"rope_type": "default", "original_max_position_embeddings": 131072}
 
 

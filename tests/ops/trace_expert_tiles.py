@@ -50,7 +50,7 @@ def main(chip, *words):
   from maxtext_ling2.model.moe import RoutedMoE
 
   config = session.make_config(
-    words=words, model_name="ling2", per_device_batch_size=4, megablox=True, base_num_decoder_layers=2
+    overrides=words, model_name="ling2", per_device_batch_size=4, megablox=True, base_num_decoder_layers=2
   )
   devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices
   sizes = [len(devices) if axis == "fsdp" else 1 for axis in config.mesh_axes]

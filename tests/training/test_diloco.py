@@ -11,7 +11,7 @@ from rich.console import Console
 from stock_runs import SMALL, arguments, metrics, run, write_documents
 
 from maxtext_ling2.checkpoint.export_hf import Export
-from maxtext_ling2.checkpoint.hf_folder import HfFolder
+from maxtext_ling2.checkpoint.hf_checkpoint import HfCheckpoint
 from maxtext_ling2.maxtext_api import session
 from tiny import TINY
 
@@ -78,5 +78,5 @@ def test_its_checkpoint_is_exported(folder, tmp_path):
   config = session.make_config(**TINY | LAYERS)
   checkpoint = epath.Path(folder / "synchronised" / "checkpoints" / str(STEPS - 1))
   Export(checkpoint, config).run(tmp_path / "hf", "float32", None, Console(quiet=True))
-  with HfFolder(tmp_path / "hf") as tensors:
+  with HfCheckpoint(tmp_path / "hf") as tensors:
     tensors.check(config)

@@ -1,6 +1,6 @@
-"""A Hugging Face folder as a set of named tensors: views of its memory-mapped safetensors files.
+"""A Hugging Face checkpoint: a folder of memory-mapped safetensors files, as views by tensor name.
 
-Only `*.safetensors` and JSON files are opened, none outside the folder: no pickles, no code.
+Only `*.safetensors` and JSON files of the folder are opened: no pickles, no code.
 """
 
 import json
@@ -10,12 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.checkpoint import hf_config, mapping, safetensors_file
-from maxtext_ling2.checkpoint.json_object import unique
-from maxtext_ling2.checkpoint.mapping import Entry
 from maxtext_ling2.errors import CheckpointError
 
 logger = logging.getLogger("maxtext_ling2")
@@ -26,17 +23,17 @@ _TAKE_BOTH = (
 INDEX = "model.safetensors.index.json"
 
 
-class HfFolder:
+class HfCheckpoint:
   """The tensors of a folder's `*.safetensors` files; a context manager.
 
-  All files count, those that no index names too: released checkpoints keep MTP in one of its own.
+  Files that the index does not list are read too: released checkpoints keep MTP in a separate one.
 
   Args:
     folder: the Hugging Face folder.
 
   Raises:
-    CheckpointError: no safetensors file, a file that does not parse, a tensor that stands in two files, or an index that
-      names a file or a tensor which is not there.
+    CheckpointError: there is no safetensors file, a file does not parse, a tensor is in two files, or the index lists a
+      file or a tensor that does not exist.
   """
 
   def __init__(self, folder: Path):
@@ -44,9 +41,9 @@ class HfFolder:
     self._tensors: dict[str, NDArray[Any]] = {}
     self._files: dict[str, str] = {}
 
-  def __enter__(self) -> "HfFolder":
+  def __enter__(self) -> "HfCheckpoint":
     indexed = _read_index(self.folder)
-    # macOS puts "._NAME" beside NAME on foreign file systems: attributes of the file, no tensors.
+    # On foreign file systems macOS keeps attributes of NAME in "._NAME", which holds no tensors.
     paths = sorted(path for path in self.folder.glob("*.safetensors") if not path.name.startswith("._"))
     if not paths:
       raise CheckpointError(f"{self.folder}: no *.safetensors file; pass a Hugging Face folder with its weights")
@@ -60,8 +57,8 @@ class HfFolder:
     for name, file in indexed.items():
       if self._files.get(name) != file:
         raise CheckpointError(
-          f"{self.folder / INDEX}: says {name} stands in {file}, but it "
-          f"{f'stands in {self._files[name]}' if name in self._files else 'is not there'}; fetch the folder again"
+          f"{self.folder / INDEX}: says that {name} is in {file}, but it "
+          f"{f'is in {self._files[name]}' if name in self._files else 'does not exist'}; fetch the folder again"
         )
     return self
 
@@ -69,23 +66,23 @@ class HfFolder:
     self._tensors.clear()
 
   def check(self, config: Any) -> None:
-    """Compares the folder's tensors with what a model needs, by name and shape, before any data is read.
+    """Compares the tensors with those of a model, by name and shape, before any data is read.
 
-    The model may have fewer MTP layers than the folder (`mtp_num_layers=0` leaves them out); one log line says so.
+    The model may have fewer MTP layers than the folder (`mtp_num_layers=0` skips them), which is logged.
 
     Args:
       config: MaxText config of the model.
 
     Raises:
-      CheckpointError: names missing, unexpected and misshapen tensors.
+      CheckpointError: tensors are missing, unexpected or of another shape; they are named.
     """
     wanted = {name: entry.hf_shape for entry in mapping.entries(config) for name in entry.names}
     missing = sorted(set(wanted) - set(self._tensors))
     extra = sorted(set(self._tensors) - set(wanted))
-    extra = self._without_left_out_mtp(extra, config)
+    extra = self._without_skipped_mtp(extra, config)
     shapes = {name: self._tensors[name].shape for name in wanted if name in self._tensors}
     wrong = [f"{name} is {shape}, expected {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]]
-    mtp = list(self._about_mtp(wanted, missing, extra, config))
+    mtp = list(self._mtp_findings(wanted, missing, extra, config))
     explained = {name for _, names in mtp for name in names}
     problems = [
       f"{len(names)} {kind} tensor{'s' * (len(names) > 1)}: {'; '.join(names[:8])}{' ...' * (len(names) > 8)}"
@@ -97,30 +94,30 @@ class HfFolder:
     if mtp:
       raise CheckpointError("\n".join(f"{self.folder}: {text}" for text, _ in mtp))
 
-  def _without_left_out_mtp(self, extra: list[str], config: Any) -> list[str]:
-    """The unexpected tensors without those of MTP layers that config.json names and the model is not to have."""
+  def _without_skipped_mtp(self, extra: list[str], config: Any) -> list[str]:
+    """Removes the tensors of MTP layers that config.json lists and the model does not have, and logs them."""
     first, end = config.num_decoder_layers + config.mtp_num_layers, config.num_decoder_layers + self._mtp_layers()
-    left_out = [name for name in extra if first <= _layer(name) < end]
-    if left_out:
+    skipped = [name for name in extra if first <= _layer(name) < end]
+    if skipped:
       logger.warning(
         "%s: %d tensors of MTP (%s ...) are left out, as mtp_num_layers=%d says.",
-        *(self.folder, len(left_out), left_out[0], config.mtp_num_layers),
+        *(self.folder, len(skipped), skipped[0], config.mtp_num_layers),
       )
-    return [name for name in extra if name not in set(left_out)]
+    return [name for name in extra if name not in set(skipped)]
 
   def mtp_problems(self, config: Any) -> list[str]:
-    """What is wrong with MTP as a whole, one sentence each; arguments as of `check`, which raises the same."""
+    """Problems with MTP as a whole, one sentence each, which `check` raises; for its argument see there."""
     wanted = {name for entry in mapping.entries(config) for name in entry.names}
     missing, extra = sorted(wanted - set(self._tensors)), sorted(set(self._tensors) - wanted)
-    return [f"{self.folder}: {text}" for text, _ in self._about_mtp(wanted, missing, extra, config)]
+    return [f"{self.folder}: {text}" for text, _ in self._mtp_findings(wanted, missing, extra, config)]
 
   def _mtp_layers(self) -> int:
     return hf_config.read(self.folder).get("num_nextn_predict_layers") or 0
 
-  def _about_mtp(
+  def _mtp_findings(
     self, wanted: Iterable[str], missing: list[str], extra: list[str], config: Any
   ) -> Iterator[tuple[str, list[str]]]:
-    """(what is wrong with MTP as a whole, the tensors that this explains)."""
+    """(problem with MTP as a whole, the tensors it explains)."""
     layers, stated = config.num_decoder_layers, self._mtp_layers()
     absent = [name for name in missing if _layer(name) >= layers]
     if absent and len(absent) == sum(_layer(name) >= layers for name in wanted):
@@ -141,37 +138,33 @@ class HfFolder:
       )
 
   def __getitem__(self, name: str) -> NDArray[Any]:
-    """A tensor as a read-only view of its file."""
+    """Returns a tensor as a read-only view of its file."""
     return self._tensors[name]
 
   def __contains__(self, name: str) -> bool:
     return name in self._tensors
 
-  def tensor(self, entry: Entry) -> NDArray[Any]:
-    """Reads one MaxText tensor."""
-    return entry.to_maxtext([np.asarray(self._tensors[name]) for name in entry.names])
-
 
 def _layer(name: str) -> int:
-  """The layer that a tensor belongs to; -1 outside of layers."""
+  """Index of the layer that a tensor belongs to; -1 if it belongs to none."""
   found = re.match(r"model\.layers\.(\d+)\.", name)
   return int(found[1]) if found else -1
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-  """{tensor: file} of the folder's index; empty without one."""
+  """Reads {tensor: file} of the folder's index; empty if there is none."""
   path = folder / INDEX
   if not path.exists():
     return {}
   try:
-    weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
-    files = {str(name): str(file) for name, file in weight_map.items()}
+    index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=safetensors_file.unique_keys)
+    files = {str(name): str(file) for name, file in index["weight_map"].items()}
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
     raise CheckpointError(f"{path}: not an index with a weight_map ({error!r}); fetch the file again") from error
   for name, file in files.items():
     if Path(file).name != file or not file.endswith(".safetensors"):
       raise CheckpointError(
-        f"{path}: {name} is said to stand in {file!r}, not a *.safetensors file of this folder; fetch the index again"
+        f"{path}: {name} is listed in {file!r}, not a *.safetensors file of this folder; fetch the index again"
       )
     if not (folder / file).is_file():
       raise CheckpointError(f"{path}: names {file}, which is not in the folder; fetch the missing file")
@@ -179,7 +172,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, path: Path) -> Path:
-  """The path, if it is a file of the folder, or of the blobs of the Hugging Face cache that the folder belongs to."""
+  """Returns the path if it is a file of the folder, or a blob of the Hugging Face cache that the folder is part of."""
   real, home = path.resolve(), folder.resolve()
   blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
   if not real.is_file():
