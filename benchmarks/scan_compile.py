@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from maxtext_ling2 import overrides
-from maxtext_ling2.demo.data import maxtext_folder
+from maxtext_ling2.host.location import maxtext_folder
 
 TINY = ("base_emb_dim=256", "base_num_decoder_layers=5", "num_experts=64", "base_moe_mlp_dim=128", "vocab_size=1024")
 

@@ -40,8 +40,8 @@ def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, 
   """{part: bytes} of a step compiled in this process."""
   from benchmarks.layer_cases import PlainComposition
   from maxtext_ling2 import overrides
-  from maxtext_ling2.demo.data import maxtext_folder
   from maxtext_ling2.host.compile_step import compile_step
+  from maxtext_ling2.host.location import maxtext_folder
   from maxtext_ling2.model import layer
   from maxtext_ling2.plan.chips import slice_of
   from maxtext_ling2.plan.floor import Shares, routed_rows

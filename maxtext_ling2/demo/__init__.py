@@ -16,6 +16,7 @@ from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
 from maxtext_ling2.demo.train import Run
 from maxtext_ling2.errors import describe
+from maxtext_ling2.host.location import MaxTextMissingError
 
 MODEL = "ling2-tiny"
 STEPS = 100
@@ -46,7 +47,7 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
   console = Console(soft_wrap=True, highlight=False, emoji=False)
   try:
     _run(output_directory, STEPS if steps is None else steps, model_name, console)
-  except (DemoError, OSError) as error:
+  except (DemoError, MaxTextMissingError, OSError) as error:
     text = describe(error) if isinstance(error, OSError) else str(error)
     Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(text)}")
     return 1

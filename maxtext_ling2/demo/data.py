@@ -5,7 +5,6 @@ PREFIX.idx says where each document lies: a header, lengths, byte offsets, and t
 sequences. Each document ends with an end-of-document token (EOD): it is all that MaxText knows a document's end by.
 """
 
-import importlib.util
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.demo.errors import DemoError
+from maxtext_ling2.host.location import maxtext_folder
 
 Tokens = NDArray[np.uint16]
 
@@ -77,19 +77,10 @@ def encode(texts: Iterable[str]) -> list[Tokens]:
 
 def tokenizer_file() -> Path:
   """The Llama 2 sentencepiece model that comes with MaxText."""
-  # Not through maxtext.utils.globals: its MAXTEXT_ASSETS_ROOT names a folder that only MaxText's repository has.
   path = maxtext_folder() / "assets" / "tokenizers" / "tokenizer.llama2"
   if not path.is_file():
     raise DemoError(f"{path} does not exist, but MaxText 0.2.5 brings it: reinstall MaxText")
   return path
-
-
-def maxtext_folder() -> Path:
-  """The folder of the installed MaxText, found without importing it."""
-  spec = importlib.util.find_spec("maxtext")
-  if spec is None or not spec.submodule_search_locations:
-    raise DemoError("MaxText is not installed; run: pip install 'maxtext-ling2[tpu]' (also right for CPUs)")
-  return Path(spec.submodule_search_locations[0])
 
 
 def write(documents: Sequence[Tokens], prefix: Path) -> None:

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from maxtext_ling2 import overrides, startup
 from maxtext_ling2.demo import metrics
-from maxtext_ling2.demo.data import EOD, Dataset, maxtext_folder
+from maxtext_ling2.demo.data import EOD, Dataset
 from maxtext_ling2.demo.errors import DemoError
+from maxtext_ling2.host.location import maxtext_folder
 
 TRAINER = "maxtext.trainers.pre_train.train"
 

@@ -16,9 +16,9 @@ import maxtext_ling2
 from maxtext_ling2 import overrides, recipes
 from maxtext_ling2.checkpoint.verify_mesh import VerifyMesh
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.demo.data import maxtext_folder
 from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.host.compile_step import PlanConfigError
+from maxtext_ling2.host.location import maxtext_folder
 from maxtext_ling2.plan import report, search
 from maxtext_ling2.plan.estimate import Option, make_option, refused
 from maxtext_ling2.plan.grouped import CYCLES
