@@ -44,7 +44,7 @@ class CompiledStep:
 
 
 def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
-  """Compiles a train step; what MaxText prints goes to stderr.
+  """Compiles a train step; what MaxText prints goes to stderr, and environment variables that it sets are reset.
 
   Args:
     yml: base yml.
@@ -71,7 +71,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
     return compiled
 
   with mock.patch.object(train_compile, "jit_and_compile", keep), contextlib.redirect_stdout(sys.stderr):
-    with _refusals(yml):
+    with _refusals(yml), _same_environment():
       train_compile.main(["train_compile", yml, *words])
     config, compiled = seen[-1]
     total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
@@ -79,7 +79,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
 
 
 def read_config(yml: str, words: Sequence[str]) -> Any:
-  """MaxText's config of a step that `compile_step` would compile.
+  """MaxText's config of a step that `compile_step` would compile; environment variables that it sets are reset.
 
   Args: as for `compile_step`.
 
@@ -91,7 +91,7 @@ def read_config(yml: str, words: Sequence[str]) -> Any:
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
   from maxtext.configs import pyconfig
 
-  with contextlib.redirect_stdout(sys.stderr), _refusals(yml):
+  with contextlib.redirect_stdout(sys.stderr), _refusals(yml), _same_environment():
     return pyconfig.initialize(["train_compile", yml, *words])
 
 
@@ -103,6 +103,14 @@ def _made(compile_program: Callable[..., Any], args: Sequence[Any]) -> Any:
     raise
   except (ValueError, AssertionError, NotImplementedError) as error:  # such as a kernel that does not know a width
     raise CompilerError(str(error) or type(error).__name__) from error
+
+
+def _same_environment() -> contextlib.AbstractContextManager[Any]:
+  """Resets what MaxText sets: XLA_FLAGS, from dump_hlo_xla_flags, and LIBTPU_INIT_ARGS, which grows with each step.
+
+  A second config of a process would differ from the first, or be refused because XLA_FLAGS is set.
+  """
+  return mock.patch.dict(os.environ)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from maxtext_ling2 import overrides
-from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.host.compile_step import CompiledStep, CompilerError, OutOfMemoryError, compile_step
 from maxtext_ling2.plan.bounds import Bounds, Part, bounds
 from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
@@ -156,7 +155,7 @@ def _measured(option: Option, step: CompiledStep, place: Slice) -> Option:
   config, chip, edge = step.config, place.chip, place.edge_bandwidth
   shares = Shares.of(config, option.devices, option.devices // place.devices)
   program = read_program(step.compiled.as_text(), routed_rows(config, shares))
-  least = {name: one.seconds(chip) for name, one in floors(config, shares).items()} if is_ling2(config) else None
+  least = {name: one.seconds(chip) for name, one in floors(config, shares).items()}
   times = bounds(program.operations, chip, edge, least)
   memory = step.compiled.memory_analysis()
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -50,7 +51,18 @@ def option(topology, mesh="", fits=True, devices=8):
 
 
 @pytest.fixture
-def made(monkeypatch, tmp_path):
+def unread(monkeypatch, tmp_path):
+  """No config of MaxText's: the settings as they are given. The cache is empty."""
+
+  def config(yml, topology, settings, named):
+    return SimpleNamespace(get_keys=lambda: {**settings, "base": yml})
+
+  monkeypatch.setattr(command, "planned_config", config)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def made(monkeypatch, unread):
   """What is compiled: [(topology, mesh, settings)]; v5e does not fit, v5p has fewer devices for the same step."""
   calls = []
 
@@ -59,7 +71,6 @@ def made(monkeypatch, tmp_path):
     return option(topology, mesh, fits=topology != "v5e-8", devices=4 if topology == "v5p-8" else 8)
 
   monkeypatch.setattr(command, "make_option", make)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   return calls
 
 
@@ -167,9 +178,8 @@ def test_search(made, tmp_path, monkeypatch):
   assert "ranked by arithmetic" in text and "tensor=4, 4 rows" in text
 
 
-def test_what_the_compiler_cannot_make(tmp_path, monkeypatch):
+def test_what_the_compiler_cannot_make(tmp_path, monkeypatch, unread):
   """Such as a SparseCore kernel that wants more memory than there is: named, and no traceback."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
   def refuse(yml, words):
     raise CompilerError("INTERNAL: Failed to run MLO pass\npipeline sc_ragged_gather_reduce_v2.6")
@@ -183,9 +193,8 @@ def test_what_the_compiler_cannot_make(tmp_path, monkeypatch):
     assert found["options"][0]["memory"] is None
 
 
-def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch):
+def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch, unread):
   """Named in its row; alone it is an error."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
   def make(yml, topology, mesh, settings):
     if mesh == "expert=8":
@@ -226,6 +235,7 @@ def test_cache(made, tmp_path):
     ({"meshes": ["expert=0"]}, "expert has size '0'"),
     ({"words": ["batch"]}, "write KEY=VALUE"),
     ({"model": "nowhere.yml"}, "nowhere.yml: no such file"),
+    ({"words": ["compile_topology=v5p-64"]}, "compile_topology=v5p-64: this command takes it from --topology"),
   ],
 )
 def test_bad_input(made, tmp_path, arguments, why):
