@@ -45,7 +45,7 @@ class Option:
     compute_seconds: of kernels their schedules, else operations of matrix products at peak, recomputed ones too.
     memory_seconds: bytes_moved at full bandwidth.
     link_seconds: bytes sent, one direction, at the rate of all links.
-    pessimistic_seconds: nothing hidden, and links as of a device at the edge of the slice (`plan.bounds`).
+    pessimistic_seconds: no overlap, and the links of a device at the edge of the slice (`plan.bounds`).
     edge_share: the links of such a device, of all that a chip has.
     parts: of the model, the longest first.
     assumed: which branches of conditionals count, and how many grouped products' cycles are not counted.
@@ -89,12 +89,12 @@ class Option:
 
   @property
   def lower_seconds(self) -> float:
-    """Optimistic: the longest of computing, memory and links, the others hidden behind it."""
+    """Lower bound: max(compute, HBM, ICI), perfect overlap."""
     return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
 
   @property
   def upper_seconds(self) -> float:
-    """Pessimistic: nothing hidden behind anything."""
+    """Upper estimate: the sum over all instructions, no overlap."""
     return self.pessimistic_seconds
 
   @property

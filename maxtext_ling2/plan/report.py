@@ -21,9 +21,8 @@ ASSUMPTIONS = (
   "operations of matrix products, recomputed ones and each pass of precise ones too; cycles of GLA's kernels and, where "
   "a table has them, of grouped products, from libtpu's schedules. Calculated: visits of tiles by grouped products and "
   "their rereads, for random routing; rows of a ragged all-to-all; bytes sent, by ring algorithms; floors, from shapes. "
-  "Not known: waiting, small transfers, the operations of the vector unit, the network between slices, which "
-  "links a ring over a part of the slice uses (one line, maybe). Nothing has run "
-  "on these chips."
+  "Neither bound models stalls, the latency of small transfers, the operations of the VPU, the network between slices, "
+  "or which links a ring over a part of the slice uses (maybe one line alone). Nothing has run on these chips."
 )
 
 
@@ -93,12 +92,17 @@ def print_parts(console: Console, option: Option) -> None:
 
 
 def draw(options: Sequence[Option], model: str, path: Path) -> None:
-  """Memory and time of each option, and its parts, as bars."""
+  """Writes `figure` to a file, at 120 dots per inch."""
+  figure(options, model).savefig(path, dpi=120)
+
+
+def figure(options: Sequence[Option], model: str) -> Any:
+  """A matplotlib Figure with bars for each option: memory, time by resource, and time by part of the model."""
   from matplotlib.figure import Figure
 
   names = [f"{one.topology}\n{one.mesh or 'fsdp'}" for one in options]
-  figure = Figure(figsize=(4 + 1.6 * len(options), 11), layout="constrained")
-  memory, seconds, parts = figure.subplots(3)
+  drawn = Figure(figsize=(4 + 1.6 * len(options), 11), layout="constrained")
+  memory, seconds, parts = drawn.subplots(3)
   memory.bar(names, [one.memory / 2**30 for one in options], color=["C0" if one.fits else "C3" for one in options])
   memory.plot(names, [one.capacity / 2**30 for one in options], "k_", markersize=30, label="there")
   memory.set(title=model, ylabel="GiB per device")
@@ -112,7 +116,7 @@ def draw(options: Sequence[Option], model: str, path: Path) -> None:
   parts.set(ylabel="seconds per step, pessimistic")
   for axes in (memory, seconds, *([parts] if found else [])):
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-  figure.savefig(path, dpi=120)
+  return drawn
 
 
 def _stack(axes: Any, names: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:
