@@ -19,7 +19,7 @@ from typing import Any
 
 import maxtext_ling2
 from maxtext_ling2.host.location import maxtext_folder
-from maxtext_ling2.plan.estimate import Option
+from maxtext_ling2.plan.estimate import Estimate
 
 REPORTED = ("maxtext-ling2", "maxtext", "jax", "libtpu")
 """Packages whose versions are named in the JSON."""
@@ -66,13 +66,13 @@ def key(config: Any, topology: str, mesh: str) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def read(key: str) -> Option | None:
+def read(key: str) -> Estimate | None:
   """The estimate under a key, or None."""
   file = _file(key)
-  return Option.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+  return Estimate.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def write(key: str, estimate: Option) -> None:
+def write(key: str, estimate: Estimate) -> None:
   """Keeps an estimate; another process sees all of it or nothing."""
   file = _file(key)
   file.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.host.location import maxtext_folder
 from maxtext_ling2.plan import cache, report, search
-from maxtext_ling2.plan.estimate import Option, make_option, refused
+from maxtext_ling2.plan.estimate import Estimate, estimate, refused
 from maxtext_ling2.plan.resolved import planned_config
 
 QUIET: dict[str, Any] = {"compile_topology_num_slices": 1, "log_config": False, "jax_cache_dir": ""}
@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {**QUIET, "override_model_config": True, "scan_layers
 """And what is compiled where no recipe says it."""
 
 
-Made = tuple[Option, str, Mapping[str, str]]
+Made = tuple[Estimate, str, Mapping[str, str]]
 """An option, and the base yml and settings that it was compiled with."""
 
 
@@ -64,13 +64,13 @@ class _Maker:
   named: str | None
   cached: bool
 
-  def make(self, yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Option:
-    """The estimate; raises what `planned_config` and `make_option` raise."""
+  def make(self, yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Estimate:
+    """The estimate; raises what `planned_config` and `estimate` raise."""
     config = planned_config(yml, topology, settings, self.named)
     key = cache.key(config, topology, mesh)
     if self.cached and (known := cache.read(key)) is not None:
       return known
-    option = make_option(yml, topology, mesh, settings)
+    option = estimate(yml, topology, mesh, settings)
     cache.write(key, option)
     return option
 
@@ -262,7 +262,7 @@ def _mesh(text: str) -> dict[str, str]:
   return overrides.texts(sizes)
 
 
-def _to_json(option: Option) -> dict[str, Any]:
+def _to_json(option: Estimate) -> dict[str, Any]:
   """The fields, and what follows from them."""
   derived: dict[str, Any] = {}
   if option.fits:

@@ -112,8 +112,8 @@ def candidate(mesh: str, rows: str, config: Any, place: Slice, devices: int) -> 
 
 
 def _seconds(floor: Floor, chip: Chip, edge_bandwidth: float) -> float:
-  links = edge_bandwidth or chip.link_bandwidth  # 0: both devices are on one chip
-  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.sent / links
+  links = edge_bandwidth or chip.ici_bandwidth  # 0: both devices are on one chip
+  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.network_bytes / links
 
 
 def memory(config: Any, shares: Shares) -> float:

@@ -14,7 +14,7 @@ import pytest
 from maxtext_ling2.host.compile_step import compile_step
 from maxtext_ling2.plan import cache, command
 from maxtext_ling2.plan.bounds import Part
-from maxtext_ling2.plan.estimate import Option
+from maxtext_ling2.plan.estimate import Estimate
 from maxtext_ling2.plan.resolved import planned_config
 from maxtext_ling2.plugin import REGISTRY
 
@@ -172,10 +172,10 @@ def test_a_digest_of_files(tmp_path):
 def test_an_estimate_is_kept(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   part = Part("experts", 9e10, 0.2, 0.1, 0.0, 0.25)  # its floor is NaN
-  one = Option("v6e-8", "", 8, True, 40.0, 31.0, kernels={"gmm": (2, 3.0)}, parts=(part,), assumed=("a",))
+  one = Estimate("v6e-8", "", 8, True, 40.0, 31.0, kernels={"gmm": (2, 3.0)}, parts=(part,), assumed=("a",))
   assert cache.read("key") is None
   cache.write("key", one)
   known = cache.read("key")
-  assert (type(known), type(known.parts[0]), known.assumed) == (Option, Part, ("a",))
+  assert (type(known), type(known.parts[0]), known.assumed) == (Estimate, Part, ("a",))
   assert json.dumps(dataclasses.asdict(known)) == json.dumps(dataclasses.asdict(one))
   assert [path.name for path in (tmp_path / "maxtext-ling2" / "plan").iterdir()] == ["key.json"]

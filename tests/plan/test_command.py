@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from made_options import GIB, option
+from made_estimates import GIB, option
 from rich.console import Console
 
 from maxtext_ling2 import recipes
@@ -41,7 +41,7 @@ def made(monkeypatch, unread):
     calls.append((topology, mesh, settings))
     return option(topology, mesh, fits=topology != "v5e-8", devices=4 if topology == "v5p-8" else 8)
 
-  monkeypatch.setattr(command, "make_option", make)
+  monkeypatch.setattr(command, "estimate", make)
   return calls
 
 
@@ -86,13 +86,13 @@ def test_parts(made, tmp_path):
   _, text, found = run(tmp_path, ["v6e-8"])
   rows = [line.replace("│", " ").split() for line in text.splitlines()]
   assert ["experts", "60.0", "90.0", "200.0", "100.0", "0.0", "250.0", "compute"] in rows
-  assert ["collectives", "10.0", "0.0", "10.0", "200.0", "250.0", "links"] in rows
+  assert ["collectives", "10.0", "0.0", "10.0", "200.0", "250.0", "ICI"] in rows
   assert "parts, pessimistic (links: 50% of a chip's)" in text
   assert "2 x conditional: branch 0" in text
   assert "3.0 (1.0)" in text  # GiB sent, synchronously
   (experts, collectives) = found["options"][0]["parts"]
-  assert (experts["bound"], experts["floor_seconds"], experts["bytes_moved"]) == ("compute", 0.06, 9e10)
-  assert (collectives["bound"], collectives["floor_seconds"]) == ("links", None)  # no NaN in JSON
+  assert (experts["bound"], experts["floor_seconds"], experts["bytes_accessed"]) == ("compute", 0.06, 9e10)
+  assert (collectives["bound"], collectives["floor_seconds"]) == ("ICI", None)  # no NaN in JSON
 
 
 def test_recipe(made, tmp_path):
@@ -138,7 +138,7 @@ def test_search(made, tmp_path, monkeypatch):
   """The topology's recipe, then the best by arithmetic until two fit."""
   ranked = [Candidate(mesh, "4", 0.1, GIB, 1e-6) for mesh in ("expert=16", "", "expert=8", "tensor=4")]
   monkeypatch.setattr(search, "ranked", lambda *_: ranked)
-  monkeypatch.setattr(command, "make_option", lambda yml, topology, mesh, words: option(topology, mesh, "16" not in mesh))
+  monkeypatch.setattr(command, "estimate", lambda yml, topology, mesh, words: option(topology, mesh, "16" not in mesh))
   _, text, found = run(tmp_path, ["v5p-64"], search=True)
   assert [(one["mesh"], one["fits"]) for one in found["options"]] == [
     ("recipe ling2-v5p-64", True),
@@ -172,7 +172,7 @@ def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch, unread
       raise PlanConfigError("MaxText refuses this configuration: Failed to find assignment")
     return option(topology, mesh, True)
 
-  monkeypatch.setattr(command, "make_option", make)
+  monkeypatch.setattr(command, "estimate", make)
   fits, text, found = run(tmp_path, ["v6e-16"], meshes=["expert=8", "expert=4"])
   assert fits and "expert=8: MaxText refuses this configuration: Failed" in text
   assert [(one["mesh"], one["fits"], one["devices"]) for one in found["options"]] == [
@@ -219,7 +219,7 @@ def test_bad_input(made, tmp_path, arguments, why):
 @pytest.mark.parametrize("topology", ["h100-8", "v6e", "v6e-7", "", "v9-8"])
 def test_unknown_topology(topology):
   with pytest.raises(TopologyError, match="--topology"):
-    estimate.make_option("base.yml", topology, "", {})
+    estimate.estimate("base.yml", topology, "", {})
 
 
 def test_chips():
@@ -258,18 +258,18 @@ def test_a_real_program(tmp_path):
   assert one["fits"] and one["devices"] == 4 and one["tokens"] == 4 * 256
   assert 0 < one["mfu"][0] <= one["mfu"][1] <= 1
   assert one["memory"] < one["capacity"]
-  assert one["bytes_moved"] > 2 * one["arguments"]  # every parameter and its two moments are read and written
+  assert one["bytes_accessed"] > 2 * one["arguments"]  # every parameter and its two moments are read and written
   assert "all-gather" in one["collectives"]
   assert one["edge_share"] == 0.5  # 2 x 2 chips, not closed to a ring: two of four links
   parts = {part["name"]: part for part in one["parts"]}
-  assert math.fsum(part["bytes_moved"] for part in one["parts"]) == pytest.approx(one["bytes_moved"], rel=1e-12)
+  assert math.fsum(part["bytes_accessed"] for part in one["parts"]) == pytest.approx(one["bytes_accessed"], rel=1e-12)
   assert math.fsum(part["seconds"] for part in one["parts"]) == pytest.approx(one["pessimistic_seconds"], rel=1e-12)
   assert {"GLA", "experts", "router", "MLA", "logits and loss", "collectives"} <= set(parts)
   assert all(part["floor_seconds"] > 0 for name, part in parts.items() if name not in ("other", WITHOUT_FLOOR))
   sent = sum(size for _, size in one["collectives"].values())
-  assert parts["collectives"]["link_seconds"] == pytest.approx(sent / 100e9)
-  assert one["link_seconds"] == pytest.approx(sent / 200e9)
-  assert one["collective_bytes"] <= parts["collectives"]["bytes_moved"]
+  assert parts["collectives"]["ici_seconds"] == pytest.approx(sent / 100e9)
+  assert one["ici_seconds"] == pytest.approx(sent / 200e9)
+  assert one["collective_bytes"] <= parts["collectives"]["bytes_accessed"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
-from made_options import option
+from made_estimates import option
 
 from maxtext_ling2.plan import report
 
@@ -31,6 +31,6 @@ def test_what_is_plotted():
   assert [label.get_text() for label in memory.get_xticklabels()] == ["v6e-8\nfsdp", "v5e-8\nexpert=8"]
   assert list(bars(memory).values()) == [[20, 40]]
   assert [list(line.get_ydata()) for line in memory.lines] == [[31, 31]]
-  assert bars(seconds) == {"compute": [0.2, 0], "memory": [0.1, 0], "link": [0.1, 0]}
+  assert bars(seconds) == {"compute": [0.2, 0], "memory": [0.1, 0], "ici": [0.1, 0]}
   assert [bar.get_y() for group in seconds.containers for bar in group][::2] == pytest.approx([0, 0.2, 0.3])
   assert bars(parts) == {"experts": [0.25, 0], "collectives": [0.25, 0]}

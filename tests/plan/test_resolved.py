@@ -16,7 +16,7 @@ def compiles_nothing(monkeypatch, tmp_path):
   def compile_step(*_):
     raise AssertionError("compiled")
 
-  monkeypatch.setattr(command, "make_option", compile_step)
+  monkeypatch.setattr(command, "estimate", compile_step)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
