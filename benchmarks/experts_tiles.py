@@ -135,7 +135,7 @@ def timed(chip: str, case: Case, rows: int, transposes_weights: bool = False) ->
   limits = chips.CHIPS[chip]
   schedule, counted = one.seconds(limits)
   copied = 4 * EXPERTS * case.k * case.n / limits.memory_bandwidth if transposes_weights else 0.0  # read and written
-  return Timed(case, schedule + copied, one.bytes_moved / limits.memory_bandwidth + copied) if counted else None
+  return Timed(case, schedule + copied, one.bytes_accessed / limits.memory_bandwidth + copied) if counted else None
 
 
 def floor(chip: str, case: Case, rows: int) -> float:

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from maxtext_ling2.demo.data import maxtext_folder
 from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api.start import maxtext_folder
 
 TINY = ("base_emb_dim=256", "base_num_decoder_layers=5", "num_experts=64", "base_moe_mlp_dim=128", "vocab_size=1024")
 

@@ -39,9 +39,9 @@ def part(name: str, sources: Sequence[str]) -> str:
 def compiled_parts(topology: str, form: str, extra: Sequence[str]) -> dict[str, float]:
   """{part: bytes} of a step compiled in this process."""
   from benchmarks.layer_cases import PlainComposition
-  from maxtext_ling2.demo.data import maxtext_folder
   from maxtext_ling2.host.compile_step import compile_step
   from maxtext_ling2.maxtext_api import overrides
+  from maxtext_ling2.maxtext_api.start import maxtext_folder
   from maxtext_ling2.model import layer
   from maxtext_ling2.plan.chips import slice_of
   from maxtext_ling2.plan.floor import Shares, routed_rows

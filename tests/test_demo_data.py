@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 
 from maxtext_ling2.demo import data, train
 from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api.start import maxtext_folder
 
 DOCUMENTS = [np.array(ids, np.uint16) for ids in ([5, 6, 7, 2], [2], [31999, 8, 2])]
 
@@ -125,7 +126,7 @@ def test_missing_tokenizer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.fixture(scope="module")
 def rows(dataset: data.Dataset) -> dict[str, NDArray[np.int32]]:
   """One epoch (but for a last odd row) of what MaxText's pipeline hands to the model, by field; each [rows, T]."""
-  base = data.maxtext_folder() / "configs" / "base.yml"
+  base = maxtext_folder() / "configs" / "base.yml"
   settings = train.data_settings(dataset) | {
     "run_name": "test", "hardware": "cpu", "skip_jax_distributed_system": True, "log_config": False,
   }  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxtext_ling2.demo.errors import DemoError
-from maxtext_ling2.maxtext_api.start import maxtext_folder as maxtext_folder  # also for the callers of this module
+from maxtext_ling2.maxtext_api.start import maxtext_folder
 
 Tokens = NDArray[np.uint16]
 
@@ -77,7 +77,6 @@ def encode(texts: Iterable[str]) -> list[Tokens]:
 
 def tokenizer_file() -> Path:
   """The Llama 2 sentencepiece model that comes with MaxText."""
-  # Not through maxtext.utils.globals: its MAXTEXT_ASSETS_ROOT names a folder that only MaxText's repository has.
   path = maxtext_folder() / "assets" / "tokenizers" / "tokenizer.llama2"
   if not path.is_file():
     raise DemoError(f"{path} does not exist, but MaxText 0.2.5 brings it: reinstall MaxText")

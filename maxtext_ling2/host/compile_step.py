@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ class CompiledStep:
 
 
 def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
-  """Compiles a train step; what MaxText prints goes to stderr.
+  """Compiles a train step; what MaxText prints goes to stderr, and environment variables that it sets are reset.
 
   Args:
     yml: the base YAML file.
@@ -69,7 +70,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
     return compiled
 
   with mock.patch.object(train_compile, "jit_and_compile", keep), contextlib.redirect_stdout(sys.stderr):
-    with _named_errors(yml):
+    with _named_errors(yml), _same_environment():
       train_compile.main(["train_compile", yml, *words])
     config, compiled = seen[-1]
     total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
@@ -77,7 +78,7 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
 
 
 def read_config(yml: str, words: Sequence[str]) -> Any:
-  """MaxText's config of a step that `compile_step` would compile.
+  """MaxText's config of a step that `compile_step` would compile; environment variables that it sets are reset.
 
   Args: as for `compile_step`.
 
@@ -87,7 +88,7 @@ def read_config(yml: str, words: Sequence[str]) -> Any:
   start.set_environment()
   from maxtext.configs import pyconfig
 
-  with contextlib.redirect_stdout(sys.stderr), _named_errors(yml):
+  with contextlib.redirect_stdout(sys.stderr), _named_errors(yml), _same_environment():
     return pyconfig.initialize(["train_compile", yml, *words])
 
 
@@ -99,6 +100,14 @@ def _made(compile_program: Callable[..., Any], args: Sequence[Any]) -> Any:
     raise
   except (ValueError, AssertionError, NotImplementedError) as error:  # such as a kernel that does not know a width
     raise CompilerError(str(error) or type(error).__name__) from error
+
+
+def _same_environment() -> contextlib.AbstractContextManager[Any]:
+  """Resets what MaxText sets: XLA_FLAGS, from dump_hlo_xla_flags, and LIBTPU_INIT_ARGS, which grows with each step.
+
+  A second config of a process would differ from the first, or be refused because XLA_FLAGS is set.
+  """
+  return mock.patch.dict(os.environ)
 
 
 @contextlib.contextmanager

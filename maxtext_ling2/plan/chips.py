@@ -27,22 +27,23 @@ class Chip:
     flops: bfloat16 operations a second at peak.
     memory: bytes of HBM.
     memory_bandwidth: bytes a second.
-    link_bandwidth: bytes a second over all links, one direction; the device's share, where devices share a chip's links.
+    ici_bandwidth: bytes per second over all ICI links, one direction; where devices share a chip's links, their share.
     links: of a chip; two per dimension of the torus.
     clock: cycles a second.
     cores: that share a kernel's parallel grid dimensions.
-    gla_stretch: time of GLA's kernels over that of their bytes, from counted cycles (docs/kernels.md; packed, the worse).
+    gla_time_ratio: time of GLA's kernels over that of their bytes, from counted cycles (docs/kernels.md; the larger of
+      the ratios of packed and plain rows).
   """
 
   name: str
   flops: float
   memory: float
   memory_bandwidth: float
-  link_bandwidth: float
+  ici_bandwidth: float
   links: int
   clock: float
   cores: int = 1
-  gla_stretch: float = 1.0
+  gla_time_ratio: float = 1.0
 
   def edge_bandwidth(self, grid: Sequence[int], wrap: Sequence[bool]) -> float:
     """Link bandwidth of a device at a corner of a slice: what a collective over the whole slice ends at.
@@ -51,7 +52,7 @@ class Chip:
       grid: chips of the slice along each dimension.
       wrap: whether the slice is closed to a ring along it.
     """
-    return self.link_bandwidth * edge_links(grid, wrap) / self.links
+    return self.ici_bandwidth * edge_links(grid, wrap) / self.links
 
 
 CHIPS = {
@@ -61,7 +62,7 @@ CHIPS = {
     Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 1.503e9),
     Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 6, 1.751e9, cores=2),
     Chip("v6e", 918e12, 32 * 2**30, 1640e9, 400e9, 4, 1.751e9),
-    Chip("tpu7x", 1153.5e12, 96 * 2**30, 3690e9, 300e9, 6, 2.2e9, gla_stretch=1.34),
+    Chip("tpu7x", 1153.5e12, 96 * 2**30, 3690e9, 300e9, 6, 2.2e9, gla_time_ratio=1.34),
   )
 }
 

@@ -19,14 +19,14 @@ class Collective:
 
   Attributes:
     kind: its opcode; "reduce-scatter" also for an all-reduce that is fused with the slice of what is kept.
-    sent: bytes that the device sends, by the ring algorithms.
+    network_bytes: bytes that the device sends, by the ring algorithms.
     memory: bytes read from and written to the HBM, each once; what a ring keeps there between its steps is not known.
       0 for one within a fusion, whose own operands and result are counted.
     synchronous: whether nothing else runs meanwhile.
   """
 
   kind: str
-  sent: float
+  network_bytes: float
   memory: float
   synchronous: bool
 
@@ -50,8 +50,10 @@ def collectives_of(
       all-to-all sends. Its operand is as large as the worst case needs.
   """
   if is_collective(one):
-    sent = _sent(module, one, one.kind, table, routed_rows)
-    yield Collective(one.kind, sent, _memory(one, table, routed_rows), not (beside or one.opcode.endswith("-start")))
+    network_bytes = _network_bytes(module, one, one.kind, table, routed_rows)
+    yield Collective(
+      one.kind, network_bytes, _memory(one, table, routed_rows), not (beside or one.opcode.endswith("-start"))
+    )
   elif one.opcode == "fusion":
     # The TPU compiler's name for a reduce-scatter: of the fusion, or of what it calls.
     scatters = any("all-reduce-scatter" in name for name in (one.name, *called(one)))
@@ -59,11 +61,11 @@ def collectives_of(
       if is_collective(inner):
         kind = "reduce-scatter" if scatters else inner.kind
         yield Collective(
-          kind, _sent(module, inner, kind, inner_table, routed_rows), 0.0, not (beside or "async" in one.name)
+          kind, _network_bytes(module, inner, kind, inner_table, routed_rows), 0.0, not (beside or "async" in one.name)
         )
 
 
-def _sent(module: Module, one: Instruction, kind: str, table: Table, routed_rows: float | None) -> float:
+def _network_bytes(module: Module, one: Instruction, kind: str, table: Table, routed_rows: float | None) -> float:
   """Bytes that a device sends, by the ring algorithms."""
   group = _group(module, one.rest)
   share = (group - 1) / group

@@ -1,10 +1,7 @@
 """What `maxtext-ling2 plan` does: compile each topology and mesh, keep and print the results, name the cheapest."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-import maxtext_ling2
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.demo.data import maxtext_folder
 from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.maxtext_api import overrides, recipes
 from maxtext_ling2.maxtext_api.mesh import VerifyMesh
-from maxtext_ling2.plan import report, search
-from maxtext_ling2.plan.estimate import Option, make_option, refused
-from maxtext_ling2.plan.grouped import CYCLES
+from maxtext_ling2.maxtext_api.start import maxtext_folder
+from maxtext_ling2.plan import cache, report, search
+from maxtext_ling2.plan.estimate import Estimate, estimate, refused
+from maxtext_ling2.plan.resolved import planned_config
 
 QUIET: dict[str, Any] = {"compile_topology_num_slices": 1, "log_config": False, "jax_cache_dir": ""}
 """How a step is compiled."""
@@ -29,7 +25,7 @@ DEFAULTS: dict[str, Any] = {**QUIET, "override_model_config": True, "scan_layers
 """And what is compiled where no recipe says it."""
 
 
-Made = tuple[Option, str, Mapping[str, str]]
+Made = tuple[Estimate, str, Mapping[str, str]]
 """An option, and the base yml and settings that it was compiled with."""
 
 
@@ -56,6 +52,29 @@ class Request:
   cached: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class _Maker:
+  """Makes estimates, or takes them from the cache.
+
+  Attributes:
+    named: the model_name that the user asks for; None: a YAML file that names none.
+    cached: as `Request.cached`.
+  """
+
+  named: str | None
+  cached: bool
+
+  def make(self, yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Estimate:
+    """The estimate; raises what `planned_config` and `estimate` raise."""
+    config = planned_config(yml, topology, settings, self.named)
+    key = cache.key(config, topology, mesh)
+    if self.cached and (known := cache.read(key)) is not None:
+      return known
+    option = estimate(yml, topology, mesh, settings)
+    cache.write(key, option)
+    return option
+
+
 def run(console: Console, request: Request, json_file: Path | None, png: Path | None) -> bool:
   """Makes and prints all options; returns whether one of them fits.
 
@@ -69,9 +88,15 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
     ValueError: an argument is not what it must be; the text names it.
   """
   yml, settings = _model(request.model) if request.recipe is None else _recipe(request.model, request.recipe)
-  settings |= overrides.parse(request.words)
+  given = overrides.parse(request.words)
+  if "compile_topology" in given:
+    raise ValueError(
+      f"compile_topology={given['compile_topology']}: this command takes it from --topology; leave compile_topology out"
+    )
+  settings |= given
+  maker = _Maker(_named(request.model), request.cached)
   options, commands = [], []
-  for option, base, words in _options(console, request, yml, settings):
+  for option, base, words in _options(console, request, maker, yml, settings):
     options.append(option)
     commands.append(_training(base, words))
     console.print(report.line(option), markup=False)
@@ -93,7 +118,7 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
     made = {
       "model": request.model,
       "settings": settings,
-      "versions": _versions(),
+      "versions": cache.versions(),
       "options": [_to_json(one) for one in options],
     }
     json_file.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
@@ -102,18 +127,18 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   return bool(fitting)
 
 
-def _options(console: Console, request: Request, yml: str, settings: Mapping[str, str]) -> Iterator[Made]:
+def _options(console: Console, request: Request, maker: _Maker, yml: str, settings: Mapping[str, str]) -> Iterator[Made]:
   """All options, each as soon as it is there."""
   for topology in request.topologies:
     if request.search:
-      yield from _searched(console, request, yml, topology, settings)
+      yield from _searched(console, request, maker, yml, topology, settings)
     elif request.recipe is not None:
-      yield _cached(yml, topology, _titled(request.recipe), settings, request.cached), yml, settings
+      yield maker.make(yml, topology, _titled(request.recipe), settings), yml, settings
     else:
       for mesh in request.meshes:
         words = _with_mesh(settings, mesh, _mesh(mesh))
         try:
-          option = _cached(yml, topology, mesh, words, request.cached)
+          option = maker.make(yml, topology, mesh, words)
         except PlanConfigError as error:
           if len(request.topologies) * len(request.meshes) == 1:
             raise
@@ -138,25 +163,27 @@ def _with_mesh(settings: Mapping[str, str], mesh: str, cut: Mapping[str, str]) -
   return {**settings, **cut}
 
 
-def _searched(console: Console, request: Request, yml: str, topology: str, settings: Mapping[str, str]) -> Iterator[Made]:
+def _searched(
+  console: Console, request: Request, maker: _Maker, yml: str, topology: str, settings: Mapping[str, str]
+) -> Iterator[Made]:
   """Compiles the recipe for model and topology, if there is one, and the first candidates by arithmetic that fit."""
   axes = [key for key in overrides.parse(request.words) if key.endswith("_parallelism")]
   if axes:
     raise ValueError(f"--search, {axes[0]}: the search chooses the mesh; leave one of them out")
   meshes = {mesh: _mesh(mesh) | search.settings_of(mesh) for mesh in search.MESHES}
   rows = search.ROWS if (given := overrides.parse(request.words).get(search.BATCH)) is None else [given]
-  found = search.ranked(yml, topology, meshes, settings, rows)
+  found = search.ranked(yml, topology, meshes, settings, rows, maker.named)
   console.print(report.ranking(topology, found))
   name = f"{request.model}-{topology}"
   if name in recipes.names():
     base, words = _recipe(request.model, name)
     words |= overrides.parse(request.words)
-    yield _cached(base, topology, _titled(name), words, request.cached), base, words
+    yield maker.make(base, topology, _titled(name), words), base, words
   fitting = tried = 0
   for one in found:
     words = {**meshes[one.mesh], **settings, search.BATCH: one.rows}
     try:
-      option = _cached(yml, topology, one.name, words, request.cached)
+      option = maker.make(yml, topology, one.name, words)
     except PlanConfigError as error:  # such as a mesh that these chips cannot form
       console.print(f"{topology}, {one.name}: {error}", markup=False)
       continue
@@ -199,6 +226,14 @@ def _model(model: str) -> tuple[str, dict[str, str]]:
   return model, _unless_given(DEFAULTS, given, str(given.get("model_name", CUSTOM_MODEL)))
 
 
+def _named(model: str) -> str | None:
+  """The model_name that a user asks for by name or by YAML file; None: the file names none."""
+  if not model.endswith(".yml"):
+    return model
+  name = _given(Path(model)).get("model_name")
+  return None if name is None else str(name)
+
+
 def _unless_given(defaults: Mapping[str, Any], given: Mapping[str, Any], model_name: str) -> dict[str, str]:
   """Defaults, or a yml's own values for them, as text."""
   return overrides.texts({key: given.get(key, value) for key, value in defaults.items()} | {"model_name": model_name})
@@ -227,32 +262,7 @@ def _mesh(text: str) -> dict[str, str]:
   return overrides.texts(sizes)
 
 
-def _cached(yml: str, topology: str, mesh: str, settings: Mapping[str, str], use: bool) -> Option:
-  """The option, from the cache if the same program has been compiled before."""
-  sources = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.py"))
-  given = settings_of_the_user(yml, str(maxtext_folder() / "configs"))  # those of inherited ymls, too
-  parts = [json.dumps([topology, mesh, settings, given, _versions()], sort_keys=True, default=str), Path(yml).read_text()]
-  models = sorted(Path(maxtext_ling2.__file__).parent.rglob("*.yml"))
-  parts += [path.read_text(encoding="utf-8") for path in (*sources, *models, CYCLES) if path.is_file()]
-  parts += [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("M_", "LIBTPU_INIT_ARGS"))]
-  key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-  folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxtext-ling2" / "plan"
-  file = folder / f"{key}.json"
-  if use and file.is_file():
-    return Option.from_json(json.loads(file.read_text(encoding="utf-8")))
-  option = make_option(yml, topology, mesh, settings)
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = file.with_suffix(f".{os.getpid()}")
-  partial.write_text(json.dumps(dataclasses.asdict(option)), encoding="utf-8")
-  partial.replace(file)
-  return option
-
-
-def _versions() -> dict[str, str]:
-  return {name: importlib.metadata.version(name) for name in ("maxtext-ling2", "maxtext", "jax", "libtpu")}
-
-
-def _to_json(option: Option) -> dict[str, Any]:
+def _to_json(option: Estimate) -> dict[str, Any]:
   """The fields, and what follows from them."""
   derived: dict[str, Any] = {}
   if option.fits:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.host.compile_step import CompiledStep, CompilerError, OutOfMemoryError, compile_step
 from maxtext_ling2.maxtext_api import overrides
 from maxtext_ling2.plan.bounds import Bounds, Part, bounds
@@ -21,7 +20,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Option:
+class Estimate:
   """One topology and mesh, and what a train step takes there.
 
   All figures are of one device (tpu7x: one of a chip's two cores) and one step. None where the step does not fit.
@@ -36,17 +35,17 @@ class Option:
     temporaries: bytes of activations, gradients and code.
     capacity: bytes the compiler could use, or the chip's.
     tflops: 10^12 operations of the model, as MaxText counts them (rematerialisation does not count).
-    bytes_moved: from and to the HBM.
-    collective_bytes: part of bytes_moved: what collectives read and write, where they are not fused with others.
-    reread_bytes: part of bytes_moved: what grouped products move because of their tiles.
+    bytes_accessed: from and to the HBM.
+    collective_bytes: part of bytes_accessed: what collectives read and write, where they are not fused with others.
+    reread_bytes: part of bytes_accessed: what grouped products move because of their tiles.
     collectives: opcode -> (runs, bytes sent).
     synchronous: those of them beside which nothing else runs.
-    kernels: name of a Pallas kernel -> (runs, bytes from and to the HBM), part of bytes_moved.
+    kernels: name of a Pallas kernel -> (runs, bytes from and to the HBM), part of bytes_accessed.
     model_seconds: tflops at peak.
     compute_seconds: of kernels their schedules, else operations of matrix products at peak, recomputed ones too.
-    memory_seconds: bytes_moved at full bandwidth.
-    link_seconds: bytes sent, one direction, at the rate of all links.
-    pessimistic_seconds: nothing hidden, and links as of a device at the edge of the slice (`plan.bounds`).
+    memory_seconds: bytes_accessed at full bandwidth.
+    ici_seconds: bytes sent, one direction, at the rate of all links.
+    pessimistic_seconds: no overlap, and the links of a device at the edge of the slice (`plan.bounds`).
     edge_share: the links of such a device, of all that a chip has.
     parts: of the model, the longest first.
     assumed: which branches of conditionals count, and how many grouped products' cycles are not counted.
@@ -64,7 +63,7 @@ class Option:
   arguments: float | None = None
   temporaries: float | None = None
   tflops: float | None = None
-  bytes_moved: float | None = None
+  bytes_accessed: float | None = None
   collective_bytes: float | None = None
   reread_bytes: float | None = None
   collectives: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
@@ -73,7 +72,7 @@ class Option:
   model_seconds: float = math.nan
   compute_seconds: float = math.nan
   memory_seconds: float = math.nan
-  link_seconds: float = math.nan
+  ici_seconds: float = math.nan
   pessimistic_seconds: float = math.nan
   edge_share: float = math.nan
   parts: tuple[Part, ...] = ()
@@ -83,19 +82,19 @@ class Option:
   problem: str = ""
 
   @classmethod
-  def from_json(cls, fields: Mapping[str, Any]) -> "Option":
+  def from_json(cls, fields: Mapping[str, Any]) -> "Estimate":
     """What `dataclasses.asdict` made of one, after JSON."""
     parts = tuple(Part(**part) for part in fields["parts"])
     return cls(**{**fields, "parts": parts, "assumed": tuple(fields["assumed"])})
 
   @property
   def lower_seconds(self) -> float:
-    """Optimistic: the longest of computing, memory and links, the others hidden behind it."""
-    return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
+    """Lower bound: max(compute, HBM, ICI), perfect overlap."""
+    return max(self.compute_seconds, self.memory_seconds, self.ici_seconds)
 
   @property
   def upper_seconds(self) -> float:
-    """Pessimistic: nothing hidden behind anything."""
+    """Upper estimate: the sum over all instructions, no overlap."""
     return self.pessimistic_seconds
 
   @property
@@ -114,7 +113,7 @@ class Option:
     return self.devices * self.upper_seconds / self.tokens
 
 
-def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Option:
+def estimate(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Estimate:
   """Compiles and measures one option.
 
   Args:
@@ -136,27 +135,27 @@ def make_option(yml: str, topology: str, mesh: str, settings: Mapping[str, str])
     used, capacity = _out_of_memory(str(error), chip)
     first = next((line for line in str(error).splitlines() if _USED.search(line)), str(error).splitlines()[0])
     seconds = time.perf_counter() - start
-    return Option(topology, mesh, devices, False, used, capacity, compile_seconds=seconds, problem=first.strip())
+    return Estimate(topology, mesh, devices, False, used, capacity, compile_seconds=seconds, problem=first.strip())
   except CompilerError as error:
     problem = f"this program cannot be compiled: {' '.join(str(error).split())[:500]}"
     return dataclasses.replace(refused(topology, mesh, settings, problem), compile_seconds=time.perf_counter() - start)
-  empty = Option(topology, mesh, devices, True, math.nan, chip.memory, compile_seconds=time.perf_counter() - start)
+  empty = Estimate(topology, mesh, devices, True, math.nan, chip.memory, compile_seconds=time.perf_counter() - start)
   return _measured(empty, step, place)
 
 
-def refused(topology: str, mesh: str, settings: Mapping[str, str], problem: str) -> Option:
+def refused(topology: str, mesh: str, settings: Mapping[str, str], problem: str) -> Estimate:
   """One that has no program; `problem` says why."""
   place = slice_of(topology)
   devices = place.devices * slices_of(settings)
-  return Option(topology, mesh, devices, False, math.nan, place.chip.memory, problem=problem)
+  return Estimate(topology, mesh, devices, False, math.nan, place.chip.memory, problem=problem)
 
 
-def _measured(option: Option, step: CompiledStep, place: Slice) -> Option:
+def _measured(option: Estimate, step: CompiledStep, place: Slice) -> Estimate:
   """The option with all figures of its compiled step."""
   config, chip, edge = step.config, place.chip, place.edge_bandwidth
   shares = Shares.of(config, option.devices, option.devices // place.devices)
   program = read_program(step.compiled.as_text(), routed_rows(config, shares))
-  least = {name: one.seconds(chip) for name, one in floors(config, shares).items()} if is_ling2(config) else None
+  least = {name: one.seconds(chip) for name, one in floors(config, shares).items()}
   times = bounds(program.operations, chip, edge, least)
   memory = step.compiled.memory_analysis()
   temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -169,7 +168,7 @@ def _measured(option: Option, step: CompiledStep, place: Slice) -> Option:
     tflops=step.tflops,
     tokens=int(config.global_batch_size_to_train_on * config.max_target_length),
     model_seconds=step.tflops * 1e12 / chip.flops,
-    edge_share=edge / chip.link_bandwidth,
+    edge_share=edge / chip.ici_bandwidth,
     **_counted(program, times, chip),
   )
 
@@ -181,7 +180,7 @@ def _counted(program: Program, times: Bounds, chip: Chip) -> dict[str, Any]:
   cycles = f"grouped products: cycles counted for {counted} of {len(grouped)}, else operations of visited tiles at peak"
   unknown = f"{program.unknown_loops} loops of unknown length: their bodies are counted once"
   return {
-    "bytes_moved": program.memory,
+    "bytes_accessed": program.memory,
     "collective_bytes": program.collective_memory,
     "reread_bytes": program.reread,
     "collectives": program.collectives,
@@ -189,7 +188,7 @@ def _counted(program: Program, times: Bounds, chip: Chip) -> dict[str, Any]:
     "kernels": program.kernels,
     "compute_seconds": times.compute_seconds,
     "memory_seconds": times.memory_seconds,
-    "link_seconds": times.link_seconds,
+    "ici_seconds": times.ici_seconds,
     "pessimistic_seconds": times.pessimistic_seconds,
     "parts": times.parts,
     "assumed": (*program.assumed, *([cycles] if grouped else []), *([unknown] if program.unknown_loops else [])),

@@ -38,11 +38,11 @@ class Floor:
 
   flops: float = 0.0
   memory: float = 0.0
-  sent: float = 0.0
+  network_bytes: float = 0.0
 
   def seconds(self, chip: Chip) -> float:
     """The longest of the three, at peak, full bandwidth, and the rate of all links."""
-    return max(self.flops / chip.flops, self.memory / chip.memory_bandwidth, self.sent / chip.link_bandwidth)
+    return max(self.flops / chip.flops, self.memory / chip.memory_bandwidth, self.network_bytes / chip.ici_bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +170,12 @@ class _Arithmetic:
     layers, tensor = c.num_decoder_layers + c.mtp_num_layers, self.shares.tensor
     summed = 2 * (self.passes + 1) * layers * 2 * (tensor - 1) / tensor * self.rows * self.token
     replicas = 2 * (data - 1) / data * self.touched * self.width / among  # once per step, whatever it accumulates
-    sent = (gathered + reduced) * (among - 1) / among + exchanged + summed + replicas
+    network_bytes = (gathered + reduced) * (among - 1) / among + exchanged + summed + replicas
     update = 32 * self.weights / self.shares.shards
-    return {"gradient norms, AdamW": Floor(memory=update), COLLECTIVES: Floor(memory=gathered + reduced, sent=sent)}
+    return {
+      "gradient norms, AdamW": Floor(memory=update),
+      COLLECTIVES: Floor(memory=gathered + reduced, network_bytes=network_bytes),
+    }
 
   def _products(self, weights: float, share: int, passes: float) -> float:
     """Bytes of all weights of a kind: read in each pass, their gradient written, the shard cast."""

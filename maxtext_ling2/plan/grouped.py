@@ -74,7 +74,7 @@ class GroupedProduct:
     return self.visits * math.prod(self.blocks)
 
   @property
-  def bytes_moved(self) -> float:
+  def bytes_accessed(self) -> float:
     """From and to the HBM, rereads of operands included."""
     (over_k, over_n), (first, second, result) = self.blocks, self.itemsize
     weights = self.groups * self.k * self.n

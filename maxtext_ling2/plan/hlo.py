@@ -78,8 +78,8 @@ class Module:
     found = re.search(r"stack_frame_id=(\d+)", one.rest)
     return self._frames.get(int(found[1]), ()) if found else ()
 
-  def rounds(self, loop: Instruction) -> int | None:
-    """How often the body of a loop runs, if a counter from a constant on is compared with a constant and grows by one.
+  def trip_count(self, loop: Instruction) -> int | None:
+    """How often a loop runs, if its counter starts at a constant, grows by one, and is compared with a constant.
 
     A loop that XLA has unrolled counts in steps larger than 1. None: the text does not tell.
     """

@@ -30,12 +30,12 @@ _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """An instruction that runs by itself; all figures but `times` are of one run.
+  """An instruction that runs by itself; all figures but `run_count` are of one run.
 
   Attributes:
     name: in the program.
     sources: "file:function" it comes from, the innermost first; empty: the compiler added it.
-    times: how often it runs.
+    run_count: how often it runs.
     memory: bytes read from and written to the HBM.
     flops: operations of its matrix products in all passes (`plan.flops`); of a Pallas kernel what the kernel states.
     kernel: of a Pallas kernel its name.
@@ -47,7 +47,7 @@ class Operation:
 
   name: str
   sources: tuple[str, ...]
-  times: int
+  run_count: int
   memory: float
   flops: float = 0.0
   kernel: str = ""
@@ -56,9 +56,9 @@ class Operation:
   collectives: tuple[Collective, ...] = ()
 
   @property
-  def sent(self) -> float:
+  def network_bytes(self) -> float:
     """Bytes to other devices."""
-    return sum(one.sent for one in self.collectives)
+    return sum(one.network_bytes for one in self.collectives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Program:
   Attributes:
     operations: all that run by themselves.
     assumed: which branch of each conditional was counted.
-    unknown_loops: loops whose number of rounds the compiler does not know; their bodies count once.
+    unknown_loops: loops whose trip count the compiler does not know; their bodies count once.
   """
 
   operations: Sequence[Operation]
@@ -78,27 +78,27 @@ class Program:
   @property
   def memory(self) -> float:
     """Bytes read from and written to the HBM."""
-    return sum(one.times * one.memory for one in self.operations)
+    return sum(one.run_count * one.memory for one in self.operations)
 
   @property
   def collective_memory(self) -> float:
     """Part of `memory`: operands and results of collectives, where they are not within a fusion."""
-    return sum(one.times * part.memory for one in self.operations for part in one.collectives)
+    return sum(one.run_count * part.memory for one in self.operations for part in one.collectives)
 
   @property
   def reread(self) -> float:
     """Part of `memory`: what the tiles of grouped products add."""
-    return sum(one.times * one.reread for one in self.operations)
+    return sum(one.run_count * one.reread for one in self.operations)
 
   @property
   def collectives(self) -> dict[str, tuple[int, float]]:
     """Kind: (how often it runs, bytes that the device sends)."""
-    return self._sent(False)
+    return self._by_kind(False)
 
   @property
   def synchronous_collectives(self) -> dict[str, tuple[int, float]]:
     """Those of `collectives` beside which nothing else runs."""
-    return self._sent(True)
+    return self._by_kind(True)
 
   @property
   def kernels(self) -> dict[str, tuple[int, float]]:
@@ -106,17 +106,17 @@ class Program:
     found: dict[str, tuple[int, float]] = {}
     for one in self.operations:
       if one.kernel:
-        runs, moved = found.get(one.kernel, (0, 0.0))
-        found[one.kernel] = (runs + one.times, moved + one.times * one.memory)
+        runs, accessed = found.get(one.kernel, (0, 0.0))
+        found[one.kernel] = (runs + one.run_count, accessed + one.run_count * one.memory)
     return found
 
-  def _sent(self, synchronous_only: bool) -> dict[str, tuple[int, float]]:
+  def _by_kind(self, synchronous_only: bool) -> dict[str, tuple[int, float]]:
     found: dict[str, tuple[int, float]] = {}
     for one in self.operations:
       for part in one.collectives:
         if part.synchronous or not synchronous_only:
           runs, sent = found.get(part.kind, (0, 0.0))
-          found[part.kind] = (runs + one.times, sent + one.times * part.sent)
+          found[part.kind] = (runs + one.run_count, sent + one.run_count * part.network_bytes)
     return dict(sorted(found.items()))
 
 
@@ -146,7 +146,7 @@ class _Walk:
   def program(self) -> Program:
     operations = list(self._operations(self.module.entry))
     runs = [one for name, _, _ in self._runs(self.module.entry, 1, False) for one in self.module.computations[name]]
-    unknown = sum(self.module.rounds(one) is None for one in runs if one.opcode == "while")
+    unknown = sum(self.module.trip_count(one) is None for one in runs if one.opcode == "while")
     assumed = dict.fromkeys(self.taken[one.name][1] for one in runs if one.opcode == "conditional")
     silent = {one.kernel for one in operations if one.kernel and not (one.flops or one.grouped or is_gla(one))}
     if silent:
@@ -154,23 +154,23 @@ class _Walk:
     return Program(operations, tuple(assumed), unknown)
 
   def _operations(self, entry: str) -> Iterator[Operation]:
-    for name, times, beside in self._runs(entry, 1, False):
+    for name, run_count, beside in self._runs(entry, 1, False):
       table = self.module.tables[name]
       for one in self.module.computations[name]:
-        made = self._operation(one, table, times, beside)
+        made = self._operation(one, table, run_count, beside)
         if made.memory or made.flops or made.collectives:
           yield made
 
-  def _runs(self, name: str, times: int, beside: bool) -> Iterator[tuple[str, int, bool]]:
+  def _runs(self, name: str, run_count: int, beside: bool) -> Iterator[tuple[str, int, bool]]:
     """(computation, how often it runs, whether beside others) for all that are run by themselves, not in a fusion."""
-    yield name, times, beside
+    yield name, run_count, beside
     for one in self.module.computations[name]:
       if one.opcode == "conditional":
-        yield from self._runs(self._branch(one), times, beside)
+        yield from self._runs(self._branch(one), run_count, beside)
       elif one.opcode in ("while", "call", *_ASYNC):
-        rounds = (one.opcode == "while" and self.module.rounds(one)) or 1
+        trips = (one.opcode == "while" and self.module.trip_count(one)) or 1
         for inner in called(one):
-          yield from self._runs(inner, times * rounds, beside or one.opcode in _ASYNC)
+          yield from self._runs(inner, run_count * trips, beside or one.opcode in _ASYNC)
 
   def _branch(self, one: Instruction) -> str:
     """The branch of a conditional that counts.
@@ -191,26 +191,26 @@ class _Walk:
 
   def _cost(self, name: str) -> float:
     """Bytes that a computation moves and sends."""
-    return sum(one.times * (one.memory + one.sent) for one in self._operations(name))
+    return sum(one.run_count * (one.memory + one.network_bytes) for one in self._operations(name))
 
-  def _operation(self, one: Instruction, table: Table, times: int, beside: bool) -> Operation:
+  def _operation(self, one: Instruction, table: Table, run_count: int, beside: bool) -> Operation:
     sent = tuple(collectives_of(self.module, one, table, beside, self.routed_rows))
-    memory = self._moved(one, table) + sum(part.memory for part in sent)
+    memory = self._bytes_accessed(one, table) + sum(part.memory for part in sent)
     kernel = found[1] if (found := _KERNEL.search(one.rest)) else ""
     grouped, reread = grouped_product(one, self.routed_rows), 0.0
     if grouped is not None:
       kernel = grouped.kernel
       grouped, once = _in_hbm(grouped, one, table)
-      reread = grouped.bytes_moved - once
+      reread = grouped.bytes_accessed - once
     products = flops(self.module, one, table)
     if kernel and (cost := _COST.search(one.rest)):
       products = float(cost[1])
     elif kernel and grouped is None:
       products = splash_flops(kernel, one) or 0.0
     sources = self.module.sources(one)
-    return Operation(one.name, sources, times, memory + reread, products, kernel, grouped, reread, sent)
+    return Operation(one.name, sources, run_count, memory + reread, products, kernel, grouped, reread, sent)
 
-  def _moved(self, one: Instruction, table: Table) -> float:
+  def _bytes_accessed(self, one: Instruction, table: Table) -> float:
     """Bytes that an instruction reads from and writes to the HBM, operands and results once."""
     if one.opcode in (*_FREE, *_ASYNC) or one.opcode.endswith(("-done", "-update")) or is_collective(one):
       return 0.0
@@ -224,14 +224,14 @@ class _Walk:
       return 2.0 * operands[1]
     if one.opcode.endswith("-start"):  # a copy, of a slice maybe: (one end, the other end, mark)
       ends = list(itertools.islice(arrays(one.shape), 2))
-      moved = min(math.prod(sizes) * bits(dtype) // 8 for dtype, sizes, _ in ends)
-      return float(moved * sum(in_hbm for _, _, in_hbm in ends))
+      accessed = min(math.prod(sizes) * bits(dtype) // 8 for dtype, sizes, _ in ends)
+      return float(accessed * sum(in_hbm for _, _, in_hbm in ends))
     if one.opcode == "fusion" and (name := next(iter(called(one)), "")) in self.module.computations:
       operands, result = self._fused(name, operands, result)
     return sum(operands) + result
 
   def _fused(self, name: str, operands: list[int], result: float) -> tuple[list[int], float]:
-    """As `_moved` for a fusion: of what it only slices the slices count, of what it only updates the update."""
+    """As `_bytes_accessed` for a fusion: of what it only slices the slices count, of what it only updates the update."""
     body, table = self.module.computations[name], self.module.tables[name]
     users: dict[str, list[Instruction]] = collections.defaultdict(list)
     for one in body:

@@ -46,7 +46,7 @@ def memory_by(operations: Iterable[Operation], part_of: PartOf = part) -> dict[s
   found: dict[str, float] = {}
   for one in operations:
     name = part_of_operation(one, part_of)
-    found[name] = found.get(name, 0.0) + one.times * one.memory
+    found[name] = found.get(name, 0.0) + one.run_count * one.memory
   return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

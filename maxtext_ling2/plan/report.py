@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from maxtext_ling2.plan.estimate import Option
+from maxtext_ling2.plan.estimate import Estimate
 from maxtext_ling2.plan.search import Candidate
 
 ASSUMPTIONS = (
@@ -21,13 +21,12 @@ ASSUMPTIONS = (
   "operations of matrix products, recomputed ones and each pass of precise ones too; cycles of GLA's kernels and, where "
   "a table has them, of grouped products, from libtpu's schedules. Calculated: visits of tiles by grouped products and "
   "their rereads, for random routing; rows of a ragged all-to-all; bytes sent, by ring algorithms; floors, from shapes. "
-  "Not known: waiting, small transfers, the operations of the vector unit, the network between slices, which "
-  "links a ring over a part of the slice uses (one line, maybe). Nothing has run "
-  "on these chips."
+  "Neither bound models stalls, the latency of small transfers, the operations of the VPU, the network between slices, "
+  "or which links a ring over a part of the slice uses (maybe one line alone). Nothing has run on these chips."
 )
 
 
-def line(option: Option) -> str:
+def line(option: Estimate) -> str:
   """What is told of an option as soon as it is there."""
   where, minutes = f"{option.topology}, {option.mesh or 'fsdp'}", f"{option.compile_seconds / 60:.1f} min"
   if option.fits:
@@ -46,7 +45,7 @@ def ranking(topology: str, candidates: Sequence[Candidate]) -> Table:
   return table
 
 
-def summary(options: Sequence[Option]) -> Table:
+def summary(options: Sequence[Estimate]) -> Table:
   """All options, a row each."""
   columns = (
     "topology",
@@ -65,9 +64,9 @@ def summary(options: Sequence[Option]) -> Table:
     cells = [one.topology, one.mesh or "fsdp", str(one.devices), "yes" if one.fits else "NO"]
     needed = "?" if math.isnan(one.memory) else f"{one.memory / 2**30:.1f}"
     cells.append(f"{needed} of {one.capacity / 2**30:.1f}")
-    if one.fits and one.tflops is not None and one.bytes_moved is not None:
+    if one.fits and one.tflops is not None and one.bytes_accessed is not None:
       sent, waited = (sum(size for _, size in kinds.values()) for kinds in (one.collectives, one.synchronous))
-      cells += [f"{one.tflops:.1f}", f"{one.bytes_moved / 2**30:.0f}", f"{sent / 2**30:.1f} ({waited / 2**30:.1f})"]
+      cells += [f"{one.tflops:.1f}", f"{one.bytes_accessed / 2**30:.0f}", f"{sent / 2**30:.1f} ({waited / 2**30:.1f})"]
       cells.append(f"{one.lower_seconds:.3f} - {one.upper_seconds:.3f}")
       slow, fast = one.tokens_per_second
       cells.append(f"{fast:,.0f} - {slow:,.0f}")
@@ -76,15 +75,15 @@ def summary(options: Sequence[Option]) -> Table:
   return table
 
 
-def print_parts(console: Console, option: Option) -> None:
+def print_parts(console: Console, option: Estimate) -> None:
   """What each part of the model takes, and what was assumed."""
   title = f"{option.topology}, {option.mesh or 'fsdp'}: parts, pessimistic (links: {option.edge_share:.0%} of a chip's)"
-  table = Table("part", "floor ms", "GB", "compute ms", "HBM ms", "links ms", "ms", "bound by", title=title)
+  table = Table("part", "floor ms", "GB", "compute ms", "HBM ms", "ICI ms", "ms", "bound by", title=title)
   for part in option.parts:
     floor = "" if part.floor_seconds != part.floor_seconds else f"{part.floor_seconds * 1e3:.1f}"
-    times = (part.compute_seconds, part.memory_seconds, part.link_seconds, part.seconds)
+    times = (part.compute_seconds, part.memory_seconds, part.ici_seconds, part.seconds)
     milliseconds = [f"{seconds * 1e3:.1f}" for seconds in times]
-    table.add_row(part.name, floor, f"{part.bytes_moved / 1e9:.1f}", *milliseconds, part.bound)
+    table.add_row(part.name, floor, f"{part.bytes_accessed / 1e9:.1f}", *milliseconds, part.bound)
   console.print(table)
   for what, count in collections.Counter(
     re.sub(r"conditional \S+:", "conditional:", one) for one in option.assumed
@@ -92,17 +91,22 @@ def print_parts(console: Console, option: Option) -> None:
     console.print(what if count == 1 else f"{count} x {what}")
 
 
-def draw(options: Sequence[Option], model: str, path: Path) -> None:
-  """Memory and time of each option, and its parts, as bars."""
+def draw(options: Sequence[Estimate], model: str, path: Path) -> None:
+  """Writes `figure` to a file, at 120 dots per inch."""
+  figure(options, model).savefig(path, dpi=120)
+
+
+def figure(options: Sequence[Estimate], model: str) -> Any:
+  """A matplotlib Figure with bars for each option: memory, time by resource, and time by part of the model."""
   from matplotlib.figure import Figure
 
   names = [f"{one.topology}\n{one.mesh or 'fsdp'}" for one in options]
-  figure = Figure(figsize=(4 + 1.6 * len(options), 11), layout="constrained")
-  memory, seconds, parts = figure.subplots(3)
+  drawn = Figure(figsize=(4 + 1.6 * len(options), 11), layout="constrained")
+  memory, seconds, parts = drawn.subplots(3)
   memory.bar(names, [one.memory / 2**30 for one in options], color=["C0" if one.fits else "C3" for one in options])
   memory.plot(names, [one.capacity / 2**30 for one in options], "k_", markersize=30, label="there")
   memory.set(title=model, ylabel="GiB per device")
-  resources = ("compute", "memory", "link")
+  resources = ("compute", "memory", "ici")
   times = {label: [getattr(one, f"{label}_seconds") if one.fits else 0.0 for one in options] for label in resources}
   _stack(seconds, names, times)
   seconds.set(ylabel="seconds per step, no overlap")
@@ -112,7 +116,7 @@ def draw(options: Sequence[Option], model: str, path: Path) -> None:
   parts.set(ylabel="seconds per step, pessimistic")
   for axes in (memory, seconds, *([parts] if found else [])):
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-  figure.savefig(path, dpi=120)
+  return drawn
 
 
 def _stack(axes: Any, names: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from maxtext_ling2.configs.validation import is_ling2
-from maxtext_ling2.host.compile_step import PlanConfigError, read_config
+from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.maxtext_api import overrides
 from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
 from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
+from maxtext_ling2.plan.resolved import planned_config
 
 MESHES = ("", "expert=4", "expert=8", "expert=16", "tensor=4")
 """Meshes that are ranked; what is left of the devices is FSDP's."""
@@ -64,7 +64,12 @@ def settings_of(mesh: str) -> dict[str, str]:
 
 
 def ranked(
-  yml: str, topology: str, meshes: Mapping[str, Mapping[str, str]], settings: Mapping[str, str], rows: Sequence[str]
+  yml: str,
+  topology: str,
+  meshes: Mapping[str, Mapping[str, str]],
+  settings: Mapping[str, str],
+  rows: Sequence[str],
+  named: str | None = None,
 ) -> list[Candidate]:
   """Candidates whose arrays fit the chip, the fastest per token first.
 
@@ -74,24 +79,24 @@ def ranked(
     meshes: MaxText's settings of each mesh, by its text.
     settings: further settings, as text, which win.
     rows: per_device_batch_size of the candidates.
+    named: as for `planned_config`.
 
   Raises:
     TopologyError: the topology is not known.
-    PlanConfigError: MaxText refuses all candidates, or the model is not of LING2.
+    PlanConfigError: MaxText refuses all candidates.
+    ModelError: the settings describe another model.
   """
   place = slice_of(topology)
   devices = place.devices * slices_of(settings)
   found, refused = [], None
   for mesh, cut in meshes.items():
     for batch in rows:
-      words = {**cut, **settings, "compile_topology": topology, BATCH: batch}
+      words = {**cut, **settings, BATCH: batch}
       try:
-        config = read_config(yml, overrides.join(words))
+        config = planned_config(yml, topology, words, named)
       except PlanConfigError as error:  # such as experts that this mesh cannot divide
         refused = error
         continue
-      if not is_ling2(config):
-        raise PlanConfigError(f"--search, model_name={config.model_name}: its arithmetic is LING2's; pass --mesh instead")
       found.append(candidate(mesh, batch, config, place, devices))
   if not found and refused is not None:
     raise refused
@@ -107,8 +112,8 @@ def candidate(mesh: str, rows: str, config: Any, place: Slice, devices: int) -> 
 
 
 def _seconds(floor: Floor, chip: Chip, edge_bandwidth: float) -> float:
-  links = edge_bandwidth or chip.link_bandwidth  # 0: both devices are on one chip
-  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.sent / links
+  links = edge_bandwidth or chip.ici_bandwidth  # 0: both devices are on one chip
+  return max(floor.flops / chip.flops, floor.memory / chip.memory_bandwidth) + floor.network_bytes / links
 
 
 def memory(config: Any, shares: Shares) -> float:

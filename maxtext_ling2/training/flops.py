@@ -1,14 +1,21 @@
-"""Floating point operations of a LING2 training step, for TFLOP/s and MFU.
+"""Floating point operations of a LING2 training step: the one count behind TFLOP/s, MFU, and `plan`.
+
+They are the model's operations, not the program's: the same for every chip, kernel, chunk size and remat policy.
 
 Forward pass, per token. C hidden, V vocabulary, H heads, D head dimension; F, M, S widths of the dense MLP, of an expert,
-and of all shared experts together; E experts, k experts per token, T sequence, c chunk; n, r, v MLA's nope, rope and
-value dimensions, q, l its query and key-value latents. A matrix [a, b] times a vector [b] is 2ab operations:
+and of all shared experts together; E experts, k experts per token, T sequence; n, r, v MLA's nope, rope and value
+dimensions, q, l its query and key-value latents. A matrix [a, b] times a vector [b] is 2ab operations:
 
-  GLA layer   weights 2 * 5 C H D (qkv, gate, output);  operation H (4 min(c, T) D + 4 D^2)
+  GLA layer   weights 2 * 5 C H D (qkv, gate, output);  recurrence 4 H D^2
   MLA layer   weights 2 (C q + q H (n + r)) or 2 C H (n + r), + 2 (C (l + r) + l H (n + v) + H v C)
               attention H (n + r + v) T: the causal half of the T x T scores, and the same of scores times values
   dense MLP   6 C F;   experts  2 C E + 6 C (k M + S)
   head        2 C V;   MTP layer  4 C^2 + an MLA layer with experts + the head
+
+GLA's recurrence has two products per token and head: the update k v^T of the state and the output q S, 2 D^2 each.
+MaxText (calculate_gated_delta_net_flops_per_device) and Megatron-LM count linear attention this way. Chunkwise kernels
+also compute the [chunk, chunk] scores within each chunk, 4 chunk D per token and head. The chunk size differs between
+chips, so these do not count, and neither do decays, which are elementwise.
 
 A training step counts as three forward passes; rematerialisation is not counted.
 """
@@ -17,7 +24,6 @@ import dataclasses
 from typing import Any
 
 from maxtext_ling2.model.layer_layout import is_dense, is_mla, shared_expert_width
-from maxtext_ling2.ops.gla import chunk_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +31,8 @@ class ForwardFlops:
   """Operations of the forward pass per token.
 
   Attributes:
-    weights: of matmuls with parameters.
-    gla: of linear attention without its projections.
+    weights: of products with parameters.
+    gla: of the recurrence of linear attention.
     mla: of causal softmax attention without its projections.
   """
 
@@ -64,8 +70,7 @@ def training_tflops_per_device(config: Any) -> tuple[float, float, float]:
 def gla_layer(c: Any) -> ForwardFlops:
   """Operations per token of the linear attention of one layer."""
   heads, dim = c.num_query_heads, c.head_dim
-  operation = heads * (4 * min(chunk_size(c.max_target_length), c.max_target_length) * dim + 4 * dim**2)
-  return ForwardFlops(weights=10 * c.emb_dim * heads * dim, gla=operation)
+  return ForwardFlops(weights=10 * c.emb_dim * heads * dim, gla=4 * heads * dim**2)
 
 
 def mla_layer(c: Any) -> ForwardFlops:

@@ -19,9 +19,9 @@ from maxtext_ling2.checkpoint import orbax_store, stacking
 from maxtext_ling2.checkpoint.export_hf import Export
 from maxtext_ling2.checkpoint.import_hf import Import
 from maxtext_ling2.checkpoint.orbax_store import Storage
-from maxtext_ling2.demo import data
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.maxtext_api import overrides, session
+from maxtext_ling2.maxtext_api.start import maxtext_folder
 from maxtext_ling2.verify import tensors
 from tiny import TINY
 from training.stock_runs import SMALL, arguments, run, write_documents
@@ -43,7 +43,7 @@ def chats(folder):
   turns = [[("user", f"What is {i} and one?"), ("assistant", f"It is {i + 1}.")] for i in range(8)]
   lines = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
   (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  tokenizer = data.maxtext_folder() / "assets" / "tokenizers" / "qwen3-tokenizer"
+  tokenizer = maxtext_folder() / "assets" / "tokenizers" / "qwen3-tokenizer"
   return {
     "dataset_type": "hf",
     "hf_path": "json",
@@ -108,7 +108,7 @@ def test_maxtexts_command_exports_it(trained, tmp_path):
   """As a user does after `make demo`, on a checkpoint that 8 devices saved."""
   words = {**TINY, **SMALL, **WHOLE_EXPERTS, **RUNS["eight"], "ici_fsdp_parallelism": 1, "run_name": "export"}
   words |= {"base_output_directory": tmp_path / "hf", "load_parameters_path": trained["eight"] / "items"}
-  base = data.maxtext_folder() / "configs" / "base.yml"
+  base = maxtext_folder() / "configs" / "base.yml"
   command = [sys.executable, "-m", "maxtext_ling2", "run", "maxtext.checkpoint_conversion.to_huggingface", str(base)]
   done = subprocess.run([*command, *overrides.words(words)], capture_output=True, text=True, timeout=280)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -40,7 +40,7 @@ def test_rates(topology, gigabytes):
 
 def test_published_links():
   """One direction of all links, in Gbit/s per chip as Google names them; tpu7x: 600 GB/s for a chip's two devices."""
-  found = {name: chip.link_bandwidth for name, chip in CHIPS.items()}
+  found = {name: chip.ici_bandwidth for name, chip in CHIPS.items()}
   published = {"v4": 2400, "v5e": 1600, "v5p": 4800, "v6e": 3200}
   assert found == {name: rate / 8 * 1e9 for name, rate in published.items()} | {"tpu7x": 600e9 / 2}
 

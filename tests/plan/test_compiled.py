@@ -20,7 +20,7 @@ def texts():
 
 
 def flops(program):
-  return sum(one.times * one.flops for one in program.operations)
+  return sum(one.run_count * one.flops for one in program.operations)
 
 
 def kernel(program):
@@ -83,20 +83,20 @@ def test_a_grouped_product(texts):
   assert (found.kernel, product.groups, product.rows, product.k, product.n) == ("gmm", 8, 1024, 512, 256)
   assert (product.tiles, product.visits, product.steps) == ((128, 256, 256), 15, 30)
   assert found.reread == (15 - 8) * 512 * 256 * 2
-  assert found.memory - product.bytes_moved < 200  # the numbers of groups and tiles
+  assert found.memory - product.bytes_accessed < 200  # the numbers of groups and tiles
   assert found.flops == 2 * 1024 * 512 * 256
 
 
 def test_fewer_rows_than_the_buffer_holds(texts):
   found = kernel(read_program(texts["grouped"], 512.0))
   assert found.grouped.visits == 4 + 7
-  assert found.grouped.bytes_moved == (11 * 512 * 256 + 512 * 256) * 2
+  assert found.grouped.bytes_accessed == (11 * 512 * 256 + 512 * 256) * 2
 
 
 def test_a_gradient_of_weights(texts):
   product = kernel(read_program(texts["grouped_gradient"])).grouped
   assert (product.kernel, product.k, product.n, product.tiles) == ("tgmm", 512, 256, (128, 512, 256))
-  assert product.bytes_moved == 8 * 512 * 256 * 2
+  assert product.bytes_accessed == 8 * 512 * 256 * 2
 
 
 def test_the_second_version_copies_transposed_weights(texts):

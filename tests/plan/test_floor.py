@@ -73,17 +73,17 @@ def test_what_is_sent():
   """FSDP: all weights gathered twice, gradients reduced; experts on 8 devices: 7 of 8 rows, five times per layer."""
   fsdp, shared = (floors(config(), Shares(32, expert))["collectives"] for expert in (1, 8))
   touched = fsdp.memory / 3
-  assert fsdp.sent == pytest.approx(3 * touched * 31 / 32)
+  assert fsdp.network_bytes == pytest.approx(3 * touched * 31 / 32)
   assert touched == pytest.approx(2 * EXPERTS, rel=0.08)  # the rest are 2 x the head, and what is no expert
   rows = 20 * 5 * 7 * 4096 * 4096
-  assert shared.sent == pytest.approx(3 * (touched - 2 * EXPERTS * 7 / 8) * 3 / 4 + rows)
+  assert shared.network_bytes == pytest.approx(3 * (touched - 2 * EXPERTS * 7 / 8) * 3 / 4 + rows)
 
 
 @pytest.mark.parametrize(("ring", "copies"), [(True, 15), (False, 7.5)])
 def test_a_ring_of_experts_sends_each_token_to_every_device(ring, copies):
   """Experts on 16 of 32 devices; without rematerialisation tokens go there and back, and the gradients of both."""
   sent = [
-    floors(config(remat_policy="minimal", use_ring_of_experts=ring), Shares(32, expert))["collectives"].sent
+    floors(config(remat_policy="minimal", use_ring_of_experts=ring), Shares(32, expert))["collectives"].network_bytes
     for expert in (16, 1)
   ]
   touched = sent[1] / (2 * 31 / 32)
@@ -96,14 +96,14 @@ def test_tensor_parallelism_sums_activations():
   touched = whole.memory / 3
   assert cut.memory == pytest.approx(3 * touched / 4)
   sums = 21 * 2 * 3 * 1.5 * (4 * 4096) * 4096
-  assert cut.sent == pytest.approx(3 * touched / 4 * 7 / 8 + sums)
+  assert cut.network_bytes == pytest.approx(3 * touched / 4 * 7 / 8 + sums)
 
 
 def test_devices_that_hold_the_same_weights_reduce_their_gradients():
   """32 devices as 4 x FSDP 8: gathered among 8, a gradient all-reduced among 4, AdamW on four times the shard."""
   replicas, whole = (floors(config(), Shares(32, data=data)) for data in (4, 1))
   touched = whole["collectives"].memory / 3
-  assert replicas["collectives"].sent == pytest.approx(3 * touched * 7 / 8 + 1.5 * touched / 8)
+  assert replicas["collectives"].network_bytes == pytest.approx(3 * touched * 7 / 8 + 1.5 * touched / 8)
   update = "gradient norms, AdamW"
   assert replicas[update].memory == pytest.approx(4 * whole[update].memory)
 
@@ -139,4 +139,4 @@ def test_the_longest_of_three_bounds_a_part():
   chip = CHIPS["v5p"]
   assert Floor(flops=459e12, memory=1.0).seconds(chip) == 1.0
   assert Floor(memory=2765e9, flops=1.0).seconds(chip) == 1.0
-  assert Floor(sent=600e9).seconds(chip) == 1.0
+  assert Floor(network_bytes=600e9).seconds(chip) == 1.0

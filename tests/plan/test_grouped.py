@@ -40,23 +40,23 @@ def test_default_tiles_compute_ten_times_the_useful_operations():
 def test_rereads():
   """Two blocks of K: both operands are fetched at each visit; one block: rows once per block of N, weights once."""
   rows, weights, result = 319 * 512 * 2048 * 2, 319 * 2048 * 512 * 2, 32768 * 512 * 2
-  assert WIDE.bytes_moved == rows + weights + result
+  assert WIDE.bytes_accessed == rows + weights + result
   whole = GroupedProduct("gmm", 256, 32768.0, 2048, 512, "bfloat16", (128, 2048, 256))
-  assert whole.bytes_moved == 2 * 32768 * 2048 * 2 + 256 * 2048 * 512 * 2 + result
+  assert whole.bytes_accessed == 2 * 32768 * 2048 * 2 + 256 * 2048 * 512 * 2 + result
   transposed = GroupedProduct("gmm_transposed", 256, 32768.0, 2048, 512, "bfloat16", (128, 2048, 256))
-  assert transposed.bytes_moved == whole.bytes_moved
+  assert transposed.bytes_accessed == whole.bytes_accessed
 
 
 def test_the_gradient_of_the_weights():
   """Rows of the first operand once per block of N, of the second once per block of K; the gradient once."""
   assert GRADIENT.visits == 8 + 7
   assert GRADIENT.steps == 15 * 2 * 2
-  assert GRADIENT.bytes_moved == 2 * (1024 * 512 * 2 + 1024 * 256 * 2 + 8 * 512 * 256)
+  assert GRADIENT.bytes_accessed == 2 * (1024 * 512 * 2 + 1024 * 256 * 2 + 8 * 512 * 256)
 
 
 def test_operands_on_the_chip_move_nothing():
   held = GroupedProduct("tgmm", 8, 1024.0, 512, 256, "bfloat16", (128, 512, 256), itemsize=(0.0, 0.0, 2.0))
-  assert held.bytes_moved == 8 * 512 * 256 * 2
+  assert held.bytes_accessed == 8 * 512 * 256 * 2
 
 
 def test_the_first_version_visits_what_random_routing_does():
@@ -76,7 +76,7 @@ def test_the_second_version_begins_tiles_with_groups():
     counts.append(np.ceil((sizes + starts % 16) / 128).sum())
   error = np.std(counts) / np.sqrt(len(counts))
   assert abs(SECOND.visits - np.mean(counts)) < 4 * error
-  assert SECOND.bytes_moved == 2 * (32768 * 2048 + 256 * 2048 * 512 + 32768 * 512)
+  assert SECOND.bytes_accessed == 2 * (32768 * 2048 + 256 * 2048 * 512 + 32768 * 512)
 
 
 def test_without_counted_cycles_the_visited_tiles_at_peak(table):

@@ -7,7 +7,7 @@ import pytest
 from maxtext_ling2.plan.operations import read_program
 from maxtext_ling2.plan.parts import COLLECTIVES, memory_by
 
-# A loop of 3 rounds that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
+# A loop of 3 trips that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
 # the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a Pallas kernel in the loop; an
 # all-gather and a gather of rows that the sparse cores do; a slice and an array fetched into the chip's memory, and an
 # array copied within the HBM.
@@ -158,13 +158,13 @@ def test_a_loop_of_unknown_length_is_counted_once():
   assert found.memory == pytest.approx(read_program(TEXT).memory - 2 * ROUND)
 
 
-@pytest.mark.parametrize(("start", "step", "rounds"), [(0, 1, 3), (0, 2, 2), (1, 1, 2), (1, 2, 1), (0, 4, 1)])
-def test_rounds_of_a_loop_follow_its_counter(start, step, rounds):
+@pytest.mark.parametrize(("start", "step", "trips"), [(0, 1, 3), (0, 2, 2), (1, 1, 2), (1, 2, 1), (0, 4, 1)])
+def test_rounds_of_a_loop_follow_its_counter(start, step, trips):
   """XLA unrolls its windowed einsums: their counters grow by 2."""
   text = TEXT.replace("%zero = s32[] constant(0)", f"%zero = s32[] constant({start})")
   text = text.replace("%one = s32[]{:T(128)S(6)} constant(1)", f"%one = s32[]{{:T(128)S(6)}} constant({step})")
   found = read_program(text)
-  assert (found.unknown_loops, found.kernels["gla"]) == (0, (rounds, rounds * KERNEL))
+  assert (found.unknown_loops, found.kernels["gla"]) == (0, (trips, trips * KERNEL))
 
 
 # A conditional whose branch 0 doubles [8,128] and whose branch 1 adds it to itself and writes 16 rows.

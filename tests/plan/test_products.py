@@ -10,7 +10,7 @@ def total(line, shapes, dtype="bf16"):
   found = read_program(
     f"HloModule m\nENTRY %main (a: bf16[1]) -> bf16[1] {{\n{''.join(parameters)}  ROOT %r = {line}\n}}\n"
   )
-  return sum(one.times * one.flops for one in found.operations)
+  return sum(one.run_count * one.flops for one in found.operations)
 
 
 def test_a_plain_product():

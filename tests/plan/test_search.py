@@ -6,6 +6,7 @@ from maxtext_ling2.host.compile_step import PlanConfigError, read_config
 from maxtext_ling2.maxtext_api import overrides, recipes
 from maxtext_ling2.plan import command, search
 from maxtext_ling2.plan.chips import chip_of, slice_of
+from maxtext_ling2.plan.resolved import ModelError
 
 
 def rank(topology, model, rows=search.ROWS, **settings):
@@ -73,7 +74,7 @@ def test_memory_follows_the_dtypes_of_the_state(settings, bytes_per_weight):
 
 
 def test_the_search_is_for_ling2():
-  with pytest.raises(PlanConfigError, match="--search, model_name=llama3-8b"):
+  with pytest.raises(ModelError, match="model_name=llama3-8b, decoder_block=llama2: no LING2 model"):
     rank("v6e-64", "llama3-8b", rows=["1"])
 
 

@@ -48,13 +48,13 @@ def write_documents(folder):
 
 def arguments(folder, name, metrics, steps, **settings):
   """The command line of a run called `name` whose metrics go to `metrics`.jsonl."""
-  from maxtext_ling2.demo import data
   from maxtext_ling2.maxtext_api import overrides
+  from maxtext_ling2.maxtext_api.start import maxtext_folder
   from tiny import TINY
 
   given = {"run_name": name, "base_output_directory": folder, "metrics_file": folder / f"{metrics}.jsonl", "steps": steps}
   words = overrides.words({**TINY, **SMALL, **given, **settings})
-  return [str(data.maxtext_folder() / "configs" / "base.yml"), *words]
+  return [str(maxtext_folder() / "configs" / "base.yml"), *words]
 
 
 def start(folder, *runs, **variables):

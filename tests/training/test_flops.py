@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from maxtext_ling2.maxtext_api import session
-from maxtext_ling2.training.flops import forward_flops, training_tflops_per_device
+from maxtext_ling2.ops.gla import chunk_size, tiles
+from maxtext_ling2.training.flops import forward_flops, gla_layer, training_tflops_per_device
 from tiny import config, model
 
 SHAPES = {  # spec: name, layers, C, H, F, M, shared, q rank, cycle, dense, V, active parameters
@@ -39,11 +40,40 @@ def test_active_parameters(name):
 def test_ling2_by_hand():
   c = published("ling2")
   forward = forward_flops(c)
-  assert forward.gla == 16 * 16 * (4 * 128 * 128 + 4 * 128 * 128)  # 16 layers, 16 heads, chunks of 128
+  assert forward.gla == 16 * 16 * (2 * 128 * 128 + 2 * 128 * 128)  # 16 layers, 16 heads: k v^T and q S
   assert forward.mla == 4 * 16 * (128 + 64 + 128) * 4096
   total, weights, attention = training_tflops_per_device(c)
   assert total == pytest.approx(weights + attention)
   assert weights == pytest.approx(3 * forward.weights * 4096 / 1e12)
+
+
+def test_the_count_does_not_depend_on_chip_or_chunk(monkeypatch):
+  """Chunks of the GLA kernels are 128, 256 or 512 tokens, by the device; the model's operations are the same."""
+  c = published("ling2")
+  counts, chunks = set(), set()
+  for kind in ("cpu", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H200"):
+    monkeypatch.setattr(tiles, "device_kind", lambda kind=kind: kind)
+    chunks.add(chunk_size(4096))
+    counts.add(training_tflops_per_device(c))
+  assert chunks == {128, 256, 512}
+  assert len(counts) == 1
+
+
+def test_the_recurrence_is_what_its_products_take():
+  """XLA counts one token of one head as the formula does: k v^T added to the state, and q S."""
+  import jax
+  import jax.numpy as jnp
+
+  def step(state, q, k, v):
+    state = state + jnp.einsum("d,e->de", k, v)
+    return jnp.einsum("d,de->e", q, state)
+
+  D = 128
+  vector = jax.ShapeDtypeStruct((D,), jnp.float32)
+  matrix = jax.ShapeDtypeStruct((D, D), jnp.float32)
+  counted = jax.jit(step).lower(matrix, vector, vector, vector).compile().cost_analysis()["flops"]
+  layer = gla_layer(types.SimpleNamespace(emb_dim=1, num_query_heads=1, head_dim=D))
+  assert counted == layer.gla
 
 
 def test_linear_attention_is_linear_and_softmax_attention_quadratic_in_length():
@@ -65,7 +95,9 @@ def test_mtp_adds_projection_layer_and_head():
 
 
 def test_against_xla():
-  """A model without dynamic parts: dense layers, one chunk. XLA counts the whole square of scores, not half."""
+  """A model without dynamic parts: dense layers, one chunk. XLA counts MLA's whole square of scores, not half, and the
+  scores within GLA's chunk.
+  """
   import jax
   from flax import nnx
 
@@ -85,7 +117,8 @@ def test_against_xla():
   with session.model_context(cfg, mesh):
     counted = jax.jit(run).lower(state).compile().cost_analysis()["flops"]
   forward = forward_flops(cfg)
-  assert counted == pytest.approx((forward.weights + forward.gla + 2 * forward.mla) * 256, rel=0.03)
+  within_chunk = 2 * cfg.num_query_heads * 4 * chunk_size(128) * 64  # two GLA layers
+  assert counted == pytest.approx((forward.weights + forward.gla + within_chunk + 2 * forward.mla) * 256, rel=0.03)
 
 
 def test_maxtext_asks_us():
