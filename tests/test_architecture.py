@@ -1,9 +1,12 @@
-"""docs/architecture.md: its files and tests exist, imports go one way, and no table of TPU generations is forgotten."""
+"""docs/architecture.md: paths exist, imports go one way, no TPU generation is forgotten. The example of docs/api.md."""
 
 import ast
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 
 from benchmarks import experts_tiles, gla_tpu_static, tpu_static
 from maxtext_ling2.plan import chips
@@ -72,3 +75,13 @@ def test_the_page_links_to_pages_only() -> None:
   targets = re.findall(r"\]\(([^)#]+)", PAGE)
   assert len(targets) > 3
   assert [name for name in targets if not Path(ROOT / "docs" / name).is_file()] == []
+
+
+def test_python_of_the_api_page() -> None:
+  """The last output is the last query by the last state."""
+  (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+  names: dict[str, Any] = {}
+  exec(compile(text, "api.md", "exec"), names)
+  last = np.einsum("bhd,bhde->bhe", *(np.asarray(x, np.float64) for x in (names["q"][:, -1], names["state"])))
+  assert names["o"].shape == (1, 100, 16, 128)
+  np.testing.assert_allclose(names["o"][:, -1], last * 128**-0.5, rtol=1e-5, atol=1e-5)
