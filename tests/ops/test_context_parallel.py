@@ -33,20 +33,20 @@ def packed(seed):
   return jnp.asarray(rng.integers(0, 3, (BATCH, 7))[np.arange(BATCH)[:, None], ids], jnp.int32)
 
 
-def split(x, shards):
+def split(x, ranks):
   """[B, T, ...] -> [N, B, T / N, ...]"""
-  return x if x is None else jnp.moveaxis(x.reshape(BATCH, shards, LENGTH // shards, *x.shape[2:]), 1, 0)
+  return x if x is None else jnp.moveaxis(x.reshape(BATCH, ranks, LENGTH // ranks, *x.shape[2:]), 1, 0)
 
 
-def sharded(q, k, v, state, ids, shards, backend="chunked"):
-  """o [B, T, H, D] and the final states of all shards [N, B, H, D, D]."""
-  run = functools.partial(gla_context_parallel, axis_name="shards", output_final_state=True, backend=backend)
+def sharded(q, k, v, state, ids, ranks, backend="chunked"):
+  """o [B, T, H, D] and the final states of all ranks [N, B, H, D, D]."""
+  run = functools.partial(gla_context_parallel, axis_name="ranks", output_final_state=True, backend=backend)
 
   def one(q, k, v, ids):
     return run(q, k, v, G_GAMMA, segment_ids=ids, initial_state=state)
 
   axes = (0, 0, 0, None if ids is None else 0)
-  o, final = jax.vmap(one, axes, axis_name="shards")(*(split(x, shards) for x in (q, k, v, ids)))
+  o, final = jax.vmap(one, axes, axis_name="ranks")(*(split(x, ranks) for x in (q, k, v, ids)))
   return jnp.moveaxis(o, 0, 1).reshape(BATCH, LENGTH, HEADS, DIM), final
 
 
@@ -60,7 +60,7 @@ def compare(ours, expected, tolerance):
     assert np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(other), 1.0)
 
 
-def check(ids, shards, dtype, tolerance, seed=0, with_state=True):
+def check(ids, ranks, dtype, tolerance, seed=0, with_state=True):
   """Values and all gradients."""
   q, k, v, state = inputs(seed, dtype)
   state = state if with_state else None
@@ -73,32 +73,32 @@ def check(ids, shards, dtype, tolerance, seed=0, with_state=True):
     return (o.astype(jnp.float32) * weights[0]).sum() + (final * weights[1]).sum(), (o, final)
 
   wanted = (0, 1, 2, 3) if with_state else (0, 1, 2)
-  ours = jax.grad(lambda *x: loss(lambda *y: sharded(*y, ids, shards), *x), wanted, has_aux=True)(q, k, v, state)
+  ours = jax.grad(lambda *x: loss(lambda *y: sharded(*y, ids, ranks), *x), wanted, has_aux=True)(q, k, v, state)
   expected = jax.grad(lambda *x: loss(lambda *y: whole(*y, ids), *x), wanted, has_aux=True)(q, k, v, state)
   compare(ours, expected, tolerance)
 
 
-@pytest.mark.parametrize("shards", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_one_document(shards, with_state):
-  check(None, shards, jnp.float32, 1e-5, with_state=with_state)
+def test_one_document(ranks, with_state):
+  check(None, ranks, jnp.float32, 1e-5, with_state=with_state)
 
 
-@pytest.mark.parametrize("shards", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("seed", range(4))
-def test_packed(shards, seed):
-  check(packed(seed), shards, jnp.float32, 1e-5, seed)
+def test_packed(ranks, seed):
+  check(packed(seed), ranks, jnp.float32, 1e-5, seed)
 
 
 @settings(max_examples=15, deadline=None)
 @given(
   st.lists(st.integers(0, 2), min_size=BATCH * LENGTH // 4, max_size=BATCH * LENGTH // 4), st.sampled_from([2, 4, 8])
 )
-def test_any_ids(ids, shards):
+def test_any_ids(ids, ranks):
   """Also shards of padding only, and documents that go on across them."""
   ids = jnp.repeat(jnp.asarray(ids, jnp.int32).reshape(BATCH, -1), 4, axis=1)
   q, k, v, state = inputs(0)
-  o, final = sharded(q, k, v, state, ids, shards)
+  o, final = sharded(q, k, v, state, ids, ranks)
   expected, expected_final = whole(q, k, v, state, ids)
   compare((o, final[0], final[-1]), (expected, expected_final, expected_final), 1e-5)
 

@@ -5,8 +5,6 @@ import pytest
 from gla_closed_form import make_case
 from gla_suite import error, run_with_gradients
 
-from maxtext_ling2.ops import fused_norm
-from maxtext_ling2.ops import gla as package
 from maxtext_ling2.ops.gla import gla
 
 
@@ -66,18 +64,3 @@ def test_a_wrong_argument_is_named_with_what_was_expected(wrong, message):
   good = {"q": Q, "k": Q, "v": Q, "g_gamma": np.zeros(4, np.float32)}
   with pytest.raises(ValueError, match=message):
     gla(**(good | wrong))
-
-
-FORMER = [
-  (package, "gla_over_ranks", package.gla_context_parallel),
-  (package, "rotated_norm", fused_norm.qk_norm_rope),
-  (package, "gated_norm", fused_norm.grouped_rms_norm_gated),
-  (fused_norm, "rotated_norm", fused_norm.qk_norm_rope),
-  (fused_norm, "gated_norm", fused_norm.grouped_rms_norm_gated),
-]
-
-
-@pytest.mark.parametrize(("module", "name", "function"), FORMER)
-def test_a_former_name_works_and_warns_with_the_new_one(module, name, function):
-  with pytest.warns(DeprecationWarning, match=f"{name} is now .*{function.__name__}"):
-    assert getattr(module, name) is function
