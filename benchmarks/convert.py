@@ -1,16 +1,16 @@
 """How fast and in how much memory a checkpoint is converted: python benchmarks/convert.py --gigabytes 2.
 
-Makes a Hugging Face folder of that size (bfloat16, random), then measures, each in a process of its own:
+Makes a Hugging Face folder of that size (bfloat16, random), then measures, each in a separate process:
 
-  cp                copying the folder and waiting for the disk
-  Orbax             MaxText's own save of the same arrays from memory, compressed as it does it
+  cp                copying the folder, synced to disk
+  Orbax             MaxText's own save of the same arrays from memory, compressed as by default
   to MaxText        Hugging Face -> MaxText, uncompressed (our default) and compressed, unscanned and scanned
-  to Hugging Face   the way back
+  to Hugging Face   MaxText -> Hugging Face
 
-Speeds are the best of three runs in one process, and in brackets the first; without imports, with waiting for the disk.
+Speeds are the best of three runs in one process, and in brackets the first; imports are excluded, syncing is included.
 Ratios are best to best, and in brackets first to first: memory that the system has not used for some seconds is slow to
-get, for `cp` as well (which therefore comes after a pause as long as the imports of the others).
-Memory is RssAnon (what mapped files add is not counted) above what the process had after its imports, sampled every 5 ms.
+allocate, also for `cp` (which therefore runs after a pause as long as the imports of the others).
+Memory is RssAnon (without mapped files) above its value after the imports, sampled every 5 ms.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# 64 experts a layer, whose three kernels have 128 MiB each: the largest leaves, at any number of layers.
+# 64 experts per layer with three kernels of 128 MiB each: the largest leaves, at any number of layers.
 SHAPE = {
   "architectures": ["BailingMoeV2_5ForCausalLM"],
   "hidden_size": 2048,
@@ -67,7 +67,7 @@ PAUSE = 20
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the model")
-  parser.add_argument("--folder", type=Path, help="where to work; the default is a temporary folder")
+  parser.add_argument("--folder", type=Path, help="working folder; the default is a temporary folder")
   parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.worker:
@@ -125,12 +125,12 @@ class Table:
 
 
 def _ratios(reference: list[float], seconds: list[float]) -> str:
-  """How fast something is in parts of a reference: best to best, (first to first)."""
+  """Speed relative to a reference: best to best, (first to first)."""
   return f"{min(reference) / min(seconds):.0%} ({reference[0] / seconds[0]:.0%})"
 
 
 def run(*words: Any) -> Any:
-  """What a worker process measured."""
+  """Runs a worker process and returns its measurements."""
   command = [sys.executable, __file__, "--worker", *map(str, words)]
   done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
   if done.returncode:
@@ -139,7 +139,7 @@ def run(*words: Any) -> Any:
 
 
 def copy(source: Path, target: Path) -> list[float]:
-  """Seconds of `cp` and waiting for the disk; the source has been read before, as for all others."""
+  """Seconds of `cp` and syncing; the source is in the page cache, as for all others."""
   time.sleep(PAUSE)
   seconds = repeated(lambda: subprocess.run(["cp", "-r", source, target], check=True), target)
   shutil.rmtree(target)
@@ -248,21 +248,21 @@ def largest(model: Any) -> int:
 
 
 def repeated(action: Callable[[], Any], target: Path, memory: "Memory | None" = None) -> list[float]:
-  """Seconds of each of `RUNS` runs of an action that writes `target`, with waiting for the disk."""
+  """Seconds of each of `RUNS` runs of an action that writes `target`, including syncing."""
   seconds = []
   for _ in range(RUNS):
     shutil.rmtree(target, ignore_errors=True)
     started = time.perf_counter()
     action()
-    wait(target)
+    sync(target)
     seconds.append(time.perf_counter() - started)
     if memory is not None:
       memory.stop()
   return seconds
 
 
-def wait(target: Path) -> None:
-  """Until everything below a folder is on the disk."""
+def sync(target: Path) -> None:
+  """Syncs everything below a folder."""
   subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
 
 
