@@ -1,4 +1,4 @@
-"""Rules about the tokens around documents, padding and BOS, in the form of `validation`."""
+"""Rules about `pad_id` and `bos_id`, in the form of `validation`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ def problems(config: Any) -> Iterator[str]:
 
 
 def inserts_bos(config: Any) -> bool:
-  """Whether each document of a LING2 run starts with `bos_id`, by settings of MaxText that its own `mmap` ignores."""
+  """True if a LING2 run puts `bos_id` before each document: by MaxText's BOS settings, which its own `mmap` ignores."""
   packs = config.packing and config.grain_packing_type == "concat_then_split"
   return bool(config.dataset_type == "grain" and config.grain_file_type == "mmap" and packs and config.add_bos)
 

@@ -31,7 +31,7 @@ BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
 def is_ling2(config: Any) -> bool:
-  """Whether a MaxText config (pydantic object or HyperParameters) describes a LING2 model."""
+  """True if a MaxText config (pydantic object or HyperParameters) describes a LING2 model."""
   return bool(getattr(config.decoder_block, "value", config.decoder_block) == DECODER_BLOCK)
 
 

@@ -12,7 +12,7 @@ FORMER_NAMES: Final = {"local_layers": GLA_LAYERS, "global_layer": MLA_LAYER}
 
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
-  """Whether 0-based `layer` is MLA: every `cycle`-th layer, and all after the last whole cycle; others are GLA."""
+  """True if 0-based `layer` is MLA: every `cycle`-th layer, and all after the last whole cycle; others are GLA."""
   return (layer + 1) % cycle == 0 or layer >= num_layers // cycle * cycle
 
 
@@ -26,7 +26,7 @@ def shared_expert_width(config: Any) -> int:
 
 
 def is_dense(layer: int, first_num_dense_layers: int) -> bool:
-  """Whether 0-based `layer` has a dense MLP; the others are mixtures of experts."""
+  """True if 0-based `layer` has a dense MLP; the others are mixtures of experts."""
   return layer < first_num_dense_layers
 
 

@@ -31,7 +31,7 @@ Z_LOSS_NAME = "moe_z_loss"
 
 @dataclasses.dataclass
 class Routing:
-  """What `Ling2MoE`, which knows the segments, and the router, which MaxText calls, tell each other about one call.
+  """State shared by `Ling2MoE`, which knows the segments, and the router, which MaxText calls, during one call.
 
   Attributes:
     valid: [B, T] bool, False at padding; None: there is no padding.
@@ -71,7 +71,7 @@ def mean_over_tokens(x: jax.Array, valid: jax.Array | None, axis: int | None = N
 
 
 def weighs_microbatches(config: Any) -> bool:
-  """Whether the z-loss is the mean over all tokens of the global batch, not the mean of its microbatches' means."""
+  """True if the z-loss is the mean over all tokens of the global batch, not the mean of its microbatches' means."""
   return bool(config.gradient_accumulation_steps > 1 and config.calculate_per_token_loss)
 
 
@@ -131,7 +131,7 @@ class Router(nnx.Module):
 
   @property
   def tracks_load(self) -> bool:
-    """Whether a training step has attached counts to this router."""
+    """True if a training step has attached counts to this router."""
     return hasattr(self, "expert_counts")
 
   def count(self, counts: jax.Array) -> None:
@@ -166,7 +166,7 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
     self.gate = Router(config, rngs)
 
   def should_update_load_balance(self) -> bool:
-    """Whether MaxText counts the tokens of each expert and returns the counts."""
+    """True if MaxText counts the tokens of each expert and returns the counts."""
     return self.gate.tracks_load
 
   def apply_ffn_activation(self, layer_w0: jax.Array, layer_w1: jax.Array) -> jax.Array:

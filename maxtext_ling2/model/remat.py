@@ -10,12 +10,12 @@ from maxtext.utils import maxtext_utils
 
 
 def uses_remat(config: Any) -> bool:
-  """Whether layers are wrapped in `jax.checkpoint`. The policy does not tell: that of `full` is None, too."""
+  """True if layers are wrapped in `jax.checkpoint`. The policy does not tell: that of `full` is None, too."""
   return config.remat_policy not in (None, "none")  # MaxText makes None of the word
 
 
 def prevents_cse(config: Any, in_scan: bool) -> bool:
-  """Whether XLA must be kept from merging a layer's second forward pass with its first, which would undo the remat.
+  """True if XLA must be kept from merging a layer's second forward pass with its first, which would undo the remat.
 
   MaxText answers no for every layer of a model with `scan_layers`. That is right in the body of a loop, where XLA cannot
   merge them; but a scanned LING2 has unscanned layers before and after its loop.

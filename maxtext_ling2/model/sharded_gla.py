@@ -122,7 +122,7 @@ def sharded_gated_norm(
 
 
 def _checks_vma(mesh: jax.sharding.Mesh) -> bool:
-  """Whether `shard_map` tracks which values vary over which axes; then gradients are summed only over axes that need it.
+  """True if `shard_map` tracks which values vary over which axes; then gradients are summed only over axes that need it.
 
   Not with DiLoCo, whose replicas are a `vmap` over a mesh axis: mapped values vary over that axis and others, such as
   g_gamma, do not, which the check refuses.

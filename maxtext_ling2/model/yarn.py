@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 def is_yarn(config: Any) -> bool:
-  """Whether a MaxText config (pydantic object or HyperParameters) has rope_type=yarn."""
+  """True if a MaxText config (pydantic object or HyperParameters) has rope_type=yarn."""
   return bool(getattr(config.rope_type, "value", config.rope_type) == "yarn")
 
 

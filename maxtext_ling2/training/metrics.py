@@ -55,7 +55,7 @@ def _zeros(x: jax.Array) -> jax.Array:
 
 
 def not_finite(scalars: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Whether the loss or the gradient's norm is NaN, and whether one is infinite: 1.0 or 0.0, [] float32 each.
+  """1.0 if the loss or the gradient's norm is NaN, and 1.0 if one is infinite, else 0.0; [] float32 each.
 
   With optimizer_memory_host_offload and without log_step_diagnostics MaxText has no norm; then they are about the loss.
   """

@@ -57,7 +57,7 @@ def count_totals(data: dict[str, jax.Array], config: Any) -> Totals:
 
 
 def _used_sequences(x: jax.Array, config: Any) -> jax.Array:
-  """x [B, T] -> the sequences [B', T] that the loss uses; with less than one per device, MaxText loads more than that."""
+  """The sequences [B', T] of x [B, T] in the loss; with per_device_batch_size < 1 MaxText loads more than those."""
   steps = config.gradient_accumulation_steps
   microbatches = jnp.swapaxes(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 0, 1)  # [steps, B / steps, T]
   return microbatches[:, : config.micro_batch_size_to_train_on].reshape(-1, *x.shape[1:])  # [B', T]

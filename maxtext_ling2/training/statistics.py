@@ -1,4 +1,4 @@
-"""What the routers of a model count during a training step.
+"""Counts of the routers of a model during a training step.
 
 The variables exist only inside the step: they are attached to the routers before MaxText's step function runs and removed
 from its result, so checkpoints, evaluation and decoding do not have them. MaxText carries them through scan,
