@@ -11,7 +11,7 @@ from typing import Any
 from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.host.contract import Breach
+from maxtext_ling2.host.contract import HINT, Breach
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.maxtext_api import contract as library_contract
 
@@ -154,8 +154,13 @@ def _seams(found: Diagnosis) -> None:
     breaches = [str(breach) for breach in every if breach.seam == seam.name]
     found.seams.append({"name": seam.name, "module": seam.module, "state": seam.state.value, "breaches": breaches})
   tested = ", ".join(registry.tested)
+  uses = {seam.name: seam.use for seam in registry.seams}
   for breach in every:
-    found.faults.append(Finding(str(breach), f"install a MaxText version this plugin was tested with: {tested}"))
+    remedy = breach.hint if breach.hint != HINT else f"install a MaxText that this plugin was tested with ({tested})"
+    if (use := uses.get(breach.seam)) is not None:  # other runs work
+      found.notes.append(Finding(f"{breach}; only runs with {use.setting} need it", f"{remedy}, or {use.instead}"))
+    else:
+      found.faults.append(Finding(str(breach), remedy))
   if registry.stood_down is not None:
     found.notes.append(Finding(registry.stood_down, "uninstall maxtext-ling2: MaxText needs it no longer"))
   if found.versions["maxtext"] not in registry.tested:
@@ -164,9 +169,9 @@ def _seams(found: Diagnosis) -> None:
 
 
 def _breaches(registry: Registry) -> list[Breach]:
-  """All breaches: the registry stops at the first seam that does not fit, and undoes the others."""
+  """All breaches: the registry stops at the first of a seam that all runs need, and undoes the others."""
   every = list(registry.breaches)
-  if every:
+  if every and not registry.usable:
     every += [breach for seam in registry.seams for breach in seam.breaches() if breach not in every]
   return every + library_contract.breaches()
 

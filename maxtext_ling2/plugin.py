@@ -114,7 +114,7 @@ def _open_export(path: str, config: Any) -> Exporter:
   return commands.Exporter(path, config)
 
 
-REGISTRY = Registry(
+REGISTRY: Registry = Registry(
   "maxtext-ling2",
   seams=(
     DecoderBlockSeam("LING2", DECODER_BLOCK),
@@ -123,6 +123,7 @@ REGISTRY = Registry(
       MODEL_NAMES,
       {"MaxTextConfig": validation.validate, "RLConfig": validation.validate_rl},
       validation.shown_to_maxtext,
+      lambda config: REGISTRY.require_for(config),
     ),
     ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS, DECODER_BLOCK, validation.INSTEAD_OF_BASE),
     SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),

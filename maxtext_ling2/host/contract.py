@@ -9,6 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+HINT = (
+  "install a MaxText version this plugin was tested with, or a plugin version made for yours "
+  "(`maxtext-ling2 doctor` lists both)"
+)
+ANOTHER_PLUGIN = "uninstall one of the two plugins, or let MAXTEXT_PLUGINS name the one that you want"
+
 
 class _Missing:
   """Stands for an attribute that is not there."""
@@ -54,7 +60,7 @@ class Expectation:
       if names is None or not _in_order(self.parameters, names):
         return f"{self.target} taking ({', '.join(names or ())})"
     if self.holds is not None and not _holds(self.holds, value):
-      return f"{value!r:.200}, which is not so"
+      return f"{value!r:.200}, which does not satisfy the condition"
     return None
 
 
@@ -90,11 +96,19 @@ class CommandExpectation(Expectation):
 
 @dataclasses.dataclass(frozen=True)
 class Breach:
-  """An expectation that the installed MaxText does not meet."""
+  """An expectation that the installed MaxText does not meet.
+
+  Attributes:
+    seam: name of the seam.
+    expected: the expectation in words.
+    found: what is there instead.
+    hint: what to do.
+  """
 
   seam: str
   expected: str
   found: str
+  hint: str = HINT
 
   def __str__(self) -> str:
     return f"seam '{self.seam}': expected {self.expected}; found {self.found}"

@@ -1,5 +1,9 @@
 """What `model/` builds on in MaxText, beside the classes that `ModelClassesSeam` replaces: bases, layers, helpers."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from maxtext_ling2.host.contract import Expectation
 
 _COMMON = "maxtext.common.common_types"
@@ -21,6 +25,11 @@ def _is_name(value: object) -> bool:
   return isinstance(value, str)
 
 
+def _takes(*names: str) -> Callable[[Any], bool]:
+  """Whether a class that may inherit its __init__ takes these arguments."""
+  return lambda cls: set(names) <= set(inspect.signature(cls.__init__).parameters)
+
+
 EXPECTATIONS = (
   *(Expectation(f"{_COMMON}:{name}", holds=_is_name, meaning="the name of an axis") for name in _AXES),
   *(Expectation(f"{_COMMON}:{name}", holds=_is_name, meaning="the name of a mode") for name in _MODES),
@@ -32,7 +41,7 @@ EXPECTATIONS = (
     f"{_LINEARS}:DenseGeneral.__init__",
     parameters=("in_features_shape", "out_features_shape", "axis", "weight_dtype", "dtype", "kernel_axes", "rngs"),
   ),
-  Expectation(f"{_LINEARS}:Dropout.__init__", parameters=("rate", "rngs")),
+  Expectation(f"{_LINEARS}:Dropout", holds=_takes("rate", "rngs"), meaning="made from (rate, rngs)"),
   Expectation(
     f"{_LINEARS}:MlpBlock.__init__",
     parameters=("config", "mesh", "in_features", "intermediate_dim", "activations", "weight_dtype", "rngs"),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from maxtext.utils.globals import EPS
 
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host.registry import WAY_OUT
+from maxtext_ling2.host.contract import HINT
 from maxtext_ling2.model.layer import ACTIVATIONS
 from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
@@ -152,7 +152,7 @@ def installed(step: Callable[..., Any], name: str, wrapper: Callable[[Any], Any]
   """
   names = step.__globals__
   if name not in names:
-    raise Ling2Error(f"MaxText's {step.__name__} has no {name} that LING2 could replace; {WAY_OUT}")
+    raise Ling2Error(f"MaxText's {step.__name__} has no {name} that LING2 could replace; {HINT}")
   original = names[name]
   names[name] = wrapper(original)
   try:

@@ -9,7 +9,8 @@ import symbols
 
 from maxtext_ling2 import doctor, plugin
 from maxtext_ling2.host.contract import Expectation, resolve
-from maxtext_ling2.host.registry import Registry, Seam
+from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.host.seam import Seam, Use
 from maxtext_ling2.maxtext_api import contract as library_contract
 
 SEAMS = {seam.name: seam for seam in plugin.REGISTRY.seams}
@@ -25,7 +26,7 @@ def stock():
   """MaxText without our changes, so that the contracts are checked against what is installed."""
   registry = plugin.REGISTRY
   registry.complete()
-  assert registry.usable
+  assert registry.usable and not registry.breaches
   assert registry.undo() == []
   yield
   registry.install()
@@ -61,7 +62,7 @@ def test_a_breach_is_reported(seam, expectation):
   assert module in breach.expected and "does not import" in breach.found and module in breach.found
 
   breach = broken(seam, expectation, holds=lambda value: False, meaning="of another kind")
-  assert breach.expected.endswith("of another kind") and breach.found.endswith("which is not so")
+  assert breach.expected.endswith("of another kind") and breach.found.endswith("which does not satisfy the condition")
 
   if expectation.parameters is not None:
     wanted = (*expectation.parameters, "parameter_that_is_gone")
@@ -78,7 +79,7 @@ def test_parameters_may_have_others_between_but_not_another_order():
 
 
 def test_a_condition_that_raises_is_not_met():
-  assert "which is not so" in Expectation("enum:Enum", holds=lambda value: 1 / 0).found()
+  assert "which does not satisfy the condition" in Expectation("enum:Enum", holds=lambda value: 1 / 0).found()
   assert resolve("enum:Enum") is enum.Enum
 
 
@@ -125,12 +126,20 @@ class Broken(Seam):
   module = "maxtext.configs.types"
   expectations = (Expectation("maxtext.configs.types:nothing_of_this_name"),)
 
-  def __init__(self, name):
+  def __init__(self, name, use=None):
     super().__init__()
-    self.name = name
+    self.name, self.use = name, use
 
   def apply(self):
     raise AssertionError("it does not fit")
+
+
+def seams_of(registry, monkeypatch):
+  """What doctor says of the seams of a registry."""
+  monkeypatch.setattr(plugin, "REGISTRY", registry)
+  found = doctor.Diagnosis({"maxtext": "0"}, {}, {})
+  doctor._seams(found)
+  return found
 
 
 def test_doctor_lists_every_breach(monkeypatch):
@@ -138,8 +147,18 @@ def test_doctor_lists_every_breach(monkeypatch):
   registry = Registry("two", [Broken("one"), Broken("another")], names=(), tested=("0",))
   registry.complete()
   assert [breach.seam for breach in registry.breaches] == ["one"]
-  monkeypatch.setattr(plugin, "REGISTRY", registry)
-  found = doctor.Diagnosis({"maxtext": "0"}, {}, {})
-  doctor._seams(found)
+  found = seams_of(registry, monkeypatch)
   assert [seam["name"] for seam in found.seams if seam["breaches"]] == ["one", "another"]
   assert sum("nothing_of_this_name" in fault.what for fault in found.faults) == 2
+  assert {fault.remedy for fault in found.faults} == {"install a MaxText that this plugin was tested with (0)"}
+
+
+def test_doctor_notes_what_only_some_runs_need(monkeypatch):
+  use = Use("fast=true", bool, "set fast=false")
+  registry = Registry("two", [Broken("one", use), Broken("another", use)], names=(), tested=("0",))
+  registry.install()
+  found = seams_of(registry, monkeypatch)
+  registry.undo()
+  assert found.ok and [note.what.partition(":")[0] for note in found.notes] == ["seam 'one'", "seam 'another'"]
+  assert all(note.what.endswith("only runs with fast=true need it") for note in found.notes)
+  assert all(note.remedy.endswith(", or set fast=false") for note in found.notes)

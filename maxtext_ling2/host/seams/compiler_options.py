@@ -17,7 +17,7 @@ from unittest import mock
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.patches import bound, running
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _TRAIN = "maxtext.utils.train_utils"
 _FLAGS = "maxtext.utils.max_utils"
@@ -52,6 +52,11 @@ class CompilerOptionsSeam(Seam):
 
   name = "compiler options"
   module = _TRAIN
+  use = Use(
+    "tuned_xla_flags=true or compile_xla_flags",
+    lambda config: config.tuned_xla_flags or config.compile_xla_flags,
+    "set tuned_xla_flags=false and leave compile_xla_flags out",
+  )
   expectations = (
     *(
       Expectation(

@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from maxtext_ling2.configs.fields import Field
+from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import Conflict
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _TYPES = "maxtext.configs.types"
 _VALIDATORS = {"MaxTextConfig": "set_derived_and_validate_values", "RLConfig": "set_derived_values_and_validate"}
@@ -34,6 +35,7 @@ class ConfigFieldsSeam(Seam):
     model_names: additional values of `model_name`.
     validate: config class -> function called with the config object before MaxText's own validation (and before it counts
       devices); raises ValueError.
+    on_config: called with a LING2 config that keeps these rules; raises to refuse it.
     masked: gives, for a config object, the values some fields must show to MaxText's own validation, whose rules about
       them know only its own models.
   """
@@ -75,12 +77,14 @@ class ConfigFieldsSeam(Seam):
     model_names: Sequence[str],
     validate: Mapping[str, Callable[[Any], None]],
     masked: Callable[[Any], dict[str, Any]],
+    on_config: Callable[[Any], None],
   ):
     super().__init__()
     self.fields = tuple(fields)
     self.model_names = tuple(model_names)
     self.validate = validate
     self.masked = masked
+    self.on_config = on_config
     self.added: tuple[str, ...] = ()
 
   def apply(self) -> None:
@@ -147,6 +151,8 @@ class ConfigFieldsSeam(Seam):
 
     def validated(config: Any) -> Any:
       validate(config)
+      if is_ling2(config):
+        self.on_config(config)
       with _shown(config, self.masked(config)):
         return original.func(config)
 

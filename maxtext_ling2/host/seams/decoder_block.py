@@ -8,7 +8,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import Conflict, StandDown
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.host.seams.config_fields import descendants, rebuild
 
 _TARGET = "maxtext.common.common_types:DecoderBlockType"

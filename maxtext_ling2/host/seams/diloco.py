@@ -6,7 +6,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 from maxtext_ling2.host.seams.train_step import StepWrapper
 
 _DILOCO = "maxtext.trainers.diloco.diloco"
@@ -24,6 +24,7 @@ class DilocoSeam(Seam):
 
   name = "DiLoCo"
   module = _DILOCO
+  use = Use("enable_diloco=true", lambda config: config.enable_diloco, "set enable_diloco=false")
   expectations = (Expectation(f"{_DILOCO}:build_diloco_train_step", parameters=("config", "train_step", "mesh")),)
 
   def __init__(self, decoder_block: str, train: StepWrapper, synchronised: StepWrapper):
@@ -60,6 +61,7 @@ class DilocoCheckpointSeam(Seam):
 
   name = "DiLoCo checkpoint"
   module = _CHECKPOINT
+  use = Use("enable_diloco=true", lambda config: config.enable_diloco, "set enable_diloco=false")
   expectations = (Expectation(f"{_CHECKPOINT}:to_diloco_checkpoint_dict", parameters=("state", "config")),)
 
   def __init__(self, decoder_block: str, ending: tuple[str, ...]):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _LOGGER = "maxtext.common.metric_logger"
 
@@ -21,6 +21,12 @@ class EvalMetricsSeam(Seam):
 
   name = "eval metrics"
   module = _LOGGER
+  use = Use(
+    "eval_interval > 0",
+    lambda config: config.eval_interval > 0,
+    "without evaluation/moe_z_loss and evaluation/raw_mtp_loss",
+    essential=False,
+  )
   expectations = (
     Expectation(f"{_LOGGER}:MetricLogger._accumulate_eval_metrics", parameters=("metrics",)),
     Expectation(f"{_LOGGER}:MetricLogger._finalize_eval_metrics", parameters=("train_step",)),

@@ -5,7 +5,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _PACKAGE = "maxtext.checkpoint_conversion.utils"
 TABLES = {

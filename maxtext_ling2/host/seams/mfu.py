@@ -6,7 +6,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _LOGGER = "maxtext.common.metric_logger"
 _RATE, _SHARE = "perf/per_device_tflops_per_sec", "perf/mfu"
@@ -26,6 +26,7 @@ class MfuSeam(Seam):
 
   name = "MFU"
   module = _LOGGER
+  use = Use(f"the metric {_SHARE}", lambda config: True, f"without {_SHARE}", essential=False)
   expectations = (
     Expectation(
       f"{_LOGGER}:MetricLogger.record_train_metrics",

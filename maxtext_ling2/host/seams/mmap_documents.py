@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from maxtext_ling2.configs import documents
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
 _SOURCES = "maxtext.input_pipeline._mmap_datasource"
@@ -26,6 +27,9 @@ class MmapDocumentsSeam(Seam):
 
   name = "mmap documents"
   module = _GRAIN
+  use = Use(
+    "add_bos=true, packing=true and grain_file_type=mmap", documents.inserts_bos, "set add_bos=false or take other data"
+  )
   expectations = (
     Expectation(f"{_GRAIN}:_build_dataset_config", parameters=("config",)),
     Expectation(

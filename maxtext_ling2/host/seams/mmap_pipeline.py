@@ -8,9 +8,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maxtext_ling2.configs import documents
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
 _TRANSFORMS = "maxtext.input_pipeline.input_pipeline_utils"
@@ -27,6 +28,7 @@ class MmapPipelineSeam(Seam):
 
   name = "mmap pipelines"
   module = _GRAIN
+  use = Use("grain_file_type=mmap or mmap_npy", documents.reads_mmap, "take other data")
   expectations = (
     Expectation(f"{_GRAIN}:_mmap_pretrain_pipeline", parameters=_PARAMETERS),
     Expectation(

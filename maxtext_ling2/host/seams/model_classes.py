@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.model import contract as model_contract
 
 _MODELS = "maxtext.models.models"

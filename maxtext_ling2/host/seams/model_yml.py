@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote
 
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
 from maxtext_ling2.host.request import asks_for, requested
+from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.maxtext_api import overrides
 
 _PYCONFIG = "maxtext.configs.pyconfig"

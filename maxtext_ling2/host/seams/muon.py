@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _MUON = "maxtext.utils.muon_utils"
 
@@ -17,6 +17,7 @@ class MuonSeam(Seam):
 
   name = "muon"
   module = _MUON
+  use = Use("opt_type=muon", lambda config: config.opt_type == "muon", "choose another opt_type")
   expectations = (
     Expectation(f"{_MUON}:ATTENTION_QKV_NAMES", holds=lambda value: "wq_b" in value, meaning="a tuple of module names"),
     Expectation(f"{_MUON}:transform_logic", parameters=("path", "shape")),

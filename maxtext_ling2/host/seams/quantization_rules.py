@@ -9,7 +9,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 _QUANTIZATIONS = "maxtext.layers.quantizations"
 _LAYERS, _ALL_LAYERS = "decoder/.*layers.*", "decoder/.*layers?.*"
@@ -24,6 +24,11 @@ class QuantizationRulesSeam(Seam):
 
   name = "quantization rules"
   module = _QUANTIZATIONS
+  use = Use(
+    "use_qwix_quantization=true",
+    lambda config: config.use_qwix_quantization and config.quantization,
+    "set use_qwix_quantization=false and quantization=''",
+  )
   expectations = (Expectation(f"{_QUANTIZATIONS}:get_quantization_rule", parameters=("config",)),)
 
   def __init__(self, decoder_block: str):

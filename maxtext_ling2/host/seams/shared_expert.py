@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
 

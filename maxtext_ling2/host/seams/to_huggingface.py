@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
 _COMMAND = "maxtext.checkpoint_conversion.to_huggingface"

@@ -14,7 +14,7 @@ from typing import Any
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.patches import bound, running
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _HANDLERS = "orbax.checkpoint.type_handlers"
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"

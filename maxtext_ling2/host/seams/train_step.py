@@ -10,7 +10,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
 _TRAIN = "maxtext.trainers.pre_train.train"

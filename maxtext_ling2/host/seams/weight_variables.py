@@ -13,7 +13,7 @@ from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam, Use
 
 MARK = "stored_with_weights"
 
@@ -72,6 +72,11 @@ class PretrainedWeightsSeam(Seam):
 
   name = "pretrained weights"
   module = _CREATION
+  use = Use(
+    "load_parameters_path and routed_bias=true",
+    lambda config: config.load_parameters_path and config.routed_bias,
+    "leave load_parameters_path out",
+  )
   expectations = (
     Expectation(f"{_CREATION}:from_pretrained", parameters=("config",)),
     Expectation("maxtext.configs.pyconfig:HyperParameters", parameters=("pydantic_config",)),
