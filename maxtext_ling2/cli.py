@@ -273,7 +273,7 @@ def demo(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As for python -m.")]) -> None:
   """Do what `python -m MODULE ARGS...` does, with LING2 in place also where .pth files are not processed."""
-  from maxtext_ling2.__main__ import run as run_module
+  from maxtext_ling2.run_module import run as run_module
 
   run_module([module, *context.args])
 

@@ -89,7 +89,7 @@ def diagnose() -> Diagnosis:
     except Exception as error:
       found.faults.append(
         Finding(
-          f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "mend what the text names, then run again"
+          f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "repair what the text names, then run again"
         )
       )
   return found
@@ -130,12 +130,13 @@ def _start(found: Diagnosis) -> None:
     found.faults.append(Finding(f"the plugin is installed but not loaded: {reason}", remedy))
   for record in discovery.plugins:
     if record.state == "failed":
-      remedy = f"mend or uninstall {record.distribution}; LING2 goes on without it"
+      remedy = f"repair or uninstall {record.distribution}; LING2 goes on without it"
       found.notes.append(Finding(f"plugin {record.name} failed: {record.reason}", remedy))
-    allowed = discovery.ALLOW_VARIABLE not in (record.reason or "")
-    if record.state == "skipped" and record.value == discovery.OWN_ENTRY.value and allowed:
-      remedy = "uninstall maxtext-ling2 until none is left, then install it once"
-      found.notes.append(Finding(f"a second installation at {record.location}: {record.reason}", remedy))
+  copies = importlib.metadata.distributions(name="maxtext-ling2")
+  installed = sorted({f"{copy.version} in {os.path.realpath(str(copy.locate_file('')))}" for copy in copies})
+  if len(installed) > 1:
+    remedy = "uninstall maxtext-ling2 until none is left, then install it once"
+    found.notes.append(Finding(f"maxtext-ling2 is installed more than once: {', '.join(installed)}", remedy))
   if startup.found_by == "import":
     found.notes.append(
       Finding(
