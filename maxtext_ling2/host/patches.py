@@ -7,6 +7,49 @@ from collections.abc import Callable, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
+from maxtext_ling2.configs.validation import is_ling2
+
+
+class Call:
+  """A call of a function of MaxText, whose arguments are read and set by the names of MaxText's parameters.
+
+  So it does not matter how they are passed, nor which further parameters a MaxText has.
+  """
+
+  def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+    self.function = function
+    self._args, self._kwargs = args, kwargs
+    # The metaclass of Flax's modules hides the parameters of their __init__.
+    initialises = isinstance(function, type)
+    signature = inspect.signature(function.__init__ if initialises else function)
+    parameters = list(signature.parameters.values())[1 if initialises else 0 :]
+    self._bound = signature.replace(parameters=parameters).bind(*args, **kwargs)
+
+  def __getitem__(self, name: str) -> Any:
+    return self._bound.arguments[name]
+
+  def get(self, name: str, default: Any) -> Any:
+    """An argument, or `default` if it is not passed."""
+    return self._bound.arguments.get(name, default)
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    self._bound.arguments[name] = value
+    self._args, self._kwargs = self._bound.args, self._bound.kwargs
+
+  @property
+  def config(self) -> Any:
+    """The argument `config`, or that of `self`; None if there is neither."""
+    arguments = self._bound.arguments
+    return arguments["config"] if "config" in arguments else getattr(arguments.get("self"), "config", None)
+
+  def to(self, function: Callable[..., Any]) -> Any:
+    """Calls another function with these arguments."""
+    return function(*self._args, **self._kwargs)
+
+  def original(self) -> Any:
+    """Calls MaxText's function."""
+    return self.to(self.function)
+
 
 class Patches:
   """Attributes and mapping entries replaced by one seam, with what stood there before."""
@@ -44,6 +87,16 @@ class Patches:
 
     self.attribute(owner, name, replacement)
 
+  def wrap_for_ling2(self, owner: Any, name: str, handler: Callable[[Call], Any]) -> None:
+    """Replaces function `owner.name` by one that answers calls for a LING2 config with `handler(call)`."""
+
+    def dispatch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+      call = Call(original, args, kwargs)
+      ours = call.config is not None and is_ling2(call.config)
+      return handler(call) if ours else original(*args, **kwargs)
+
+    self.wrap(owner, name, dispatch)
+
   def entry(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
     """Adds `mapping[key] = value`; the key must be new.
 
@@ -62,7 +115,7 @@ class Patches:
 
     self._undo.append(undo)
 
-  def also(self, undo: Callable[[], str | None]) -> None:
+  def callback(self, undo: Callable[[], str | None]) -> None:
     """Remembers one more action to undo; it returns a conflict in words, or None."""
     self._undo.append(undo)
 
@@ -75,11 +128,6 @@ class Patches:
       if conflict:
         conflicts.append(conflict)
     return conflicts
-
-
-def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-  """The arguments of a call by the names of MaxText's parameters, which may have others between one day."""
-  return inspect.signature(function).bind(*args, **kwargs)
 
 
 def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:

@@ -8,19 +8,16 @@ of the whole global batch; it reports sum(xent_m) / D + mean(auxiliary_m). Both 
   calculate_per_token_loss = False  Megatron's: the mean of the microbatches' own means.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from maxtext.utils.globals import EPS
 
-from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host.contract import HINT
 from maxtext_ling2.model.layer import ACTIVATIONS
 from maxtext_ling2.model.layout import layer_names
 from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
@@ -139,23 +136,3 @@ def _mtp_over_all_tokens(aux: dict[str, Any], total: Totals, config: Any) -> Any
     return 0.0
   sums = aux["intermediate_outputs"]["mtp_losses"]["mtp_block"]["token_sums"]
   return config.mtp_loss_scaling_factor * jnp.mean(sums / jnp.maximum(total.mtp_tokens, 1))
-
-
-@contextlib.contextmanager
-def installed(step: Callable[..., Any], name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
-  """Lets a step function of MaxText find `wrapper(function)` in place of the function `name` while it is traced.
-
-  Its globals are those of whichever module holds it, also when that module runs as `__main__`.
-
-  Raises:
-    Ling2Error: MaxText's module has no such name.
-  """
-  names = step.__globals__
-  if name not in names:
-    raise Ling2Error(f"MaxText's {step.__name__} has no {name} that LING2 could replace; {HINT}")
-  original = names[name]
-  names[name] = wrapper(original)
-  try:
-    yield
-  finally:
-    names[name] = original

@@ -208,7 +208,7 @@ def test_changed_at_run_time(stock, case, caplog):
 
 
 @parametrize(OF_SOME_RUNS, every=2)
-def test_changed_where_only_some_runs_need_it(stock, case, caplog, monkeypatch):
+def test_changed_at_run_time_for_some_runs(stock, case, caplog, monkeypatch):
   with changed(case):
     before = {seam: stock.objects_of(seam) for seam in owners(case)}
     REGISTRY.install()

@@ -5,12 +5,11 @@ is put before the documents that this stream is made of, so order, sharding, shu
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.configs import documents
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
@@ -18,12 +17,7 @@ _SOURCES = "maxtext.input_pipeline._mmap_datasource"
 
 
 class MmapDocumentsSeam(Seam):
-  """Puts `config.bos_id` before documents.
-
-  Args:
-    decoder_block: the plugin's value of `decoder_block`; other models' documents stay as they are.
-    inserts_bos: whether a MaxText config of that block asks for it.
-  """
+  """Puts `config.bos_id` before the documents of LING2 runs."""
 
   name = "mmap documents"
   module = _GRAIN
@@ -45,24 +39,19 @@ class MmapDocumentsSeam(Seam):
     Expectation(f"{_SOURCES}:MMapSampleIndexDataSource", parameters=("inner_source", "seq_length", "eod_id")),
   )
 
-  def __init__(self, decoder_block: str, inserts_bos: Callable[[Any], bool]):
-    super().__init__()
-    self.decoder_block = decoder_block
-    self.inserts_bos = inserts_bos
-
   def apply(self) -> None:
     from maxtext.input_pipeline import _mmap_datasource, grain_data_processing
 
-    self.patches.wrap(grain_data_processing, "_build_dataset_config", self._describe)
+    self.patches.wrap_for_ling2(grain_data_processing, "_build_dataset_config", _describe)
     self.patches.wrap(_mmap_datasource, "create_mmap_source", _source)
 
-  def _describe(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-    config = bound(original, args, kwargs).arguments["config"]
-    description = original(*args, **kwargs)
-    block = getattr(config.decoder_block, "value", config.decoder_block)
-    if description is None or block != self.decoder_block or not self.inserts_bos(config):
-      return description
-    return dataclasses.replace(description, eod_id=_EodThenBos(description.eod_id, config.bos_id))
+
+def _describe(call: Call) -> Any:
+  """As MaxText's `_build_dataset_config`, with an EOD that brings the BOS."""
+  description = call.original()
+  if description is None or not documents.inserts_bos(call.config):
+    return description
+  return dataclasses.replace(description, eod_id=_EodThenBos(description.eod_id, call.config.bos_id))
 
 
 class _EodThenBos(int):
@@ -78,16 +67,16 @@ class _EodThenBos(int):
 
 def _source(original: Any, *args: Any, **kwargs: Any) -> Any:
   """As MaxText's `create_mmap_source`, with a BOS before each document if the EOD brings one."""
-  call = bound(original, args, kwargs).arguments
+  call = Call(original, args, kwargs)
   if not isinstance(call["eod_id"], _EodThenBos):
     return original(*args, **kwargs)
   import grain
   from maxtext.input_pipeline import _mmap_datasource
 
   prefixes = _mmap_datasource._resolve_bin_prefixes(call["path_prefix"].strip())
-  documents = _mmap_datasource.MultiShardMMapIndexedDataSource(prefixes, split_sentences=call["split_sentences"])
+  source = _mmap_datasource.MultiShardMMapIndexedDataSource(prefixes, split_sentences=call["split_sentences"])
   rows = _mmap_datasource.MMapSampleIndexDataSource(
-    DocumentsAfterBos(documents, call["eod_id"].bos_id), seq_length=call["seq_length"], eod_id=int(call["eod_id"])
+    DocumentsAfterBos(source, call["eod_id"].bos_id), seq_length=call["seq_length"], eod_id=int(call["eod_id"])
   )
   return grain.MapDataset.source(rows)
 

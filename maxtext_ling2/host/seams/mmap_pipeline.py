@@ -10,7 +10,6 @@ from typing import Any
 
 from maxtext_ling2.configs import documents
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
 from maxtext_ling2.host.seam import Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
@@ -20,11 +19,7 @@ _PARAMETERS = ("dataset", "config", "text_column", "grain_worker_count", "grain_
 
 
 class MmapPipelineSeam(Seam):
-  """For the plugin's decoder block, builds the pipeline of the same transforms with a token for padding, `pad_id`.
-
-  Args:
-    decoder_block: the plugin's value of `decoder_block`.
-  """
+  """Builds LING2's pipeline of the same transforms with a token for padding, `pad_id`."""
 
   name = "mmap pipelines"
   module = _GRAIN
@@ -43,21 +38,11 @@ class MmapPipelineSeam(Seam):
     Expectation("maxtext.input_pipeline.data_processing_utils:get_local_batch_size", parameters=("config",)),
   )
 
-  def __init__(self, decoder_block: str):
-    super().__init__()
-    self.decoder_block = decoder_block
-
   def apply(self) -> None:
     from maxtext.input_pipeline import grain_data_processing
 
-    self.patches.wrap(grain_data_processing, "_mmap_pretrain_pipeline", self._build)
-
-  def _build(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-    call = bound(original, args, kwargs).arguments
-    block = getattr(call["config"].decoder_block, "value", call["config"].decoder_block)
-    if block != self.decoder_block:
-      return original(*args, **kwargs)
-    return _pipeline(*(call[name] for name in _PARAMETERS))
+    build = lambda call: _pipeline(*(call[name] for name in _PARAMETERS))  # noqa: E731
+    self.patches.wrap_for_ling2(grain_data_processing, "_mmap_pretrain_pipeline", build)
 
 
 def _pipeline(

@@ -1,13 +1,15 @@
 """Seam: which decoder and which multi-token-prediction block MaxText builds for a decoder block.
 
-`maxtext.models.models` uses both classes once, as module globals; each is replaced by a function that hands the plugin's
-decoder block to the plugin's class and everything else, unchanged, to whatever stood there before.
+`maxtext.models.models` uses both classes once, as module globals; each is replaced by a function that builds LING2's for
+a LING2 config, and otherwise what was there before.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.model import contract as model_contract
 
@@ -18,13 +20,16 @@ _MLA = "maxtext.layers.attention_mla"
 _MOE = "maxtext.layers.moe"
 
 
+def _asks_for_qwen3_next(function: Any) -> bool:
+  return "is_qwen3_next" in inspect.unwrap(function).__code__.co_names
+
+
 class ModelClassesSeam(Seam):
-  """Dispatches `NNXDecoder` and `MultiTokenPredictionBlock` on the config's decoder block.
+  """Builds LING2's decoder and multi-token-prediction block.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
-    decoder: returns the plugin's decoder class (imported only when it is needed).
-    mtp_block: returns the plugin's multi-token-prediction block.
+    decoder: makes the decoder, from the arguments of `NNXDecoder`.
+    mtp_block: makes the multi-token-prediction block, from those of `MultiTokenPredictionBlock`.
   """
 
   name = "model classes"
@@ -48,6 +53,12 @@ class ModelClassesSeam(Seam):
       f"{_DECODERS}:NNXDecoder._apply_qwen3_next_scanned_blocks", parameters=("y", "layer_args", "layer_kwargs")
     ),
     Expectation(f"{_DECODERS}:NNXDecoder._create_and_register_layer", parameters=("layer_cls", "rngs", "base_name", "i")),
+    Expectation(
+      f"{_DECODERS}:NNXDecoder.__call__",
+      parameters=("shared_embedding", "decoder_input_tokens"),
+      holds=_asks_for_qwen3_next,
+      meaning="which asks for is_qwen3_next",
+    ),
     Expectation(f"{_DECODERS}:NNXDecoder._apply_embedding", parameters=("shared_embedding", "decoder_input_tokens")),
     Expectation(
       f"{_DECODERS}:NNXDecoder.apply_output_head",
@@ -72,22 +83,19 @@ class ModelClassesSeam(Seam):
     *model_contract.EXPECTATIONS,
   )
 
-  def __init__(self, decoder_block: str, decoder: Callable[[], Any], mtp_block: Callable[[], Any]):
+  def __init__(self, decoder: Callable[..., Any], mtp_block: Callable[..., Any]):
     super().__init__()
-    self.decoder_block = decoder_block
     self.decoder = decoder
     self.mtp_block = mtp_block
 
   def apply(self) -> None:
     from maxtext.models import models
 
-    self.patches.wrap(models, "NNXDecoder", self._dispatch(self.decoder))
-    self.patches.wrap(models, "MultiTokenPredictionBlock", self._dispatch(self.mtp_block))
+    self.patches.wrap_for_ling2(models, "NNXDecoder", self._build_decoder)
+    self.patches.wrap_for_ling2(models, "MultiTokenPredictionBlock", lambda call: call.to(self.mtp_block))
 
-  def _dispatch(self, ours: Callable[[], Any]) -> Callable[..., Any]:
-    def build(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
-      block = getattr(config.decoder_block, "value", config.decoder_block)
-      cls = ours() if block == self.decoder_block else original
-      return cls(config, *args, **kwargs)
-
-    return build
+  def _build_decoder(self, call: Call) -> Any:
+    decoder = call.to(self.decoder)
+    # MaxText's __call__ hands scanned layers to a method of their family; Qwen3-Next's is the closest to LING2.
+    decoder.is_qwen3_next = call.config.scan_layers
+    return decoder

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote, unquote
 
+from maxtext_ling2.configs.fields import DEFAULTS
+from maxtext_ling2.configs.validation import DECODER_BLOCK, INSTEAD_OF_BASE
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.request import asks_for, requested
@@ -32,9 +34,6 @@ class ModelYmlSeam(Seam):
   Args:
     folder: the plugin's configs folder.
     model_names: the models whose ymls it holds.
-    field_defaults: the plugin's fields, which no base yml names, with their defaults.
-    decoder_block: the plugin's value of `decoder_block`.
-    instead_of_base: for fields of MaxText: the value that the plugin's models take unless the user gives one himself.
   """
 
   name = "model yml"
@@ -53,21 +52,11 @@ class ModelYmlSeam(Seam):
     Expectation(f"{_TYPES}:RLConfig", holds=_has_fields, meaning="a pydantic model"),
   )
 
-  def __init__(
-    self,
-    folder: Path,
-    model_names: Sequence[str],
-    field_defaults: dict[str, Any],
-    decoder_block: str,
-    instead_of_base: dict[str, str],
-  ):
+  def __init__(self, folder: Path, model_names: Sequence[str]):
     super().__init__()
     self.folder = folder
     self.model_names = tuple(model_names)
-    self.field_defaults = field_defaults
-    self.names = (*self.model_names, decoder_block)
-    self.decoder_block = decoder_block
-    self.instead_of_base = instead_of_base
+    self.names = (*self.model_names, DECODER_BLOCK)
 
   def apply(self) -> None:
     from maxtext.configs import pyconfig
@@ -100,7 +89,7 @@ class ModelYmlSeam(Seam):
   def _unless_given(self, mine: dict[str, Any], words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
     """Words that replace what MaxText's own base yml says."""
     return overrides.join(
-      {field: value for field, value in self.instead_of_base.items() if not is_given(field, mine, words, kwargs)}
+      {field: value for field, value in INSTEAD_OF_BASE.items() if not is_given(field, mine, words, kwargs)}
     )
 
   def _refuse_environment(self, settings: dict[str, str]) -> None:
@@ -122,7 +111,7 @@ class ModelYmlSeam(Seam):
     config = original(path, *rest, **kwargs)
     from maxtext.configs import pyconfig
 
-    for field, default in self.field_defaults.items():
+    for field, default in DEFAULTS.items():
       if pyconfig.yaml_key_to_env_key(field) in os.environ and field not in config:
         config[field] = default
     return config
@@ -140,7 +129,7 @@ class ModelYmlSeam(Seam):
     """
     name, block = raw_keys.get("model_name"), raw_keys.get("decoder_block")
     block = getattr(block, "value", block)
-    if name in self.model_names and block != self.decoder_block:
+    if name in self.model_names and block != DECODER_BLOCK:
       raise ValueError(
         f"model_name={name}: this run has decoder_block={block}, so its yml was not read, or was overridden; pass "
         f"model_name={name} on the command line, or in a yml as a line of its own, and no decoder_block"
@@ -152,7 +141,7 @@ class ModelYmlSeam(Seam):
 
     fields = {*types.MaxTextConfig.model_fields, *types.RLConfig.model_fields}
     for key in (key for key in raw_keys if key not in fields):
-      close = difflib.get_close_matches(key, self.field_defaults, n=1, cutoff=0.8)
+      close = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.8)
       if close:
         raise ValueError(f"{key}={raw_keys[key]}: MaxText has no field of this name; did you mean '{close[0]}'?")
     name, known = raw_keys.get("model_name"), get_args(types.ModelName)

@@ -1,19 +1,15 @@
 """Seam: which of LING2's parameters muon has to treat as attention projections, whole over their heads."""
 
-from collections.abc import Sequence
-
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.seam import Seam, Use
 
 _MUON = "maxtext.utils.muon_utils"
+_PROJECTIONS = ("query_key_value", "output_gate")
+"""Names of modules of LING2 that no model of MaxText has."""
 
 
 class MuonSeam(Seam):
-  """Adds names to those whose kernels [C, .., H, D] muon orthogonalises as matrices [C, H * D].
-
-  Args:
-    projections: names of modules that no other model of MaxText has.
-  """
+  """Adds names to those whose kernels [C, .., H, D] muon orthogonalises as matrices [C, H * D]."""
 
   name = "muon"
   module = _MUON
@@ -23,11 +19,7 @@ class MuonSeam(Seam):
     Expectation(f"{_MUON}:transform_logic", parameters=("path", "shape")),
   )
 
-  def __init__(self, projections: Sequence[str]):
-    super().__init__()
-    self.projections = tuple(projections)
-
   def apply(self) -> None:
     from maxtext.utils import muon_utils
 
-    self.patches.attribute(muon_utils, "ATTENTION_QKV_NAMES", (*muon_utils.ATTENTION_QKV_NAMES, *self.projections))
+    self.patches.attribute(muon_utils, "ATTENTION_QKV_NAMES", (*muon_utils.ATTENTION_QKV_NAMES, *_PROJECTIONS))

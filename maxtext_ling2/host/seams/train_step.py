@@ -2,14 +2,14 @@
 
 `python -m maxtext.trainers.pre_train.train` runs that file as `__main__`, so attributes of the importable module are not
 the ones in use. But MaxText hands its step functions to `get_functional_train_with_signature` and
-`get_functional_eval_with_signature`; there they can be wrapped, for the plugin's decoder block only.
+`get_functional_eval_with_signature`; there they can be wrapped.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
-from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Seam
 
 _UTILS = "maxtext.utils.maxtext_utils"
@@ -23,11 +23,10 @@ def _calls(*names: str) -> Callable[[Any], bool]:
 
 
 class TrainStepSeam(Seam):
-  """Wraps the step functions of runs of the plugin's decoder block.
+  """Wraps the step functions of LING2 runs.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
-    train: `train(train_step, config)` returns the train step to use; None: MaxText's own.
+    train: `train(train_step, config)` returns the train step to use.
     evaluate: the same for the eval step.
   """
 
@@ -57,28 +56,21 @@ class TrainStepSeam(Seam):
     CommandExpectation(f"{_TRAIN}:loss_fn", parameters=("model", "config", "data", "dropout_rng", "params")),
   )
 
-  def __init__(self, decoder_block: str, train: StepWrapper | None, evaluate: StepWrapper | None):
+  def __init__(self, train: StepWrapper, evaluate: StepWrapper):
     super().__init__()
-    self.decoder_block = decoder_block
     self.train = train
     self.evaluate = evaluate
 
   def apply(self) -> None:
     from maxtext.utils import maxtext_utils
 
-    for name, step, wrapper in (
-      ("get_functional_train_with_signature", "train_step", self.train),
-      ("get_functional_eval_with_signature", "eval_step", self.evaluate),
-    ):
-      self.patches.wrap(maxtext_utils, name, self._hand_over(step, wrapper))
+    self.patches.wrap_for_ling2(maxtext_utils, "get_functional_train_with_signature", self._hand_over_train_step)
+    self.patches.wrap_for_ling2(maxtext_utils, "get_functional_eval_with_signature", self._hand_over_eval_step)
 
-  def _hand_over(self, step: str, wrapper: StepWrapper | None) -> Callable[..., Any]:
-    def hand_over(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-      call = bound(original, args, kwargs)
-      config = call.arguments["config"]
-      block = getattr(config.decoder_block, "value", config.decoder_block)
-      if wrapper is not None and block == self.decoder_block:
-        call.arguments[step] = wrapper(call.arguments[step], config)
-      return original(*call.args, **call.kwargs)
+  def _hand_over_train_step(self, call: Call) -> Any:
+    call["train_step"] = self.train(call["train_step"], call.config)
+    return call.original()
 
-    return hand_over
+  def _hand_over_eval_step(self, call: Call) -> Any:
+    call["eval_step"] = self.evaluate(call["eval_step"], call.config)
+    return call.original()

@@ -2,8 +2,8 @@
 
 MaxText stores `nnx.Param` under `params/params` and every other variable under `nnx_aux`, where only a full resume looks:
 loading the weights of a training checkpoint (fine-tuning, decoding) then misses them. A variable whose metadata has
-`MARK` is stored with the weights instead, wherever MaxText writes or reads a training state. Its place on disk is so the
-same whether it is trained, and the same in training and converted checkpoints.
+`MARK` is stored with the weights instead, wherever MaxText writes or reads a training state. Its location on
+disk is therefore the same whether or not it is trained, and in training and converted checkpoints alike.
 
 A checkpoint that lacks such a variable can be loaded all the same: it keeps its initial value, and the log says so.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
+from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Seam, Use
 
 MARK = "stored_with_weights"
@@ -65,9 +65,7 @@ class PretrainedWeightsSeam(Seam):
   That function cannot leave out a variable of the model, so the model is built without: at zero a bias changes nothing.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
-    switch: the config field that is true where the model has the variables.
-    ending: the last keys of their paths.
+    ending: the last keys of a bias's path.
   """
 
   name = "pretrained weights"
@@ -82,25 +80,24 @@ class PretrainedWeightsSeam(Seam):
     Expectation("maxtext.configs.pyconfig:HyperParameters", parameters=("pydantic_config",)),
   )
 
-  def __init__(self, decoder_block: str, switch: str, ending: tuple[str, ...]):
+  def __init__(self, ending: tuple[str, ...]):
     super().__init__()
-    self.decoder_block, self.switch, self.ending = decoder_block, switch, ending
+    self.ending = ending
 
   def apply(self) -> None:
     from maxtext.utils import model_creation_utils
 
-    self.patches.wrap(model_creation_utils, "from_pretrained", self._load)
+    self.patches.wrap_for_ling2(model_creation_utils, "from_pretrained", self._load)
 
-  def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
-    block = getattr(config.decoder_block, "value", config.decoder_block)
-    path = config.load_parameters_path
-    if block == self.decoder_block and path and getattr(config, self.switch) and not self._has(path):
+  def _load(self, call: Call) -> Any:
+    config, path = call.config, call.config.load_parameters_path
+    if path and config.routed_bias and not self._has(path):
       from maxtext.configs import pyconfig
       from maxtext.utils import max_logging
 
       max_logging.warning(f"LING2: {path} has no router biases: the model is built without, as if they were 0")
-      config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update={self.switch: False}))
-    return original(config, *rest, **kwargs)
+      call["config"] = pyconfig.HyperParameters(config._pydantic_config.model_copy(update={"routed_bias": False}))
+    return call.original()
 
   def _has(self, path: str) -> bool:
     return any(key[-len(self.ending) :] == self.ending for key in _stored(path))
@@ -128,8 +125,8 @@ def _load_params(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
   """MaxText's weights-only load, without the marked variables that the checkpoint does not have."""
   from flax import nnx
 
-  call = bound(original, args, kwargs)
-  path, abstract = (call.arguments[name] for name in ("load_parameters_from_path", "abstract_unboxed_params"))
+  call = Call(original, args, kwargs)
+  path, abstract = call["load_parameters_from_path"], call["abstract_unboxed_params"]
   if not isinstance(abstract, nnx.State):
     return original(*args, **kwargs)
   flat = nnx.to_flat_state(abstract)
@@ -138,8 +135,8 @@ def _load_params(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
   if absent:
     _say_initialised(path, absent)
     kept = nnx.from_flat_state([(key, variable) for key, variable in flat if tuple(key) not in absent])
-    call.arguments["abstract_unboxed_params"] = kept
-  return original(*call.args, **call.kwargs)
+    call["abstract_unboxed_params"] = kept
+  return call.original()
 
 
 def _stored(path: str) -> set[tuple[Any, ...]]:
