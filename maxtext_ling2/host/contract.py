@@ -64,6 +64,16 @@ class Expectation:
     return None
 
 
+def expect(module: str, *signatures: str) -> tuple[Expectation, ...]:
+  """Expectations of a module's functions and methods, "name(parameter, ...)", and of other things in it, "name"."""
+
+  def expectation(signature: str) -> Expectation:
+    name, bracket, inside = signature.removesuffix(")").partition("(")
+    return Expectation(f"{module}:{name}", tuple(filter(None, inside.split(", "))) if bracket else None)
+
+  return tuple(map(expectation, signatures))
+
+
 @dataclasses.dataclass(frozen=True)
 class CommandExpectation(Expectation):
   """A function of a module that runs as `__main__`, or is just being imported: it is looked up in the source.

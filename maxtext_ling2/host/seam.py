@@ -1,14 +1,16 @@
 """What a seam is: one place where MaxText is extended, and which LING2 runs need it."""
 
-import abc
 import dataclasses
 import enum
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from maxtext_ling2.host.contract import Breach, Expectation
-from maxtext_ling2.host.patches import Patches
+from maxtext_ling2.host.patches import Call, Patches
+
+type Handlers = Mapping[str, Callable[[Call], Any]]
 
 
 class State(enum.Enum):
@@ -37,7 +39,7 @@ class Use:
   essential: bool = True
 
 
-class Seam(abc.ABC):
+class Seam:
   """One place where MaxText is extended.
 
   Attributes:
@@ -80,6 +82,12 @@ class Seam(abc.ABC):
     found = ((expectation, expectation.found()) for expectation in self.expectations)
     return [Breach(self.name, expectation.expected(), text) for expectation, text in found if text is not None]
 
-  @abc.abstractmethod
+  def handlers(self) -> Handlers:
+    """What answers calls of functions and methods of `module`, by name, for a LING2 config."""
+    return {}
+
   def apply(self) -> None:
     """Extends MaxText through `self.patches`. May raise Conflict or StandDown."""
+    for path, handler in self.handlers().items():
+      *owners, name = path.split(".")
+      self.patches.wrap_for_ling2(functools.reduce(getattr, owners, sys.modules[self.module]), name, handler)

@@ -3,13 +3,10 @@
 import functools
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import expect
 from maxtext_ling2.host.patches import Call
-from maxtext_ling2.host.seam import Seam, Use
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 from maxtext_ling2.host.seams.train_step import StepWrapper
-
-_DILOCO = "maxtext.trainers.diloco.diloco"
-_CHECKPOINT = "maxtext.trainers.diloco.utils.spmd_diloco_checkpointing"
 
 
 class DilocoSeam(Seam):
@@ -21,19 +18,17 @@ class DilocoSeam(Seam):
   """
 
   name = "DiLoCo"
-  module = _DILOCO
+  module = "maxtext.trainers.diloco.diloco"
   use = Use("enable_diloco=true", lambda config: config.enable_diloco, "set enable_diloco=false")
-  expectations = (Expectation(f"{_DILOCO}:build_diloco_train_step", parameters=("config", "train_step", "mesh")),)
+  expectations = expect(module, "build_diloco_train_step(config, train_step, mesh)")
 
   def __init__(self, train: StepWrapper, synchronised: StepWrapper):
     super().__init__()
     self.train = train
     self.synchronised = synchronised
 
-  def apply(self) -> None:
-    from maxtext.trainers.diloco import diloco
-
-    self.patches.wrap_for_ling2(diloco, "build_diloco_train_step", self._build)
+  def handlers(self) -> Handlers:
+    return {"build_diloco_train_step": self._build}
 
   def _build(self, call: Call) -> Any:
     config, step = call.config, call["train_step"]
@@ -53,18 +48,16 @@ class DilocoCheckpointSeam(Seam):
   """
 
   name = "DiLoCo checkpoint"
-  module = _CHECKPOINT
+  module = "maxtext.trainers.diloco.utils.spmd_diloco_checkpointing"
   use = Use("enable_diloco=true", lambda config: config.enable_diloco, "set enable_diloco=false")
-  expectations = (Expectation(f"{_CHECKPOINT}:to_diloco_checkpoint_dict", parameters=("state", "config")),)
+  expectations = expect(module, "to_diloco_checkpoint_dict(state, config)")
 
   def __init__(self, ending: tuple[str, ...]):
     super().__init__()
     self.ending = ending
 
-  def apply(self) -> None:
-    from maxtext.trainers.diloco.utils import spmd_diloco_checkpointing as checkpoint
-
-    self.patches.wrap_for_ling2(checkpoint, "to_diloco_checkpoint_dict", self._store)
+  def handlers(self) -> Handlers:
+    return {"to_diloco_checkpoint_dict": self._store}
 
   def _store(self, call: Call) -> Any:
     from flax import traverse_util

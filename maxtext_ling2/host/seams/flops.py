@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import expect
 from maxtext_ling2.host.patches import Call
-from maxtext_ling2.host.seam import Seam
-
-_UTILS = "maxtext.utils.maxtext_utils"
+from maxtext_ling2.host.seam import Handlers, Seam
 
 
 class FlopsSeam(Seam):
@@ -18,17 +16,15 @@ class FlopsSeam(Seam):
   """
 
   name = "FLOPs"
-  module = _UTILS
-  expectations = (Expectation(f"{_UTILS}:calculate_tflops_training_per_device", parameters=("config", "log")),)
+  module = "maxtext.utils.maxtext_utils"
+  expectations = expect(module, "calculate_tflops_training_per_device(config, log)")
 
   def __init__(self, tflops: Callable[[Any], tuple[float, float, float]]):
     super().__init__()
     self.tflops = tflops
 
-  def apply(self) -> None:
-    from maxtext.utils import maxtext_utils
-
-    self.patches.wrap_for_ling2(maxtext_utils, "calculate_tflops_training_per_device", self._count)
+  def handlers(self) -> Handlers:
+    return {"calculate_tflops_training_per_device": self._count}
 
   def _count(self, call: Call) -> tuple[float, float, float]:
     total, weights, attention = self.tflops(call.config)

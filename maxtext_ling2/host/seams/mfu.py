@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import Expectation, expect
 from maxtext_ling2.host.patches import Call
-from maxtext_ling2.host.seam import Seam, Use
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 
 _LOGGER = "maxtext.common.metric_logger"
 _RATE, _SHARE = "perf/per_device_tflops_per_sec", "perf/mfu"
@@ -33,18 +33,18 @@ class MfuSeam(Seam):
       holds=_records,
       meaning=f"which records {_RATE}",
     ),
-    Expectation(f"{_LOGGER}:MetricLogger.write_setup_info_to_tensorboard", parameters=("params",)),
+    *expect(_LOGGER, "MetricLogger.write_setup_info_to_tensorboard(params)"),
   )
 
   def __init__(self, peak: Callable[[Any], float | None]):
     super().__init__()
     self.peak = peak
 
-  def apply(self) -> None:
-    from maxtext.common.metric_logger import MetricLogger
-
-    self.patches.wrap_for_ling2(MetricLogger, "record_train_metrics", self._record)
-    self.patches.wrap_for_ling2(MetricLogger, "write_setup_info_to_tensorboard", self._name_peak)
+  def handlers(self) -> Handlers:
+    return {
+      "MetricLogger.record_train_metrics": self._record,
+      "MetricLogger.write_setup_info_to_tensorboard": self._name_peak,
+    }
 
   def _record(self, call: Call) -> Any:
     result = call.original()

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from maxtext_ling2.configs import documents
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import Expectation, expect
 from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Seam, Use
 
@@ -25,18 +25,21 @@ class MmapDocumentsSeam(Seam):
     "add_bos=true, packing=true and grain_file_type=mmap", documents.inserts_bos, "set add_bos=false or take other data"
   )
   expectations = (
-    Expectation(f"{_GRAIN}:_build_dataset_config", parameters=("config",)),
+    *expect(_GRAIN, "_build_dataset_config(config)"),
     Expectation(
       f"{_SOURCES}:MMapDatasetConfig",
       holds=lambda kind: "eod_id" in {field.name for field in dataclasses.fields(kind)},
       meaning="a dataclass with the field eod_id",
     ),
-    Expectation(f"{_SOURCES}:create_mmap_source", parameters=("path_prefix", "split_sentences", "seq_length", "eod_id")),
-    Expectation(f"{_SOURCES}:_resolve_bin_prefixes", parameters=("bin_paths",)),
-    Expectation(f"{_SOURCES}:MMapIndexedDataSource.doc_token_counts"),
-    Expectation(f"{_SOURCES}:MMapIndexedDataSource.check_eod_presence", parameters=("eod_id", "mode_label")),
-    Expectation(f"{_SOURCES}:MultiShardMMapIndexedDataSource", parameters=("path_prefixes", "split_sentences")),
-    Expectation(f"{_SOURCES}:MMapSampleIndexDataSource", parameters=("inner_source", "seq_length", "eod_id")),
+    *expect(
+      _SOURCES,
+      "create_mmap_source(path_prefix, split_sentences, seq_length, eod_id)",
+      "_resolve_bin_prefixes(bin_paths)",
+      "MMapIndexedDataSource.doc_token_counts",
+      "MMapIndexedDataSource.check_eod_presence(eod_id, mode_label)",
+      "MultiShardMMapIndexedDataSource(path_prefixes, split_sentences)",
+      "MMapSampleIndexDataSource(inner_source, seq_length, eod_id)",
+    ),
   )
 
   def apply(self) -> None:

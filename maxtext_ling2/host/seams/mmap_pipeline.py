@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maxtext_ling2.configs import documents
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.seam import Seam, Use
+from maxtext_ling2.host.contract import Expectation, expect
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
 _TRANSFORMS = "maxtext.input_pipeline.input_pipeline_utils"
@@ -26,23 +26,18 @@ class MmapPipelineSeam(Seam):
   use = Use("grain_file_type=mmap or mmap_npy", documents.reads_mmap, "take other data")
   expectations = (
     Expectation(f"{_GRAIN}:_mmap_pretrain_pipeline", parameters=_PARAMETERS),
-    Expectation(
-      f"{_GRAIN}:_make_mmap_multiprocessing_options",
-      parameters=("dataset", "config", "grain_worker_count", "grain_per_worker_buffer_size"),
-    ),
     Expectation(f"{_TRANSFORMS}:MegatronSplitInputsTargets", parameters=_MASKS),
     Expectation(f"{_TRANSFORMS}:GenerateDocSegmentIds", parameters=_MASKS),
-    Expectation(f"{_TRANSFORMS}:ShiftData", parameters=("ignored_ids", "axis")),
-    Expectation(f"{_TRANSFORMS}:Rekey"),
-    Expectation(f"{_TRANSFORMS}:megatron_min_segment_length", parameters=("config",)),
-    Expectation("maxtext.input_pipeline.data_processing_utils:get_local_batch_size", parameters=("config",)),
+    *expect(
+      _GRAIN,
+      "_make_mmap_multiprocessing_options(dataset, config, grain_worker_count, grain_per_worker_buffer_size)",
+    ),
+    *expect(_TRANSFORMS, "ShiftData(ignored_ids, axis)", "Rekey", "megatron_min_segment_length(config)"),
+    *expect("maxtext.input_pipeline.data_processing_utils", "get_local_batch_size(config)"),
   )
 
-  def apply(self) -> None:
-    from maxtext.input_pipeline import grain_data_processing
-
-    build = lambda call: _pipeline(*(call[name] for name in _PARAMETERS))  # noqa: E731
-    self.patches.wrap_for_ling2(grain_data_processing, "_mmap_pretrain_pipeline", build)
+  def handlers(self) -> Handlers:
+    return {"_mmap_pretrain_pipeline": lambda call: _pipeline(*(call[name] for name in _PARAMETERS))}
 
 
 def _pipeline(

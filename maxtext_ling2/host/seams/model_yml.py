@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 from maxtext_ling2.configs.fields import DEFAULTS
 from maxtext_ling2.configs.validation import DECODER_BLOCK, INSTEAD_OF_BASE
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import Expectation, expect
 from maxtext_ling2.host.request import asks_for, requested
 from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.maxtext_api import overrides
@@ -39,13 +39,15 @@ class ModelYmlSeam(Seam):
   name = "model yml"
   module = _PYCONFIG
   expectations = (
-    Expectation(f"{_PYCONFIG}:_resolve_or_infer_config", parameters=("argv", "kwargs")),
-    Expectation(f"{_PYCONFIG}:_load_config", parameters=("config_name",)),
-    Expectation(f"{_PYCONFIG}:_prepare_for_pydantic", parameters=("raw_keys", "config_class")),
+    *expect(
+      _PYCONFIG,
+      "_resolve_or_infer_config(argv, kwargs)",
+      "_load_config(config_name)",
+      "_prepare_for_pydantic(raw_keys, config_class)",
+      "yaml_key_to_env_key(s)",
+      "initialize(argv)",  # where the guard stands: without it a process that asks for LING2 would not be noticed
+    ),
     Expectation(f"{_PYCONFIG}:MAXTEXT_CONFIGS_DIR", holds=os.path.isdir, meaning="a folder"),
-    Expectation(f"{_PYCONFIG}:yaml_key_to_env_key", parameters=("s",)),
-    # Where the guard stands; without it a process that asks for LING2 would not be noticed.
-    Expectation(f"{_PYCONFIG}:initialize", parameters=("argv",)),
     # Misspelt fields are looked up in these, for every model.
     Expectation(f"{_TYPES}:ModelName", holds=lambda value: bool(get_args(value)), meaning="a Literal"),
     Expectation(f"{_TYPES}:MaxTextConfig", holds=_has_fields, meaning="a pydantic model"),

@@ -7,11 +7,10 @@ MaxText's rule is for modules whose path is `decoder/.*layers.*`. The MLA layer 
 import dataclasses
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import expect
 from maxtext_ling2.host.patches import Call
-from maxtext_ling2.host.seam import Seam, Use
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 
-_QUANTIZATIONS = "maxtext.layers.quantizations"
 _LAYERS, _ALL_LAYERS = "decoder/.*layers.*", "decoder/.*layers?.*"
 
 
@@ -19,18 +18,16 @@ class QuantizationRulesSeam(Seam):
   """Lets MaxText's rule for decoder layers match all layers of LING2."""
 
   name = "quantization rules"
-  module = _QUANTIZATIONS
+  module = "maxtext.layers.quantizations"
   use = Use(
     "use_qwix_quantization=true",
     lambda config: config.use_qwix_quantization and config.quantization,
     "set use_qwix_quantization=false and quantization=''",
   )
-  expectations = (Expectation(f"{_QUANTIZATIONS}:get_quantization_rule", parameters=("config",)),)
+  expectations = expect(module, "get_quantization_rule(config)")
 
-  def apply(self) -> None:
-    from maxtext.layers import quantizations
-
-    self.patches.wrap_for_ling2(quantizations, "get_quantization_rule", _rules)
+  def handlers(self) -> Handlers:
+    return {"get_quantization_rule": _rules}
 
 
 def _rules(call: Call) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.contract import CommandExpectation, expect
 from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Seam
 
@@ -58,11 +58,12 @@ class ToHuggingFaceSeam(Seam):
   module = _UTILS
   needed_for_training = False
   expectations = (
-    Expectation(f"{_UTILS}:load_orbax_checkpoint", parameters=("config",)),
-    Expectation(f"{_UTILS}:detect_and_extract_checkpoint", parameters=("checkpoint_dict",)),
-    Expectation(f"{_UTILS}:process_maxtext_param", parameters=("maxtext_param_key", "maxtext_param_weight", "param_map")),
-    Expectation(
-      f"{_UTILS}:save_model_files", parameters=("weight_arrays", "config", "tokenizer", "processor", "output_dir")
+    *expect(
+      _UTILS,
+      "load_orbax_checkpoint(config)",
+      "detect_and_extract_checkpoint(checkpoint_dict)",
+      "process_maxtext_param(maxtext_param_key, maxtext_param_weight, param_map)",
+      "save_model_files(weight_arrays, config, tokenizer, processor, output_dir)",
     ),
     CommandExpectation(f"{_COMMAND}:main", parameters=("argv",)),
   )

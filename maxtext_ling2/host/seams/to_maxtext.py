@@ -13,11 +13,10 @@ from typing import Any
 
 from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.contract import CommandExpectation, Expectation, expect
 from maxtext_ling2.host.patches import Call, running
 from maxtext_ling2.host.seam import Seam
 
-_HANDLERS = "orbax.checkpoint.type_handlers"
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
 _TABLES = "maxtext.checkpoint_conversion.utils.param_mapping"
 _COMMAND = "maxtext.checkpoint_conversion.to_maxtext"
@@ -49,16 +48,16 @@ class ToMaxTextSeam(Seam):
   module = _UTILS
   needed_for_training = False
   expectations = (
-    Expectation(
-      f"{_UTILS}:save_weights_to_checkpoint",
-      parameters=("maxtext_model_path", "jax_weights", "device_count", "use_ocdbt", "use_zarr3", "config"),
+    *expect(
+      _UTILS,
+      "save_weights_to_checkpoint(maxtext_model_path, jax_weights, device_count, use_ocdbt, use_zarr3, config)",
     ),
-    Expectation("maxtext.configs.pyconfig:initialize", parameters=("argv",)),
+    *expect("maxtext.configs.pyconfig", "initialize(argv)"),
     CommandExpectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
     # The command looks a model up in the tables before it configures it: without ours it would not come to the guard.
     Expectation(f"{_TABLES}:PARAM_MAPPING", holds=lambda value: isinstance(value, dict), meaning="a dict"),
     # What the streaming writer (checkpoint/orbax_store.py) overrides; a private method, so that its change must be told.
-    Expectation(f"{_HANDLERS}:NumpyHandler._open_and_write", parameters=("value", "tspec", "ts_context")),
+    *expect("orbax.checkpoint.type_handlers", "NumpyHandler._open_and_write(value, tspec, ts_context)"),
   )
 
   def __init__(self, check: Callable[..., Any], convert: Callable[..., None]):

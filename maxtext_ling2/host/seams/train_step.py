@@ -5,14 +5,14 @@ the ones in use. But MaxText hands its step functions to `get_functional_train_w
 `get_functional_eval_with_signature`; there they can be wrapped.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import CommandExpectation, Expectation
+from maxtext_ling2.host.contract import CommandExpectation, expect
 from maxtext_ling2.host.patches import Call
-from maxtext_ling2.host.seam import Seam
+from maxtext_ling2.host.seam import Handlers, Seam
 
-_UTILS = "maxtext.utils.maxtext_utils"
 _TRAIN = "maxtext.trainers.pre_train.train"
 StepWrapper = Callable[[Callable[..., Any], Any], Callable[..., Any]]
 
@@ -31,15 +31,12 @@ class TrainStepSeam(Seam):
   """
 
   name = "train step"
-  module = _UTILS
+  module = "maxtext.utils.maxtext_utils"
   expectations = (
-    Expectation(
-      f"{_UTILS}:get_functional_train_with_signature",
-      parameters=("train_step", "data_sharding", "state_mesh_shardings", "model", "config"),
-    ),
-    Expectation(
-      f"{_UTILS}:get_functional_eval_with_signature",
-      parameters=("eval_step", "data_sharding", "state_mesh_shardings", "model", "config"),
+    *expect(
+      module,
+      "get_functional_train_with_signature(train_step, data_sharding, state_mesh_shardings, model, config)",
+      "get_functional_eval_with_signature(eval_step, data_sharding, state_mesh_shardings, model, config)",
     ),
     CommandExpectation(
       f"{_TRAIN}:train_step",
@@ -61,16 +58,13 @@ class TrainStepSeam(Seam):
     self.train = train
     self.evaluate = evaluate
 
-  def apply(self) -> None:
-    from maxtext.utils import maxtext_utils
+  def handlers(self) -> Handlers:
+    return {
+      "get_functional_train_with_signature": functools.partial(_hand_over, "train_step", self.train),
+      "get_functional_eval_with_signature": functools.partial(_hand_over, "eval_step", self.evaluate),
+    }
 
-    self.patches.wrap_for_ling2(maxtext_utils, "get_functional_train_with_signature", self._hand_over_train_step)
-    self.patches.wrap_for_ling2(maxtext_utils, "get_functional_eval_with_signature", self._hand_over_eval_step)
 
-  def _hand_over_train_step(self, call: Call) -> Any:
-    call["train_step"] = self.train(call["train_step"], call.config)
-    return call.original()
-
-  def _hand_over_eval_step(self, call: Call) -> Any:
-    call["eval_step"] = self.evaluate(call["eval_step"], call.config)
-    return call.original()
+def _hand_over(name: str, wrapper: StepWrapper, call: Call) -> Any:
+  call[name] = wrapper(call[name], call.config)
+  return call.original()

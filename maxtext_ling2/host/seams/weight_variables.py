@@ -11,15 +11,12 @@ A checkpoint that lacks such a variable can be loaded all the same: it keeps its
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
+from maxtext_ling2.host.contract import expect
 from maxtext_ling2.host.patches import Call
-from maxtext_ling2.host.seam import Seam, Use
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 
 MARK = "stored_with_weights"
 
-_STATE = "maxtext.common.train_state_nnx"
-_CHECKPOINTING = "maxtext.common.checkpointing"
-_CREATION = "maxtext.utils.model_creation_utils"
 _SHOWN = 3
 
 
@@ -27,11 +24,8 @@ class WeightVariablesSeam(Seam):
   """Moves marked variables from `nnx_aux` to `params/params` on disk."""
 
   name = "weight variables"
-  module = _STATE
-  expectations = (
-    Expectation(f"{_STATE}:split_for_checkpoint", parameters=("state",)),
-    Expectation(f"{_STATE}:to_checkpoint_dict", parameters=("state",)),
-  )
+  module = "maxtext.common.train_state_nnx"
+  expectations = expect(module, "split_for_checkpoint(state)", "to_checkpoint_dict(state)")
 
   def apply(self) -> None:
     from maxtext.common import train_state_nnx
@@ -43,13 +37,12 @@ class WeightLoadingSeam(Seam):
   """Lets a checkpoint without marked variables be loaded."""
 
   name = "weight loading"
-  module = _CHECKPOINTING
-  expectations = (
-    Expectation(
-      f"{_CHECKPOINTING}:load_params_from_path", parameters=("load_parameters_from_path", "abstract_unboxed_params")
-    ),
-    Expectation(f"{_CHECKPOINTING}:load_state_if_possible"),
-    Expectation(f"{_CHECKPOINTING}:_normalize_checkpoint_root", parameters=("path_str",)),
+  module = "maxtext.common.checkpointing"
+  expectations = expect(
+    module,
+    "load_params_from_path(load_parameters_from_path, abstract_unboxed_params)",
+    "load_state_if_possible",
+    "_normalize_checkpoint_root(path_str)",
   )
 
   def apply(self) -> None:
@@ -69,25 +62,23 @@ class PretrainedWeightsSeam(Seam):
   """
 
   name = "pretrained weights"
-  module = _CREATION
+  module = "maxtext.utils.model_creation_utils"
   use = Use(
     "load_parameters_path and routed_bias=true",
     lambda config: config.load_parameters_path and config.routed_bias,
     "leave load_parameters_path out",
   )
   expectations = (
-    Expectation(f"{_CREATION}:from_pretrained", parameters=("config",)),
-    Expectation("maxtext.configs.pyconfig:HyperParameters", parameters=("pydantic_config",)),
+    *expect(module, "from_pretrained(config)"),
+    *expect("maxtext.configs.pyconfig", "HyperParameters(pydantic_config)"),
   )
 
   def __init__(self, ending: tuple[str, ...]):
     super().__init__()
     self.ending = ending
 
-  def apply(self) -> None:
-    from maxtext.utils import model_creation_utils
-
-    self.patches.wrap_for_ling2(model_creation_utils, "from_pretrained", self._load)
+  def handlers(self) -> Handlers:
+    return {"from_pretrained": self._load}
 
   def _load(self, call: Call) -> Any:
     config, path = call.config, call.config.load_parameters_path
