@@ -16,7 +16,7 @@ from maxtext_ling2.configs.unsupported import rope_type
 logger = logging.getLogger("maxtext_ling2")
 
 DECODER_BLOCK = "ling2"
-INSTEAD_OF_BASE = {
+BASE_OVERRIDES = {
   "mla_naive_kvcache": "false",  # see `_mla`
   "moe_use_direct_token_gather": "true",  # no copy of each token for each of its experts
   "router_topk_matmul_vjp": "true",  # a product in place of a serial scatter

@@ -105,7 +105,7 @@ class CommandExpectation(Expectation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Breach:
+class Violation:
   """An expectation that the installed MaxText does not meet.
 
   Attributes:

@@ -71,7 +71,7 @@ class Patches:
     def undo() -> str | None:
       current = getattr(owner, name, None)
       if current is not value:
-        return f"{getattr(owner, '__name__', owner)}.{name} was replaced again by {party(current)}; left as it is"
+        return f"{getattr(owner, '__name__', owner)}.{name} was replaced again by {origin(current)}; left as it is"
       setattr(owner, name, original)
       return None
 
@@ -104,12 +104,12 @@ class Patches:
       Conflict: somebody else registered the key.
     """
     if key in mapping:
-      raise Conflict(f"{key!r} is already registered, by {party(mapping[key])}")
+      raise Conflict(f"{key!r} is already registered, by {origin(mapping[key])}")
     mapping[key] = value
 
     def undo() -> str | None:
       if mapping.get(key) is not value:
-        return f"{key!r} was replaced by {party(mapping.get(key))}; left as it is"
+        return f"{key!r} was replaced by {origin(mapping.get(key))}; left as it is"
       del mapping[key]
       return None
 
@@ -144,14 +144,14 @@ def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 class Conflict(Exception):
-  """Another party registered the same thing first; the text names it."""
+  """Another plugin registered the same thing first; the text names it."""
 
 
-class StandDown(Exception):
+class SupersededByHost(Exception):
   """MaxText brings LING2 itself."""
 
 
-def party(value: Any) -> str:
+def origin(value: Any) -> str:
   """The name of whoever defined `value`, as well as it can be told."""
   module = getattr(value, "__module__", None) or getattr(type(value), "__module__", None) or "an unknown module"
   return f"'{module}'"

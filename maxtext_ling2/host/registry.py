@@ -1,14 +1,19 @@
-"""Applies the seams, each when MaxText's module is imported, and undoes what does not fit.
+"""From `import maxtext` to an applied seam.
 
-MaxText's modules are imported one after the other, so the seams are applied one after the other too. If a seam that
-every LING2 run needs does not fit, all are undone: a process that never names a LING2 model gets one warning and an
-untouched MaxText, one that does gets an error. If a seam with a `use` does not fit, it alone is undone: a LING2 run that
-uses it gets the error when its config is validated, any other run goes on.
+1. `startup.py` waits for the import of `maxtext`; then `discovery.py` calls `plugin.register`, hence `Registry.install`.
+2. `install` asks wrapt to call us whenever one of the seams' modules of MaxText has been imported.
+3. Then the seam's contract is checked; if it holds, `Seam.apply` changes MaxText through `Seam.patches`.
+4. If it does not hold, or `apply` fails, this seam is undone, and all of them if every LING2 run needs it.
+5. `RequestHook` notices when a process configures a LING2 model: modules that nobody has imported are imported, and a
+   missing seam is an error; for a seam with a `use`, when a config that uses it is validated (`require_for`).
+
+A process that never names a LING2 model gets one warning where all seams were undone, and an untouched MaxText.
 """
 
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -17,11 +22,11 @@ from typing import Any
 import wrapt
 
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host import guard as guard_module
-from maxtext_ling2.host.contract import ANOTHER_PLUGIN, Breach
-from maxtext_ling2.host.patches import Conflict, StandDown
+from maxtext_ling2.host import request_hook
+from maxtext_ling2.host.contract import ANOTHER_PLUGIN, Violation
+from maxtext_ling2.host.patches import Conflict, SupersededByHost
 from maxtext_ling2.host.reloads import ReloadFinder
-from maxtext_ling2.host.request import FIELDS
+from maxtext_ling2.host.request import mentions, requested_models
 from maxtext_ling2.host.seam import Seam, State
 
 logger = logging.getLogger("maxtext_ling2")
@@ -41,9 +46,9 @@ class Registry:
     self.plugin = plugin
     self.seams = tuple(seams)
     self.names = tuple(names)
-    self.guard = guard_module.Guard(names, self.require)
-    self.breaches: list[Breach] = []
-    self.stood_down: str | None = None
+    self.request_hook = request_hook.RequestHook(names, self.require)
+    self.violations: list[Violation] = []
+    self.superseded_by: str | None = None
     self.tested = tuple(tested)
     self._warned: set[str] = set()
     self._installed = False
@@ -54,12 +59,12 @@ class Registry:
     """Names of all modules of MaxText that the seams replace something in, or look at."""
     targets = (expectation.target for seam in self.seams for expectation in seam.expectations)
     looked_at = {target.partition(":")[0] for target in targets}
-    return {guard_module.MODULE, *(seam.module for seam in self.seams), *looked_at}
+    return {request_hook.MODULE, *(seam.module for seam in self.seams), *looked_at}
 
   @property
   def usable(self) -> bool:
     """Whether the plugin's models can be used: no seam that all need has failed so far."""
-    return self.stood_down is None and not any(seam.is_core for seam in self._failed())
+    return self.superseded_by is None and not any(seam.is_core for seam in self._failed())
 
   def _failed(self) -> list[Seam]:
     return [seam for seam in self.seams if seam.state is State.FAILED]
@@ -75,14 +80,14 @@ class Registry:
       return
     self._installed = True
     sys.meta_path.insert(0, self._reloads)
-    wrapt.register_post_import_hook(self._on_guard_import, guard_module.MODULE)
+    wrapt.register_post_import_hook(self._on_config_import, request_hook.MODULE)
     for seam in self.seams:
       wrapt.register_post_import_hook(functools.partial(self._on_import, seam), seam.module)
 
-  def _on_guard_import(self, module: ModuleType) -> None:
+  def _on_config_import(self, module: ModuleType) -> None:
     self._reloads.imported.add(module.__name__)
     if self._installed:
-      self.guard.apply(module)
+      self.request_hook.apply(module)
 
   def _on_import(self, seam: Seam, module: ModuleType) -> None:
     self._reloads.imported.add(module.__name__)
@@ -92,11 +97,11 @@ class Registry:
   def _on_reload(self, module: ModuleType) -> None:
     """MaxText's configuration may be imported again; of other modules the classes in use would be the old ones."""
     applied = [seam for seam in self.seams if seam.state is State.APPLIED]
-    if module.__name__ != guard_module.MODULE:
+    if module.__name__ != request_hook.MODULE:
       if applied and self._reloaded is None:
         self._reloaded = module.__name__
       return
-    self.guard.apply(module)
+    self.request_hook.apply(module)
     for seam in applied:
       if seam.patches.replaces_in(module.__name__):
         seam.patches.undo()  # what it replaced in this module has gone already
@@ -109,36 +114,36 @@ class Registry:
       self._apply(seam)
 
   def _apply(self, seam: Seam) -> None:
-    breaches = seam.breaches()
+    violations = seam.violations()
     if not self.usable:  # it imported the module of another seam, which did not fit
       return
     try:
-      if not breaches:
+      if not violations:
         seam.apply()
         seam.state = State.APPLIED
         return
-    except StandDown as reason:
-      self._stand_down(str(reason))
+    except SupersededByHost as reason:
+      self._supersede(str(reason))
       return
     except Conflict as conflict:
-      breaches = [Breach(seam.name, "to be the only one who registers this", str(conflict), ANOTHER_PLUGIN)]
+      violations = [Violation(seam.name, "to be the only one who registers this", str(conflict), ANOTHER_PLUGIN)]
     except Exception as error:  # pylint: disable=broad-exception-caught
       # Whatever it is, MaxText must come out of it unharmed.
-      breaches = [Breach(seam.name, "to be applied without an error", f"{type(error).__name__}: {error}")]
-    self._fail(seam, breaches)
-    if seam.required_in_this_process() and command_line_asks_for(self.names):
+      violations = [Violation(seam.name, "to be applied without an error", f"{type(error).__name__}: {error}")]
+    self._fail(seam, violations)
+    if seam.required_in_this_process() and mentions(requested_models(sys.argv, {}, os.curdir), self.names):
       raise self.error([seam])
     if seam.is_core:
       logger.warning("%s is switched off and MaxText left as it is: %s", self.plugin, self._reasons([seam]))
 
-  def _fail(self, seam: Seam, breaches: Iterable[Breach]) -> None:
+  def _fail(self, seam: Seam, violations: Iterable[Violation]) -> None:
     """Undoes a seam that does not fit, or all seams if every LING2 run needs it."""
-    self.breaches.extend(breaches)
+    self.violations.extend(violations)
     self._undo(self.seams if seam.is_core else [seam])
     seam.state = State.FAILED
 
-  def _stand_down(self, reason: str) -> None:
-    self.stood_down = reason
+  def _supersede(self, reason: str) -> None:
+    self.superseded_by = reason
     self._undo(self.seams)
     logger.warning("The plugin %s stands down: %s.", self.plugin, reason)
 
@@ -155,9 +160,9 @@ class Registry:
   def _reasons(self, seams: Iterable[Seam]) -> str:
     """Why seams failed and what to do."""
     names = {seam.name for seam in seams}
-    breaches = [breach for breach in self.breaches if breach.seam in names]
-    hints = dict.fromkeys(breach.hint for breach in breaches)
-    return f"{'; '.join(map(str, breaches))}. Hint: {'; '.join(hints)}."
+    violations = [violation for violation in self.violations if violation.seam in names]
+    hints = dict.fromkeys(violation.hint for violation in violations)
+    return f"{'; '.join(map(str, violations))}. Hint: {'; '.join(hints)}."
 
   def error(self, seams: Iterable[Seam]) -> Ling2Error:
     """The error for a process that asked for the plugin's models and needs these seams, which failed."""
@@ -169,7 +174,7 @@ class Registry:
     Raises:
       Ling2Error: a seam does not fit; the text names seam, expected, found and what to do.
     """
-    if self.stood_down is not None:
+    if self.superseded_by is not None:
       return
     self.complete(only_needed=True)
     failed = [seam for seam in self._failed() if seam.required_in_this_process()]
@@ -200,13 +205,13 @@ class Registry:
         self._warn_once(f"{text} The run computes the same, {seam.use.instead}.")
 
   def _check_version(self) -> None:
-    """Says once that this MaxText was not tested, where all contracts hold all the same."""
+    """Says once that this MaxText was not tested, although the contracts that all runs need hold."""
     from maxtext.version import __version__ as found
 
     if found not in self.tested:
       self._warn_once(
-        f"{self.plugin} was tested with MaxText {', '.join(self.tested)} and found {found}: every contract holds, so it "
-        "goes on; compare numbers before you trust them."
+        f"{self.plugin} was tested with MaxText {', '.join(self.tested)} and found {found}: every contract "
+        "holds, so it goes on; compare numbers before you trust them."
       )
 
   def _warn_once(self, text: str) -> None:
@@ -223,23 +228,17 @@ class Registry:
         except Ling2Error:
           raise
         except Exception as error:  # whatever stops it, the user needs to know for which seam it was needed
-          self._fail(seam, [Breach(seam.name, f"the module {seam.module}", f"{type(error).__name__}: {error}")])
+          self._fail(seam, [Violation(seam.name, f"the module {seam.module}", f"{type(error).__name__}: {error}")])
         else:
           self._apply_once(seam)
 
   def undo(self) -> list[str]:
     """Takes everything back (tests); returns the conflicts in words. `install` starts anew."""
-    conflicts = self._undo(self.seams) + self.guard.patches.undo()
+    conflicts = self._undo(self.seams) + self.request_hook.patches.undo()
     for seam in self.seams:
       seam.state = State.WAITING
-    self.breaches, self.stood_down, self._installed, self._reloaded = [], None, False, None
+    self.violations, self.superseded_by, self._installed, self._reloaded = [], None, False, None
     self._warned.clear()
     if self._reloads in sys.meta_path:
       sys.meta_path.remove(self._reloads)
     return conflicts
-
-
-def command_line_asks_for(names: Iterable[str]) -> bool:
-  """Whether this process's command line sets `model_name` or `decoder_block` to one of `names`."""
-  wanted = {f"{field}={name}" for field in FIELDS for name in names}
-  return any(argument.replace("'", "").replace('"', "") in wanted for argument in sys.argv[1:])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from maxtext_ling2.host.contract import Breach, Expectation
+from maxtext_ling2.host.contract import Expectation, Violation
 from maxtext_ling2.host.patches import Call, Patches
 
 type Handlers = Mapping[str, Callable[[Call], Any]]
@@ -77,17 +77,17 @@ class Seam:
     """Whether no LING2 model can be used in this process without the seam, whatever its config."""
     return self.use is None and self.concerns_this_process()
 
-  def breaches(self) -> list[Breach]:
+  def violations(self) -> list[Violation]:
     """The expectations that the installed MaxText does not meet. Imports the modules concerned."""
     found = ((expectation, expectation.found()) for expectation in self.expectations)
-    return [Breach(self.name, expectation.expected(), text) for expectation, text in found if text is not None]
+    return [Violation(self.name, expectation.expected(), text) for expectation, text in found if text is not None]
 
   def handlers(self) -> Handlers:
     """What answers calls of functions and methods of `module`, by name, for a LING2 config."""
     return {}
 
   def apply(self) -> None:
-    """Extends MaxText through `self.patches`. May raise Conflict or StandDown."""
+    """Extends MaxText through `self.patches`. May raise Conflict or SupersededByHost."""
     for path, handler in self.handlers().items():
       *owners, name = path.split(".")
       self.patches.wrap_for_ling2(functools.reduce(getattr, owners, sys.modules[self.module]), name, handler)

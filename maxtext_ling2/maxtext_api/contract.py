@@ -1,6 +1,6 @@
 """What our own commands use of MaxText as a library, beside what the seams need. Only `doctor` checks it."""
 
-from maxtext_ling2.host.contract import Breach, CommandExpectation, Expectation
+from maxtext_ling2.host.contract import CommandExpectation, Expectation, Violation
 
 NAME = "MaxText as a library"
 
@@ -25,7 +25,7 @@ EXPECTATIONS = (
 )
 
 
-def breaches() -> list[Breach]:
+def violations() -> list[Violation]:
   """The expectations that the installed MaxText does not meet. Imports the modules concerned."""
   found = ((expectation, expectation.found()) for expectation in EXPECTATIONS)
-  return [Breach(NAME, expectation.expected(), text) for expectation, text in found if text is not None]
+  return [Violation(NAME, expectation.expected(), text) for expectation, text in found if text is not None]

@@ -1,4 +1,4 @@
-"""What the seams expect of MaxText: it holds on the installed one, and a breach says what was expected and found."""
+"""What the seams expect of MaxText: it holds on the installed one, and a violation says what was expected and found."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ def stock():
   """MaxText without our changes, so that the contracts are checked against what is installed."""
   registry = plugin.REGISTRY
   registry.complete()
-  assert registry.usable and not registry.breaches
+  assert registry.usable and not registry.violations
   assert registry.undo() == []
   yield
   registry.install()
@@ -38,38 +38,40 @@ def broken(seam, expectation, **changes):
   """What the seam reports when this expectation alone is made one that MaxText cannot meet."""
   other = copy.copy(seam)
   other.expectations = (dataclasses.replace(expectation, **changes),)
-  (breach,) = other.breaches()
-  assert breach.seam == seam.name
-  text = str(breach)
-  assert f"'{seam.name}'" in text and breach.expected in text and breach.found in text
-  return breach
+  (violation,) = other.violations()
+  assert violation.seam == seam.name
+  text = str(violation)
+  assert f"'{seam.name}'" in text and violation.expected in text and violation.found in text
+  return violation
 
 
 @pytest.mark.parametrize("name", SEAMS)
 def test_every_seam_states_a_contract_and_maxtext_meets_it(name):
   assert SEAMS[name].expectations
-  assert SEAMS[name].breaches() == []
+  assert SEAMS[name].violations() == []
 
 
 @pytest.mark.parametrize(("seam", "expectation"), EXPECTATIONS.values(), ids=EXPECTATIONS)
-def test_a_breach_is_reported(seam, expectation):
+def test_a_violation_is_reported(seam, expectation):
   gone = f"{expectation.target}_that_is_gone"
-  breach = broken(seam, expectation, target=gone)
-  assert gone in breach.expected and breach.found == "nothing of that name"
+  violation = broken(seam, expectation, target=gone)
+  assert gone in violation.expected and violation.found == "nothing of that name"
 
   module = f"{expectation.target.partition(':')[0]}_that_is_gone"
-  breach = broken(seam, expectation, target=f"{module}:anything")
-  assert module in breach.expected and "does not import" in breach.found and module in breach.found
+  violation = broken(seam, expectation, target=f"{module}:anything")
+  assert module in violation.expected and "does not import" in violation.found and module in violation.found
 
-  breach = broken(seam, expectation, holds=lambda value: False, meaning="of another kind")
-  assert breach.expected.endswith("of another kind") and breach.found.endswith("which does not satisfy the condition")
+  violation = broken(seam, expectation, holds=lambda value: False, meaning="of another kind")
+  assert violation.expected.endswith("of another kind") and violation.found.endswith(
+    "which does not satisfy the condition"
+  )
 
   if expectation.parameters is not None:
     wanted = (*expectation.parameters, "parameter_that_is_gone")
-    breach = broken(seam, expectation, parameters=wanted)
-    assert ", ".join(wanted) in breach.expected
-    assert "parameter_that_is_gone" not in breach.found
-    assert all(name in breach.found for name in expectation.parameters)
+    violation = broken(seam, expectation, parameters=wanted)
+    assert ", ".join(wanted) in violation.expected
+    assert "parameter_that_is_gone" not in violation.found
+    assert all(name in violation.found for name in expectation.parameters)
 
 
 def test_parameters_may_have_others_between_but_not_another_order():
@@ -83,7 +85,7 @@ def test_a_condition_that_raises_is_not_met():
   assert resolve("enum:Enum") is enum.Enum
 
 
-def test_a_module_that_breaks_in_any_way_is_a_breach(tmp_path, monkeypatch):
+def test_a_module_that_breaks_in_any_way_is_a_violation(tmp_path, monkeypatch):
   (tmp_path / "module_that_breaks.py").write_text("raise RuntimeError('a library of another version')")
   monkeypatch.syspath_prepend(tmp_path)
   assert "a library of another version" in Expectation("module_that_breaks:anything").found()
@@ -117,7 +119,7 @@ def test_all_of_maxtext_that_is_used_is_in_a_contract():
 
 
 def test_maxtext_is_what_our_commands_use():
-  assert library_contract.breaches() == []
+  assert library_contract.violations() == []
 
 
 class Broken(Seam):
@@ -142,11 +144,11 @@ def seams_of(registry, monkeypatch):
   return found
 
 
-def test_doctor_lists_every_breach(monkeypatch):
+def test_doctor_lists_every_violation(monkeypatch):
   """The registry stops at the first."""
   registry = Registry("two", [Broken("one"), Broken("another")], names=(), tested=("0",))
   registry.complete()
-  assert [breach.seam for breach in registry.breaches] == ["one"]
+  assert [violation.seam for violation in registry.violations] == ["one"]
   found = seams_of(registry, monkeypatch)
   assert [seam["name"] for seam in found.seams if seam["breaches"]] == ["one", "another"]
   assert sum("nothing_of_this_name" in fault.what for fault in found.faults) == 2

@@ -141,7 +141,7 @@ class Stock:
 
   def objects(self):
     """Every object that the plugin replaces, by its place, and of what it extends the parts."""
-    guarded = ("initialize", "initialize_pydantic")  # the guard stays
+    guarded = ("initialize", "initialize_pydantic")  # RequestHook stays
     places = [place for place in self.places if place[1] not in guarded]
     found = {(id(owner), name): inspect.getattr_static(owner, name, None) for owner, name in places}
     found |= {(id(mapping), key): mapping.get(key) for mapping, key in self.entries}

@@ -9,9 +9,9 @@ import types
 import pytest
 
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host import guard
+from maxtext_ling2.host import request_hook
 from maxtext_ling2.host.contract import ANOTHER_PLUGIN, HINT, Expectation
-from maxtext_ling2.host.patches import Conflict, StandDown
+from maxtext_ling2.host.patches import Conflict, SupersededByHost
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seam import Seam, State, Use
 
@@ -43,7 +43,7 @@ class World:
     self.first, self.second, self.pyconfig = (f"fake_{name}_{number}" for name in ("first", "second", "pyconfig"))
     for name, text in ((self.first, FIRST), (self.second, FIRST), (self.pyconfig, PYCONFIG)):
       (folder / f"{name}.py").write_text(text)
-    monkeypatch.setattr(guard, "MODULE", self.pyconfig)
+    monkeypatch.setattr(request_hook, "MODULE", self.pyconfig)
 
   def registry(self, second=None, **options):
     seams = [FakeSeam("first", self.first), second or FakeSeam("second", self.second, **options)]
@@ -164,7 +164,7 @@ def test_any_error_while_applying_leaves_the_host_as_it_was(world, caplog):
   assert says_all(caplog.records[0].getMessage(), found="ZeroDivisionError: by chance")
 
 
-def test_a_conflict_names_the_other_party(world, caplog):
+def test_a_conflict_names_the_other_plugin(world, caplog):
   def entry():
     pass
 
@@ -189,11 +189,11 @@ def test_a_conflict_raised_by_a_seam_is_reported(world, caplog):
 
 
 def test_where_the_host_brings_the_model_itself_the_plugin_stands_down(world, caplog):
-  made = world.registry(error=StandDown("this MaxText brings fake-model itself"))
+  made = world.registry(error=SupersededByHost("this MaxText brings fake-model itself"))
   assert world.answers() == [1, 1]
   (record,) = caplog.records
   assert "stands down: this MaxText brings fake-model itself" in record.getMessage()
-  assert not made.usable and not made.breaches
+  assert not made.usable and not made.violations
   assert world.configure("model_name=fake-model")[0] == ["", "model_name=fake-model"]
 
 
@@ -329,7 +329,7 @@ def test_a_seam_that_a_run_does_not_use_stops_only_those_that_do(world, caplog, 
       made.require_for({"fast": True})
     text = str(error.value)
     assert says_all(text, found=found[broken]) and "a run with fast=true" in text and text.endswith("Or set fast=false.")
-  assert len(made.breaches) == 1 and not caplog.records
+  assert len(made.violations) == 1 and not caplog.records
 
 
 def test_without_a_seam_that_computes_nothing_a_run_goes_on_with_one_warning(world, caplog):
@@ -391,7 +391,7 @@ def imported_again(name):
 def test_a_configuration_imported_again_is_extended_again(world, again, caplog):
   made = world.registry(second=ConfigSeam("second", world.pyconfig))
   asked = []
-  made.guard.on_request = lambda: asked.append(True)
+  made.request_hook.on_request = lambda: asked.append(True)
   for count in (1, 2, 3):
     assert world.configure("model_name=fake-model") == (["", "model_name=fake-model", "seam"], {})
     assert len(asked) == count

@@ -8,7 +8,7 @@ from typing import Any
 
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import Conflict, StandDown
+from maxtext_ling2.host.patches import Conflict, SupersededByHost
 from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.host.seams.config_fields import descendants, rebuild
 
@@ -20,7 +20,7 @@ class DecoderBlockSeam(Seam):
   """Adds `LING2 = "ling2"` to `DecoderBlockType`.
 
   Raises on `apply`:
-    StandDown: MaxText's own source defines the value.
+    SupersededByHost: MaxText's own source defines the value.
     Conflict: somebody else added it at run time.
   """
 
@@ -39,7 +39,7 @@ class DecoderBlockSeam(Seam):
 
     if DECODER_BLOCK in DecoderBlockType._value2member_map_ or _MEMBER in DecoderBlockType._member_map_:
       if f'"{DECODER_BLOCK}"' in inspect.getsource(DecoderBlockType):
-        raise StandDown(f"this MaxText brings the decoder block '{DECODER_BLOCK}' itself")
+        raise SupersededByHost(f"this MaxText brings the decoder block '{DECODER_BLOCK}' itself")
       raise Conflict(f"the decoder block '{DECODER_BLOCK}' was already added to DecoderBlockType by another plugin")
     import aenum
 

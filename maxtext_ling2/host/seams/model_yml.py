@@ -13,10 +13,10 @@ from typing import Any, get_args
 from urllib.parse import quote, unquote
 
 from maxtext_ling2.configs.fields import DEFAULTS
-from maxtext_ling2.configs.validation import DECODER_BLOCK, INSTEAD_OF_BASE
+from maxtext_ling2.configs.validation import BASE_OVERRIDES, DECODER_BLOCK
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
 from maxtext_ling2.host.contract import Expectation, expect
-from maxtext_ling2.host.request import asks_for, requested
+from maxtext_ling2.host.request import mentions, requested_models
 from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.maxtext_api import overrides
 
@@ -45,7 +45,7 @@ class ModelYmlSeam(Seam):
       "_load_config(config_name)",
       "_prepare_for_pydantic(raw_keys, config_class)",
       "yaml_key_to_env_key(s)",
-      "initialize(argv)",  # where the guard stands: without it a process that asks for LING2 would not be noticed
+      "initialize(argv)",  # wrapped by RequestHook, too, which notices that a process asks for LING2
     ),
     Expectation(f"{_PYCONFIG}:MAXTEXT_CONFIGS_DIR", holds=os.path.isdir, meaning="a folder"),
     # Misspelt fields are looked up in these, for every model.
@@ -71,10 +71,10 @@ class ModelYmlSeam(Seam):
   def _resolve(self, original: Callable[..., Any], argv: list[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
     """Returns the base config's path, redirected into the plugin's folder for a plugin model, and the words."""
     path, words = original(argv, *rest, **kwargs)
-    settings = requested(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
+    settings = requested_models(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
     self._refuse_environment(settings)
-    mine = settings_of_the_user(path, self._configs_folder) if asks_for(settings, self.names) else {}
-    if asks_for(settings, self.names):
+    mine = settings_of_the_user(path, self._configs_folder) if mentions(settings, self.names) else {}
+    if mentions(settings, self.names):
       words = [*words, *self._unless_given(mine, words, kwargs)]
     model_name = settings.get("model_name")
     if model_name in self.model_names:
@@ -91,7 +91,7 @@ class ModelYmlSeam(Seam):
   def _unless_given(self, mine: dict[str, Any], words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
     """Words that replace what MaxText's own base yml says."""
     return overrides.join(
-      {field: value for field, value in INSTEAD_OF_BASE.items() if not is_given(field, mine, words, kwargs)}
+      {field: value for field, value in BASE_OVERRIDES.items() if not is_given(field, mine, words, kwargs)}
     )
 
   def _refuse_environment(self, settings: dict[str, str]) -> None:

@@ -54,7 +54,7 @@ class ToMaxTextSeam(Seam):
     ),
     *expect("maxtext.configs.pyconfig", "initialize(argv)"),
     CommandExpectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
-    # The command looks a model up in the tables before it configures it: without ours it would not come to the guard.
+    # The command looks a model up in the tables before it configures it: without ours it would not get to `RequestHook`.
     Expectation(f"{_TABLES}:PARAM_MAPPING", holds=lambda value: isinstance(value, dict), meaning="a dict"),
     # What the streaming writer (checkpoint/orbax_store.py) overrides; a private method, so that its change must be told.
     *expect("orbax.checkpoint.type_handlers", "NumpyHandler._open_and_write(value, tspec, ts_context)"),
