@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,12 @@ class Violation:
 
   def __str__(self) -> str:
     return f"seam '{self.seam}': expected {self.expected}; found {self.found}"
+
+
+def unmet(seam: str, expectations: Iterable[Expectation]) -> list[Violation]:
+  """The expectations that the installed MaxText does not meet. Imports the modules concerned."""
+  found = ((expectation, expectation.found()) for expectation in expectations)
+  return [Violation(seam, expectation.expected(), text) for expectation, text in found if text is not None]
 
 
 def resolve(target: str) -> Any:

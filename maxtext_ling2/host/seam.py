@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from maxtext_ling2.host.contract import Expectation, Violation
+from maxtext_ling2.host.contract import Expectation, Violation, unmet
 from maxtext_ling2.host.patches import Call, Patches
 
 type Handlers = Mapping[str, Callable[[Call], Any]]
@@ -79,8 +79,7 @@ class Seam:
 
   def violations(self) -> list[Violation]:
     """The expectations that the installed MaxText does not meet. Imports the modules concerned."""
-    found = ((expectation, expectation.found()) for expectation in self.expectations)
-    return [Violation(self.name, expectation.expected(), text) for expectation, text in found if text is not None]
+    return unmet(self.name, self.expectations)
 
   def handlers(self) -> Handlers:
     """What answers calls of functions and methods of `module`, by name, for a LING2 config."""
