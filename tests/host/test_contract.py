@@ -8,7 +8,7 @@ import pytest
 import symbols
 
 from maxtext_ling2 import doctor, plugin
-from maxtext_ling2.host.contract import Expectation, resolve
+from maxtext_ling2.host.contract import Expectation, expect, resolve
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seam import Seam, Use
 from maxtext_ling2.maxtext_api import contract as library_contract
@@ -49,6 +49,19 @@ def broken(seam, expectation, **changes):
 def test_every_seam_states_a_contract_and_maxtext_meets_it(name):
   assert SEAMS[name].expectations
   assert SEAMS[name].violations() == []
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_what_a_seam_replaces_is_in_its_contract(name):
+  targets = [expectation.target for expectation in SEAMS[name].expectations]
+  assert {f"{SEAMS[name].module}:{path}" for path in SEAMS[name].handlers()} <= set(targets)
+
+
+def test_a_signature_is_read_as_name_and_parameters():
+  named, method, without, empty = expect("module", "name(a, b)", "Class.method(a)", "thing", "call()")
+  assert (named.target, named.parameters) == ("module:name", ("a", "b"))
+  assert (method.target, method.parameters) == ("module:Class.method", ("a",))
+  assert (without.target, without.parameters, empty.parameters) == ("module:thing", None, ())
 
 
 @pytest.mark.parametrize(("seam", "expectation"), EXPECTATIONS.values(), ids=EXPECTATIONS)
