@@ -97,6 +97,18 @@ class Patches:
 
     self.wrap(owner, name, dispatch)
 
+  def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
+    """Sets `mapping[key] = value`, remembering what it replaces, if anything."""
+    before = {key: mapping[key]} if key in mapping else {}
+    mapping[key] = value
+
+    def undo() -> None:
+      mapping.update(before)  # in its place: the order may matter
+      if not before:
+        del mapping[key]
+
+    self._undo.append(undo)
+
   def entry(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
     """Adds `mapping[key] = value`; the key must be new.
 

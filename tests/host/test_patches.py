@@ -5,6 +5,8 @@ import types
 import pytest
 from handlers import wrapped
 
+from maxtext_ling2.host.patches import Patches
+
 LING2, OTHER = (types.SimpleNamespace(decoder_block=block) for block in ("ling2", "llama2"))
 AS_ENUM = types.SimpleNamespace(decoder_block=types.SimpleNamespace(value="ling2"))
 
@@ -63,3 +65,13 @@ def test_a_class_with_a_metaclass_that_hides_its_parameters():
 def test_an_argument_that_is_not_passed():
   changed = wrapped(lambda call: (call.get("step", "absent"), call.get("first", "absent")), function)
   assert changed(1, LING2) == ("absent", 1)
+
+
+def test_items_are_restored_in_their_order():
+  patches, mapping = Patches(), {"a": 1, "b": 2, "c": 3}
+  patches.item(mapping, "b", 20)
+  patches.item(mapping, "d", 40)
+  patches.item(mapping, "b", 200)
+  assert mapping == {"a": 1, "b": 200, "c": 3, "d": 40}
+  assert patches.undo() == []
+  assert list(mapping.items()) == [("a", 1), ("b", 2), ("c", 3)]

@@ -57,17 +57,7 @@ class ConfigFieldsSeam(Seam):
     ),
     *(
       Expectation(f"{_TYPES}:{owner}", holds=lambda value: bool(value.model_fields), meaning="a pydantic mixin")
-      for owner in (
-        "MoEGeneral",
-        "DeepSeekMoE",
-        "MlaAttention",
-        "YarnRope",
-        "Qwen3Next",
-        "LayoutAndSharding",
-        "GrainDataset",
-        "Tokenizer",
-        "Optimizer",
-      )
+      for owner in dict.fromkeys(field.owner for field in FIELDS)
     ),
   )
 
@@ -103,7 +93,7 @@ class ConfigFieldsSeam(Seam):
     )
     owners = descendants(types, getattr(types, field.owner))
     for owner in owners:
-      self._set_field(owner, field.name, info)
+      self.patches.item(owner.model_fields, field.name, info)
     return owners
 
   def _add_model_names(self, types: ModuleType) -> set[Any]:
@@ -118,21 +108,8 @@ class ConfigFieldsSeam(Seam):
     for owner in owners:
       info = copy.copy(owner.model_fields["model_name"])
       info.annotation = widened
-      self._set_field(owner, "model_name", info)
+      self.patches.item(owner.model_fields, "model_name", info)
     return owners
-
-  def _set_field(self, owner: Any, name: str, info: Any) -> None:
-    """Sets a field of one pydantic class."""
-    before = owner.model_fields.get(name)
-    owner.model_fields[name] = info
-
-    def undo() -> None:
-      if before is None:
-        del owner.model_fields[name]
-      else:
-        owner.model_fields[name] = before
-
-    self.patches.callback(undo)
 
   def _wrap_validator(self, cls: Any, name: str, validate: Callable[[Any], None]) -> None:
     """Runs our rules before MaxText's, and MaxText's with masked values."""
@@ -146,12 +123,7 @@ class ConfigFieldsSeam(Seam):
       with _shown(config, validation.shown_to_maxtext(config)):
         return original.func(config)
 
-    validators[name] = dataclasses.replace(original, func=validated)
-
-    def undo() -> None:
-      validators[name] = original
-
-    self.patches.callback(undo)
+    self.patches.item(validators, name, dataclasses.replace(original, func=validated))
 
 
 @contextlib.contextmanager
