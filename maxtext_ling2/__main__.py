@@ -1,66 +1,22 @@
-"""``python -m maxtext_ling2``: the command line, and ``run`` for places where Python does not process .pth files.
+"""`python -m maxtext_ling2`: the command line.
 
-``python -m maxtext_ling2 run MODULE ARGS...`` does what ``python -m MODULE ARGS...`` does, with the plugin in place:
-importing this package has just put it there. It is handled before the command line is imported, so that the process
-holds nothing that MODULE does not import.
+`run` is handled before the command line is imported, so that the process holds nothing that the module which it runs does
+not import; importing this package has just put the plugin in place.
 """
 
 import sys
 
-USAGE = """\
-usage: python -m maxtext_ling2 run MODULE [ARGS...]
-Runs MODULE as `python -m MODULE ARGS...` does, with LING2 in place also where Python does not process .pth files, as in
-  python -m maxtext_ling2 run maxtext.trainers.pre_train.train CONFIG.yml model_name=ling2
-"""
-
 
 def main() -> None:
-  """Handle ``run``; leave everything else to the command line."""
-  arguments = sys.argv[1:]
-  if arguments[:1] == ["run"]:
-    run(arguments[1:])
+  """Handle `run`; leave everything else to the command line."""
+  if sys.argv[1:2] == ["run"]:
+    from maxtext_ling2.run_module import run
+
+    run(sys.argv[2:])
   else:
     from maxtext_ling2.cli import main as command_line
 
     command_line()
-
-
-def run(arguments: list[str]) -> None:
-  """Run the module ``arguments[0]`` as ``__main__`` with the rest as its arguments."""
-  if not arguments or arguments[0].startswith("-"):
-    wants_help = arguments[:1] in (["-h"], ["--help"])
-    (sys.stdout if wants_help else sys.stderr).write(USAGE)
-    sys.exit(0 if wants_help else 2)
-  module = arguments[0]
-  if not _exists(module):
-    sys.exit(f"maxtext_ling2 run: there is no module {module!r} on this Python's path; give a name as for `python -m`.")
-  if _is_package(module) and not _exists(f"{module}.__main__"):
-    sys.exit(f"maxtext_ling2 run: {module!r} is a package without a __main__; give the name of one of its modules.")
-  import runpy
-
-  sys.argv = [module, *arguments[1:]]  # alter_sys then puts the module's file in the first place, as -m does
-  runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def _exists(module: str) -> bool:
-  """Whether Python finds the module; an import that fails inside one of its parent packages is passed on as it is."""
-  import importlib.util
-
-  if module.startswith("."):  # relative, but to nothing
-    return False
-  try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError as error:
-    if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-      return False
-    raise
-
-
-def _is_package(module: str) -> bool:
-  import importlib.util
-
-  spec = importlib.util.find_spec(module)
-  return spec is not None and spec.submodule_search_locations is not None
 
 
 if __name__ == "__main__":

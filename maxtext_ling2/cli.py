@@ -248,7 +248,7 @@ def demo(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As for python -m.")]) -> None:
   """Run `python -m MODULE ARGS...` with LING2, also where Python does not process .pth files."""
-  from maxtext_ling2.__main__ import run as run_module
+  from maxtext_ling2.run_module import run as run_module
 
   run_module([module, *context.args])
 

@@ -11,7 +11,7 @@ from typing import Any
 from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.host.contract import Breach
+from maxtext_ling2.host.contract import HINT, Violation
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.maxtext_api import contract as library_contract
 
@@ -27,7 +27,7 @@ _DISTRIBUTIONS = ("maxtext-ling2", "maxtext", "jax", "jaxlib", "flax", "pydantic
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Issue:
   """Something wrong (or only noteworthy) and its remedy."""
 
   what: str
@@ -42,7 +42,7 @@ class Diagnosis:
     versions: distribution -> version, None where it is not installed; "tested maxtext" lists what was tested.
     start: how the plugin came into this process, and every entry point of the group.
     environment: the variables that matter, as they are set.
-    seams: name, module, state and breaches of each seam.
+    seams: name, module, state and violations of each seam.
     models: model name -> problem with its configuration, None if it is fine.
     fields: field name -> who defines it.
     backends: JAX's platform and devices, and the implementations of linear attention.
@@ -57,8 +57,8 @@ class Diagnosis:
   models: dict[str, str | None] = dataclasses.field(default_factory=dict)
   fields: dict[str, str] = dataclasses.field(default_factory=dict)
   backends: dict[str, Any] = dataclasses.field(default_factory=dict)
-  faults: list[Finding] = dataclasses.field(default_factory=list)
-  notes: list[Finding] = dataclasses.field(default_factory=list)
+  faults: list[Issue] = dataclasses.field(default_factory=list)
+  notes: list[Issue] = dataclasses.field(default_factory=list)
 
   @property
   def ok(self) -> bool:
@@ -75,7 +75,7 @@ def diagnose() -> Diagnosis:
   found = Diagnosis(_versions(), {"found_by": startup.found_by}, {name: os.environ.get(name) for name in _VARIABLES})
   if startup.disabled():
     found.faults.append(
-      Finding(f"{startup.DISABLE_VARIABLE}={os.environ[startup.DISABLE_VARIABLE]} switches the plugin off", "unset it")
+      Issue(f"{startup.DISABLE_VARIABLE}={os.environ[startup.DISABLE_VARIABLE]} switches the plugin off", "unset it")
     )
     return found
   if not _maxtext_imports(found):
@@ -88,8 +88,8 @@ def diagnose() -> Diagnosis:
       step(found)
     except Exception as error:
       found.faults.append(
-        Finding(
-          f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "mend what the text names, then run again"
+        Issue(
+          f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "repair what the text names, then run again"
         )
       )
   return found
@@ -115,7 +115,7 @@ def _maxtext_imports(found: Diagnosis) -> bool:
     import maxtext.configs.pyconfig  # noqa: F401  the configuration, hence jax, pydantic and omegaconf
   except ImportError as error:
     remedy = "install the plugin with MaxText's dependencies: pip install 'maxtext-ling2[tpu]' (or [cuda12])"
-    found.faults.append(Finding(f"MaxText does not import: {error}", remedy))
+    found.faults.append(Issue(f"MaxText does not import: {error}", remedy))
     return False
   return True
 
@@ -127,18 +127,19 @@ def _start(found: Diagnosis) -> None:
   if not any(record.state == "loaded" for record in ours):
     reason = "; ".join(record.reason or "" for record in ours) or "no entry point was found"
     remedy = f"let {discovery.ALLOW_VARIABLE} name ling2, or unset it; else install maxtext-ling2 again"
-    found.faults.append(Finding(f"the plugin is installed but not loaded: {reason}", remedy))
+    found.faults.append(Issue(f"the plugin is installed but not loaded: {reason}", remedy))
   for record in discovery.plugins:
     if record.state == "failed":
-      remedy = f"mend or uninstall {record.distribution}; LING2 goes on without it"
-      found.notes.append(Finding(f"plugin {record.name} failed: {record.reason}", remedy))
-    allowed = discovery.ALLOW_VARIABLE not in (record.reason or "")
-    if record.state == "skipped" and record.value == discovery.OWN_ENTRY.value and allowed:
-      remedy = "uninstall maxtext-ling2 until none is left, then install it once"
-      found.notes.append(Finding(f"a second installation at {record.location}: {record.reason}", remedy))
+      remedy = f"repair or uninstall {record.distribution}; LING2 goes on without it"
+      found.notes.append(Issue(f"plugin {record.name} failed: {record.reason}", remedy))
+  copies = importlib.metadata.distributions(name="maxtext-ling2")
+  installed = sorted({f"{copy.version} in {os.path.realpath(str(copy.locate_file('')))}" for copy in copies})
+  if len(installed) > 1:
+    remedy = "uninstall maxtext-ling2 until none is left, then install it once"
+    found.notes.append(Issue(f"maxtext-ling2 is installed more than once: {', '.join(installed)}", remedy))
   if startup.found_by == "import":
     found.notes.append(
-      Finding(
+      Issue(
         "Python did not process maxtext_ling2.pth here, so `python -m maxtext...` does not know LING2",
         "use `python -m maxtext_ling2 run maxtext...`, or install the package into the environment",
       )
@@ -149,26 +150,33 @@ def _seams(found: Diagnosis) -> None:
   registry = plugin.REGISTRY
   if registry.installed:
     registry.complete()
-  every = _breaches(registry)
+  every = _violations(registry)
   for seam in registry.seams:
-    breaches = [str(breach) for breach in every if breach.seam == seam.name]
-    found.seams.append({"name": seam.name, "module": seam.module, "state": seam.state.value, "breaches": breaches})
+    violations = [str(violation) for violation in every if violation.seam == seam.name]
+    found.seams.append({"name": seam.name, "module": seam.module, "state": seam.state.value, "breaches": violations})
   tested = ", ".join(registry.tested)
-  for breach in every:
-    found.faults.append(Finding(str(breach), f"install a MaxText version this plugin was tested with: {tested}"))
-  if registry.stood_down is not None:
-    found.notes.append(Finding(registry.stood_down, "uninstall maxtext-ling2: MaxText needs it no longer"))
+  uses = {seam.name: seam.use for seam in registry.seams}
+  for violation in every:
+    remedy = (
+      violation.hint if violation.hint != HINT else f"install a MaxText that this plugin was tested with ({tested})"
+    )
+    if (use := uses.get(violation.seam)) is not None:  # other runs work
+      found.notes.append(Issue(f"{violation}; only runs with {use.setting} need it", f"{remedy}, or {use.instead}"))
+    else:
+      found.faults.append(Issue(str(violation), remedy))
+  if registry.superseded_by is not None:
+    found.notes.append(Issue(registry.superseded_by, "uninstall maxtext-ling2: MaxText needs it no longer"))
   if found.versions["maxtext"] not in registry.tested:
     text = f"MaxText {found.versions['maxtext']} was not tested with this plugin (tested: {tested})"
-    found.notes.append(Finding(text, "compare numbers with `maxtext-ling2 verify` before you trust them"))
+    found.notes.append(Issue(text, "compare numbers with `maxtext-ling2 verify` before you trust them"))
 
 
-def _breaches(registry: Registry) -> list[Breach]:
-  """All breaches: the registry stops at the first seam that does not fit, and undoes the others."""
-  every = list(registry.breaches)
-  if every:
-    every += [breach for seam in registry.seams for breach in seam.breaches() if breach not in every]
-  return every + library_contract.breaches()
+def _violations(registry: Registry) -> list[Violation]:
+  """All violations: the registry stops at the first of a seam that all runs need, and undoes the others."""
+  every = list(registry.violations)
+  if every and not registry.usable:
+    every += [violation for seam in registry.seams for violation in seam.violations() if violation not in every]
+  return every + library_contract.violations()
 
 
 def _fields(found: Diagnosis) -> None:
@@ -181,7 +189,7 @@ def _fields(found: Diagnosis) -> None:
     if field.name in types.MaxTextConfig.model_fields:
       found.fields[field.name] = "maxtext-ling2" if field.name in added else "maxtext"
     elif plugin.REGISTRY.usable:
-      found.faults.append(Finding(f"the config field {field.name} is missing", "install maxtext-ling2 again"))
+      found.faults.append(Issue(f"the config field {field.name} is missing", "install maxtext-ling2 again"))
 
 
 def _models(found: Diagnosis) -> None:
@@ -190,7 +198,7 @@ def _models(found: Diagnosis) -> None:
   for name in sorted(set(plugin.MODEL_NAMES) - {CUSTOM_MODEL}):  # a custom model has no sizes of its own
     found.models[name] = _problem(functools.partial(session.make_config, model_name=name))
     if found.models[name] is not None:
-      found.faults.append(Finding(f"model_name={name}: {found.models[name]}", "install maxtext-ling2 again"))
+      found.faults.append(Issue(f"model_name={name}: {found.models[name]}", "install maxtext-ling2 again"))
 
 
 def _problem(call: Callable[[], Any]) -> str | None:

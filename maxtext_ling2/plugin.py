@@ -1,16 +1,13 @@
 """Everything LING2 adds to MaxText, on one page. `register` is the entry point of the group `maxtext.plugins`.
 
 It runs when `maxtext` is first imported, so it imports nothing heavy: the seams act later, each when MaxText's module is
-imported, and the model's own classes are imported when MaxText builds the first LING2 model.
+imported, and what they call of ours is imported when it is first called.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from maxtext_ling2.configs import documents, validation
-from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.configs.validation import DECODER_BLOCK
+from maxtext_ling2.host.lazy import Lazy
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
@@ -30,127 +27,49 @@ from maxtext_ling2.host.seams.quantization_rules import QuantizationRulesSeam
 from maxtext_ling2.host.seams.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.seams.shared_expert import SharedExpertSeam
 from maxtext_ling2.host.seams.stacked_axes import StackedAxesSeam
-from maxtext_ling2.host.seams.to_huggingface import Exporter, ToHuggingFaceSeam
-from maxtext_ling2.host.seams.to_maxtext import Request, Target, ToMaxTextSeam
+from maxtext_ling2.host.seams.to_huggingface import ToHuggingFaceSeam
+from maxtext_ling2.host.seams.to_maxtext import ToMaxTextSeam
 from maxtext_ling2.host.seams.train_step import TrainStepSeam
 from maxtext_ling2.host.seams.weight_variables import PretrainedWeightsSeam, WeightLoadingSeam, WeightVariablesSeam
-from maxtext_ling2.model.layer_layout import FORMER_NAMES, GLA_LAYERS
+from maxtext_ling2.model.layer_layout import FORMER_NAMES, GLA_LAYERS, ROUTER_BIAS
 
 CONFIGS = Path(__file__).parent / "configs"
-MODEL_NAMES = tuple(sorted(path.stem for path in (CONFIGS / "models").glob("*.yml")))
+MODEL_YMLS = {path.stem: path for path in sorted((CONFIGS / "models").glob("*.yml"))}
+MODEL_NAMES = tuple(MODEL_YMLS)
 TESTED_MAXTEXT = ("0.2.5",)
 
+_IMPORT = "maxtext_ling2.checkpoint.import_hf"
+_TRAIN_STEP = Lazy("maxtext_ling2.training.step:wrap_train_step")
 
-def _decoder() -> Any:
-  from maxtext_ling2.model.decoder import Ling2Decoder
-
-  return Ling2Decoder
-
-
-def _mtp_block() -> Any:
-  from maxtext_ling2.model.mtp import mtp_block
-
-  return mtp_block
-
-
-def _train_step(step: Any, config: Any) -> Any:
-  from maxtext_ling2.training.step import wrap_train_step
-
-  return wrap_train_step(step, config)
-
-
-def _diloco_step(step: Any, config: Any) -> Any:
-  from maxtext_ling2.training.diloco import with_equal_biases
-
-  return with_equal_biases(step, config)
-
-
-def _eval_step(step: Any, config: Any) -> Any:
-  from maxtext_ling2.training.step import wrap_eval_step
-
-  return wrap_eval_step(step, config)
-
-
-def _compiler_options(config: Any, device: Any, flags: Mapping[str, str]) -> dict[str, str]:
-  from maxtext_ling2.training.xla_flags import compiler_options
-
-  return compiler_options(config, device, flags)
-
-
-def _tflops(config: Any) -> tuple[float, float, float]:
-  from maxtext_ling2.training.flops import training_tflops_per_device
-
-  return training_tflops_per_device(config)
-
-
-def _peak_flops(device: Any) -> float | None:
-  from maxtext_ling2.plan.chips import peak_flops
-
-  return peak_flops(device)
-
-
-def _shared_expert_width(config: Any) -> int:
-  return int(config.moe_shared_expert_dim or config.moe_mlp_dim)
-
-
-def _tables() -> Mapping[str, Mapping[str, Any]]:
-  from maxtext_ling2.checkpoint import stock_tables
-
-  return stock_tables.tables({name: CONFIGS / "models" / f"{name}.yml" for name in MODEL_NAMES})
-
-
-def _check_import(request: Request, config: Any, target: Target) -> None:
-  from maxtext_ling2.checkpoint.import_hf import check_import
-
-  check_import(request, config, target)
-
-
-def _import(request: Request, config: Any, target: Target) -> None:
-  from maxtext_ling2.checkpoint.import_hf import run_import
-
-  run_import(request, config, target)
-
-
-def _open_export(path: str, config: Any) -> Exporter:
-  from maxtext_ling2.checkpoint.export_hf import Export
-
-  return Export(path, config)
-
-
-REGISTRY = Registry(
+REGISTRY: Registry = Registry(
   "maxtext-ling2",
   seams=(
-    DecoderBlockSeam("LING2", DECODER_BLOCK),
-    ConfigFieldsSeam(
-      FIELDS,
-      MODEL_NAMES,
-      {"MaxTextConfig": validation.validate, "RLConfig": validation.validate_rl},
-      validation.validation_overrides,
-    ),
-    ModelYmlSeam(CONFIGS, MODEL_NAMES, DEFAULTS, DECODER_BLOCK, validation.BASE_OVERRIDES),
-    SharedExpertSeam(DECODER_BLOCK, _shared_expert_width),
-    FlopsSeam(DECODER_BLOCK, _tflops),
-    TrainStepSeam(DECODER_BLOCK, _train_step, _eval_step),
-    DilocoSeam(DECODER_BLOCK, _train_step, _diloco_step),
-    CompilerOptionsSeam(DECODER_BLOCK, _compiler_options),
-    MmapDocumentsSeam(DECODER_BLOCK, documents.inserts_bos),
-    MmapPipelineSeam(DECODER_BLOCK),
-    EvalMetricsSeam(("evaluation/moe_z_loss", "evaluation/raw_mtp_loss")),
-    MfuSeam(DECODER_BLOCK, _peak_flops),
-    ModelClassesSeam(DECODER_BLOCK, _decoder, _mtp_block),
-    QuantizationRulesSeam(DECODER_BLOCK),
+    DecoderBlockSeam(),
+    ConfigFieldsSeam(MODEL_NAMES, lambda config: REGISTRY.require_for(config)),
+    ModelYmlSeam(CONFIGS, MODEL_NAMES),
+    SharedExpertSeam(),
+    FlopsSeam(Lazy("maxtext_ling2.training.flops:training_tflops_per_device")),
+    TrainStepSeam(_TRAIN_STEP, Lazy("maxtext_ling2.training.step:wrap_eval_step")),
+    DilocoSeam(_TRAIN_STEP, Lazy("maxtext_ling2.training.diloco:with_equal_biases")),
+    CompilerOptionsSeam(Lazy("maxtext_ling2.training.xla_flags:compiler_options")),
+    MmapDocumentsSeam(),
+    MmapPipelineSeam(),
+    EvalMetricsSeam(),
+    MfuSeam(Lazy("maxtext_ling2.plan.chips:peak_flops")),
+    ModelClassesSeam(Lazy("maxtext_ling2.model.decoder:Ling2Decoder"), Lazy("maxtext_ling2.model.mtp:mtp_block")),
+    QuantizationRulesSeam(),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
     FormerNamesSeam(FORMER_NAMES),
-    DilocoCheckpointSeam(DECODER_BLOCK, ("gate", "bias")),
-    PretrainedWeightsSeam(DECODER_BLOCK, "routed_bias", ("gate", "bias")),
-    FormerNamesErrorSeam(DECODER_BLOCK, FORMER_NAMES),
-    MuonSeam(("query_key_value", "output_gate")),
+    DilocoCheckpointSeam(ROUTER_BIAS),
+    PretrainedWeightsSeam(ROUTER_BIAS),
+    FormerNamesErrorSeam(FORMER_NAMES),
+    MuonSeam(),
     ResultTokensSeam(),
-    HfTablesSeam(_tables),
+    HfTablesSeam(Lazy("maxtext_ling2.checkpoint.stock_tables:tables"), MODEL_YMLS),
     StackedAxesSeam(GLA_LAYERS),
-    ToMaxTextSeam(DECODER_BLOCK, _check_import, _import),
-    ToHuggingFaceSeam(DECODER_BLOCK, _open_export),
+    ToMaxTextSeam(Lazy(f"{_IMPORT}:check_import"), Lazy(f"{_IMPORT}:run_import")),
+    ToHuggingFaceSeam(Lazy("maxtext_ling2.checkpoint.export_hf:Export")),
   ),
   names=(*MODEL_NAMES, DECODER_BLOCK),
   tested=TESTED_MAXTEXT,

@@ -55,6 +55,8 @@ def install_from_start_file() -> None:
 
 
 def _load_plugins() -> None:
+  if disabled():  # since this module was imported
+    return
   from maxtext_ling2.discovery import load_plugins
 
   load_plugins()

@@ -48,7 +48,7 @@ def _kind(nodeid):
     return test.partition("[")[0].removeprefix("test_").replace("_", " ")
   if name == "test_bad_inputs" and case:
     return f"bad input: {case.partition(': ')[0]}"
-  if test.startswith("test_changed_at_run_time["):
+  if test.startswith("test_changed_at_run_time"):
     return case.partition("-")[0].replace("resigned", "re-signed")
   return KINDS.get(name, "others")
 

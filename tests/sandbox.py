@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE_FILES = ROOT / "site_files"
 
 # What the start-up consists of. The rest of the package needs JAX and MaxText and has no part in these tests.
-START_UP = ("__init__.py", "__main__.py", "startup.py", "discovery.py")
+START_UP = ("__init__.py", "__main__.py", "startup.py", "discovery.py", "run_module.py")
 
 OWN = "ling2 = maxtext_ling2.plugin:register"
 """The entry point of this package."""

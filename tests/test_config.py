@@ -140,7 +140,7 @@ def test_contracts_hold_and_everything_can_be_undone():
   assert registry.usable and hasattr(models.NNXDecoder, "__wrapped__")
   assert registry.undo() == []
   try:
-    assert [str(breach) for seam in registry.seams for breach in seam.breaches()] == []
+    assert [str(violation) for seam in registry.seams for violation in seam.violations()] == []
     assert "ling2" not in DecoderBlockType._value2member_map_
     assert "moe_z_loss_weight" not in types.MaxTextConfig.model_fields
     assert isinstance(models.NNXDecoder, type)

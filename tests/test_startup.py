@@ -393,9 +393,8 @@ def test_the_user_can_interrupt_a_plugin(installed: Environment) -> None:
 def test_what_two_dist_infos_offer_runs_once(installed: Environment) -> None:
   installed.add_distribution("maxtext-ling2", "0.9", OWN)
   assert installed.ask(REGISTERED) == ["ling2"]
-  records = installed.ask(RECORDS)
-  assert sorted(state for _, _, state in records) == ["loaded", "skipped"]
-  assert sorted(version for _, version, _ in records) == ["0.9", "1.0"]
+  ((name, version, state),) = installed.ask(RECORDS)
+  assert (name, state) == ("ling2", "loaded") and version in ("0.9", "1.0")
 
 
 def test_a_stale_dist_info_that_offers_what_has_gone_is_named(installed: Environment) -> None:
@@ -409,8 +408,7 @@ def test_a_distribution_that_another_one_hides_has_no_say(installed: Environment
   installed.add_distribution("maxtext-ling2", "0.9", "ling2 = maxtext_ling2.old:register", site=tmp_path / "system")
   code = f"import sys; sys.path.append({str(tmp_path / 'system')!r})\n"
   assert installed.ask(code + REGISTERED) == ["ling2"]
-  records = installed.ask(code + RECORDS)
-  assert sorted(records) == [["ling2", "0.9", "skipped"], ["ling2", "1.0", "loaded"]]
+  assert installed.ask(code + RECORDS) == [["ling2", "1.0", "loaded"]]
 
 
 def test_a_folder_that_stands_in_the_path_twice_counts_once(installed: Environment) -> None:

@@ -33,7 +33,6 @@ from maxtext_ling2.checkpoint.orbax_store import Storage
 from maxtext_ling2.checkpoint.stacking import Leaf
 from maxtext_ling2.checkpoint.stored_weights import ROOT
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.seams.to_maxtext import Request, Target
 
 logger = logging.getLogger("maxtext_ling2")
 Array = NDArray[Any]
@@ -195,16 +194,12 @@ def check_same_model(folder: Path, config: Any) -> dict[str, Any]:
   return settings
 
 
-def check_import(request: Request, config: Any, target: Target) -> None:
-  """Raises CheckpointError if the folder of a request cannot be converted, as `Import` does; writes nothing."""
-  _import(request, config, target)
+def check_import(folder: str, config: Any, target: str, save_dtype: str) -> Import:
+  """The conversion that `to_maxtext` is asked for, checked; `Import` describes arguments and errors."""
+  return Import(Path(folder), config, epath.Path(target), save_dtype)
 
 
-def run_import(request: Request, config: Any, target: Target) -> None:
-  """Converts the folder of a request to a MaxText checkpoint; `Import` describes the errors."""
-  storage = Storage(target.ocdbt, target.zarr3, compress=os.environ.get(COMPRESS, "0") == "1")
-  _import(request, config, target).run(storage, progress.console())
-
-
-def _import(request: Request, config: Any, target: Target) -> Import:
-  return Import(Path(request.folder), config, epath.Path(target.folder), request.save_dtype)
+def run_import(folder: str, config: Any, target: str, save_dtype: str, ocdbt: bool, zarr3: bool) -> None:
+  """Converts a Hugging Face folder to a MaxText checkpoint, stored as `Storage` says."""
+  storage = Storage(ocdbt, zarr3, compress=os.environ.get(COMPRESS, "0") == "1")
+  check_import(folder, config, target, save_dtype).run(storage, progress.console())

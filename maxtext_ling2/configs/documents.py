@@ -20,10 +20,11 @@ def inserts_bos(config: Any) -> bool:
 
 def end_of_document(config: Any) -> int | None:
   """The last token of every document, if it is known and documents do not see each other; else None."""
-  return int(config.mmap_eod_id) if _reads_mmap(config) and config.reset_attention_mask else None
+  return int(config.mmap_eod_id) if reads_mmap(config) and config.reset_attention_mask else None
 
 
-def _reads_mmap(config: Any) -> bool:
+def reads_mmap(config: Any) -> bool:
+  """Whether a run reads Megatron files."""
   return bool(config.dataset_type == "grain" and config.grain_file_type in ("mmap", "mmap_npy"))
 
 
@@ -31,7 +32,7 @@ def _pad_id(c: Any) -> Iterator[str]:
   pad, off = getattr(c, "pad_id", DEFAULTS["pad_id"]), DEFAULTS["pad_id"]
   if not 0 <= pad < c.vocab_size:
     yield f"pad_id={pad}: not a token of the vocabulary, vocab_size={c.vocab_size}; choose one from 0 to vocab_size - 1"
-  elif pad != off and not _reads_mmap(c):
+  elif pad != off and not reads_mmap(c):
     yield (
       f"pad_id={pad}: only dataset_type=grain with grain_file_type=mmap or mmap_npy reads it; other pipelines use "
       f"their tokenizer's; leave it at {off}"

@@ -5,9 +5,15 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+HINT = (
+  "install a MaxText version this plugin was tested with, or a plugin version made for yours "
+  "(`maxtext-ling2 doctor` lists both)"
+)
+ANOTHER_PLUGIN = "uninstall one of the two plugins, or let MAXTEXT_PLUGINS name the one that you want"
 
 
 class _Missing:
@@ -54,8 +60,18 @@ class Expectation:
       if names is None or not _in_order(self.parameters, names):
         return f"{self.target} taking ({', '.join(names or ())})"
     if self.holds is not None and not _holds(self.holds, value):
-      return f"{value!r:.200}, which is not so"
+      return f"{value!r:.200}, which does not satisfy the condition"
     return None
+
+
+def expect(module: str, *signatures: str) -> tuple[Expectation, ...]:
+  """Expectations of a module's functions and methods, "name(parameter, ...)", and of other things in it, "name"."""
+
+  def expectation(signature: str) -> Expectation:
+    name, bracket, inside = signature.removesuffix(")").partition("(")
+    return Expectation(f"{module}:{name}", tuple(filter(None, inside.split(", "))) if bracket else None)
+
+  return tuple(map(expectation, signatures))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +105,29 @@ class CommandExpectation(Expectation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Breach:
-  """An expectation that the installed MaxText does not meet."""
+class Violation:
+  """An expectation that the installed MaxText does not meet.
+
+  Attributes:
+    seam: name of the seam.
+    expected: the expectation in words.
+    found: what is there instead.
+    hint: what to do.
+  """
 
   seam: str
   expected: str
   found: str
+  hint: str = HINT
 
   def __str__(self) -> str:
     return f"seam '{self.seam}': expected {self.expected}; found {self.found}"
+
+
+def unmet(seam: str, expectations: Iterable[Expectation]) -> list[Violation]:
+  """The expectations that the installed MaxText does not meet. Imports the modules concerned."""
+  found = ((expectation, expectation.found()) for expectation in expectations)
+  return [Violation(seam, expectation.expected(), text) for expectation, text in found if text is not None]
 
 
 def resolve(target: str) -> Any:

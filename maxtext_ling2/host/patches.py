@@ -7,6 +7,49 @@ from collections.abc import Callable, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
+from maxtext_ling2.configs.validation import is_ling2
+
+
+class Call:
+  """A call of a function of MaxText, whose arguments are read and set by the names of MaxText's parameters.
+
+  So it does not matter how they are passed, nor which further parameters a MaxText has.
+  """
+
+  def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+    self.function = function
+    self._args, self._kwargs = args, kwargs
+    # The metaclass of Flax's modules hides the parameters of their __init__.
+    initialises = isinstance(function, type)
+    signature = inspect.signature(function.__init__ if initialises else function)
+    parameters = list(signature.parameters.values())[1 if initialises else 0 :]
+    self._bound = signature.replace(parameters=parameters).bind(*args, **kwargs)
+
+  def __getitem__(self, name: str) -> Any:
+    return self._bound.arguments[name]
+
+  def get(self, name: str, default: Any) -> Any:
+    """An argument, or `default` if it is not passed."""
+    return self._bound.arguments.get(name, default)
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    self._bound.arguments[name] = value
+    self._args, self._kwargs = self._bound.args, self._bound.kwargs
+
+  @property
+  def config(self) -> Any:
+    """The argument `config`, or that of `self`; None if there is neither."""
+    arguments = self._bound.arguments
+    return arguments["config"] if "config" in arguments else getattr(arguments.get("self"), "config", None)
+
+  def to(self, function: Callable[..., Any]) -> Any:
+    """Calls another function with these arguments."""
+    return function(*self._args, **self._kwargs)
+
+  def original(self) -> Any:
+    """Calls MaxText's function."""
+    return self.to(self.function)
+
 
 class Patches:
   """Attributes and mapping entries replaced by one seam, with what stood there before."""
@@ -28,7 +71,7 @@ class Patches:
     def undo() -> str | None:
       current = getattr(owner, name, None)
       if current is not value:
-        return f"{getattr(owner, '__name__', owner)}.{name} was replaced again by {party(current)}; left as it is"
+        return f"{getattr(owner, '__name__', owner)}.{name} was replaced again by {origin(current)}; left as it is"
       setattr(owner, name, original)
       return None
 
@@ -44,6 +87,28 @@ class Patches:
 
     self.attribute(owner, name, replacement)
 
+  def wrap_for_ling2(self, owner: Any, name: str, handler: Callable[[Call], Any]) -> None:
+    """Replaces function `owner.name` by one that answers calls for a LING2 config with `handler(call)`."""
+
+    def dispatch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+      call = Call(original, args, kwargs)
+      ours = call.config is not None and is_ling2(call.config)
+      return handler(call) if ours else original(*args, **kwargs)
+
+    self.wrap(owner, name, dispatch)
+
+  def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
+    """Sets `mapping[key] = value`, remembering what it replaces, if anything."""
+    before = {key: mapping[key]} if key in mapping else {}
+    mapping[key] = value
+
+    def undo() -> None:
+      mapping.update(before)  # in its place: the order may matter
+      if not before:
+        del mapping[key]
+
+    self._undo.append(undo)
+
   def entry(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
     """Adds `mapping[key] = value`; the key must be new.
 
@@ -51,18 +116,18 @@ class Patches:
       Conflict: somebody else registered the key.
     """
     if key in mapping:
-      raise Conflict(f"{key!r} is already registered, by {party(mapping[key])}")
+      raise Conflict(f"{key!r} is already registered, by {origin(mapping[key])}")
     mapping[key] = value
 
     def undo() -> str | None:
       if mapping.get(key) is not value:
-        return f"{key!r} was replaced by {party(mapping.get(key))}; left as it is"
+        return f"{key!r} was replaced by {origin(mapping.get(key))}; left as it is"
       del mapping[key]
       return None
 
     self._undo.append(undo)
 
-  def also(self, undo: Callable[[], str | None]) -> None:
+  def callback(self, undo: Callable[[], str | None]) -> None:
     """Remembers one more action to undo; it returns a conflict in words, or None."""
     self._undo.append(undo)
 
@@ -75,11 +140,6 @@ class Patches:
       if conflict:
         conflicts.append(conflict)
     return conflicts
-
-
-def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-  """The arguments of a call by the names of MaxText's parameters, which may have others between one day."""
-  return inspect.signature(function).bind(*args, **kwargs)
 
 
 def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:
@@ -96,14 +156,14 @@ def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 class Conflict(Exception):
-  """Another party registered the same thing first; the text names it."""
+  """Another plugin registered the same thing first; the text names it."""
 
 
-class StandDown(Exception):
+class SupersededByHost(Exception):
   """MaxText brings LING2 itself."""
 
 
-def party(value: Any) -> str:
+def origin(value: Any) -> str:
   """The name of whoever defined `value`, as well as it can be told."""
   module = getattr(value, "__module__", None) or getattr(type(value), "__module__", None) or "an unknown module"
   return f"'{module}'"

@@ -22,7 +22,7 @@ def _setting(field: str) -> re.Pattern[str]:
 _SETTING = {field: _setting(field) for field in (*FIELDS, "base_config")}
 
 
-def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder: str) -> dict[str, str]:
+def requested_models(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder: str) -> dict[str, str]:
   """Returns the values of `model_name` and `decoder_block` that the call sets, keyword arguments first.
 
   Args:
@@ -45,7 +45,7 @@ def requested(argv: Sequence[str] | None, kwargs: dict[str, Any], configs_folder
   return settings
 
 
-def asks_for(settings: dict[str, str], names: Iterable[str]) -> bool:
+def mentions(settings: dict[str, str], names: Iterable[str]) -> bool:
   """Whether one of the settings is one of `names`."""
   return bool(set(settings.values()) & set(names))
 

@@ -1,15 +1,15 @@
 """What our own commands use of MaxText as a library, beside what the seams need. Only `doctor` checks it."""
 
-from maxtext_ling2.host.contract import Breach, CommandExpectation, Expectation
+from maxtext_ling2.host.contract import CommandExpectation, Expectation, Violation, expect, unmet
 
 NAME = "MaxText as a library"
 
 EXPECTATIONS = (
-  Expectation("maxtext.common.checkpointing:load_checkpoint_metadata", parameters=("checkpoint_dir_path",)),
-  Expectation("maxtext.inference.maxengine.maxengine:MaxEngine.__init__", parameters=("config",)),
-  Expectation(
-    "maxtext.input_pipeline.tokenizer:build_tokenizer",
-    parameters=("tokenizer_path", "tokenizer_type", "add_bos", "add_eos", "hf_access_token"),
+  *expect("maxtext.common.checkpointing", "load_checkpoint_metadata(checkpoint_dir_path)"),
+  *expect("maxtext.inference.maxengine.maxengine", "MaxEngine.__init__(config)"),
+  *expect(
+    "maxtext.input_pipeline.tokenizer",
+    "build_tokenizer(tokenizer_path, tokenizer_type, add_bos, add_eos, hf_access_token)",
   ),
   Expectation("maxtext.models.models:Transformer", holds=callable, meaning="the class of all models"),
   CommandExpectation("maxtext.trainers.pre_train.train_compile:main", parameters=("argv",)),
@@ -18,14 +18,12 @@ EXPECTATIONS = (
     holds=lambda value: "v5p-8" in value,
     meaning="a dict of topologies",
   ),
-  Expectation("maxtext.utils.max_logging:log", parameters=("user_str",)),
-  Expectation("maxtext.utils.max_logging:warning", parameters=("user_str",)),
-  Expectation("maxtext.utils.maxtext_utils:get_mesh_from_config", parameters=("config",)),
+  *expect("maxtext.utils.max_logging", "log(user_str)", "warning(user_str)"),
+  *expect("maxtext.utils.maxtext_utils", "get_mesh_from_config(config)"),
   Expectation("maxtext.version:__version__", holds=lambda value: isinstance(value, str), meaning="a version"),
 )
 
 
-def breaches() -> list[Breach]:
+def violations() -> list[Violation]:
   """The expectations that the installed MaxText does not meet. Imports the modules concerned."""
-  found = ((expectation, expectation.found()) for expectation in EXPECTATIONS)
-  return [Breach(NAME, expectation.expected(), text) for expectation, text in found if text is not None]
+  return unmet(NAME, EXPECTATIONS)

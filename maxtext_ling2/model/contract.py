@@ -1,17 +1,15 @@
 """What `model/` builds on in MaxText, beside the classes that `ModelClassesSeam` replaces: bases, layers, helpers."""
 
-from maxtext_ling2.host.contract import Expectation
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from maxtext_ling2.host.contract import Expectation, expect
 
 _COMMON = "maxtext.common.common_types"
-_EMBEDDINGS = "maxtext.layers.embeddings"
-_INITIALIZERS = "maxtext.layers.initializers"
 _LINEARS = "maxtext.layers.linears"
-_MLA = "maxtext.layers.attention_mla:MLA"
-_MOE = "maxtext.layers.moe:RoutedMoE"
-_MTP = "maxtext.layers.multi_token_prediction"
-_DECODER = "maxtext.layers.nnx_decoders:NNXDecoder"
-_SCAN = "maxtext.layers.nnx_scan"
-_SHARDING = "maxtext.utils.sharding"
+_MLA = "maxtext.layers.attention_mla"
+_MOE = "maxtext.layers.moe"
 
 _AXES = ("CACHE_BATCH", "CACHE_BATCH_PREFILL", "CACHE_HEADS", "KV_BATCH", "KV_HEAD", "LENGTH")
 _MODES = ("MODEL_MODE_AUTOREGRESSIVE", "MODEL_MODE_PREFILL", "MODEL_MODE_TRAIN")
@@ -21,31 +19,36 @@ def _is_name(value: object) -> bool:
   return isinstance(value, str)
 
 
+def _takes(*names: str) -> Callable[[Any], bool]:
+  """Whether a class that may inherit its __init__ takes these arguments."""
+  return lambda cls: set(names) <= set(inspect.signature(cls.__init__).parameters)
+
+
 EXPECTATIONS = (
   *(Expectation(f"{_COMMON}:{name}", holds=_is_name, meaning="the name of an axis") for name in _AXES),
   *(Expectation(f"{_COMMON}:{name}", holds=_is_name, meaning="the name of a mode") for name in _MODES),
   Expectation(f"{_COMMON}:AttentionType", holds=lambda value: value("mla"), meaning='an enum with the value "mla"'),
-  Expectation(f"{_COMMON}:get_weight_dtype", parameters=("config", "module_name")),
+  *expect(_COMMON, "get_weight_dtype(config, module_name)"),
   # Linear attention and the layer
-  Expectation(f"{_INITIALIZERS}:nd_dense_init", parameters=("scale", "mode", "distribution")),
-  Expectation(
-    f"{_LINEARS}:DenseGeneral.__init__",
-    parameters=("in_features_shape", "out_features_shape", "axis", "weight_dtype", "dtype", "kernel_axes", "rngs"),
+  *expect("maxtext.layers.initializers", "nd_dense_init(scale, mode, distribution)"),
+  *expect(
+    _LINEARS,
+    "DenseGeneral.__init__(in_features_shape, out_features_shape, axis, weight_dtype, dtype, kernel_axes, rngs)",
+    "MlpBlock.__init__(config, mesh, in_features, intermediate_dim, activations, weight_dtype, rngs)",
   ),
-  Expectation(f"{_LINEARS}:Dropout.__init__", parameters=("rate", "rngs")),
-  Expectation(
-    f"{_LINEARS}:MlpBlock.__init__",
-    parameters=("config", "mesh", "in_features", "intermediate_dim", "activations", "weight_dtype", "rngs"),
+  Expectation(f"{_LINEARS}:Dropout", holds=_takes("rate", "rngs"), meaning="made from (rate, rngs)"),
+  *expect("maxtext.layers.normalizations", "RMSNorm.__init__(num_features, epsilon, rngs)"),
+  *expect("maxtext.utils.max_utils", "get_batch_seq_len_for_mode(config, model_mode)"),
+  *expect(
+    "maxtext.utils.sharding",
+    "create_sharding(mesh, logical_names, rules)",
+    "get_logical_axis_rules()",
+    "logical_to_mesh_axes(logical_names, mesh, rules)",
+    "maybe_shard_with_logical(inputs, logical_axes, mesh, shard_mode)",
   ),
-  Expectation("maxtext.layers.normalizations:RMSNorm.__init__", parameters=("num_features", "epsilon", "rngs")),
-  Expectation("maxtext.utils.max_utils:get_batch_seq_len_for_mode", parameters=("config", "model_mode")),
-  Expectation(f"{_SHARDING}:create_sharding", parameters=("mesh", "logical_names", "rules")),
-  Expectation(f"{_SHARDING}:get_logical_axis_rules", parameters=()),
-  Expectation(f"{_SHARDING}:logical_to_mesh_axes", parameters=("logical_names", "mesh", "rules")),
-  Expectation(f"{_SHARDING}:maybe_shard_with_logical", parameters=("inputs", "logical_axes", "mesh", "shard_mode")),
   # MLA and its rotary embedding
   Expectation(
-    f"{_MLA}.__init__",
+    f"{_MLA}:MLA.__init__",
     parameters=(
       *("config", "num_query_heads", "num_kv_heads", "head_dim", "max_target_length", "mesh", "attention_kernel"),
       *("inputs_q_shape", "inputs_kv_shape", "dtype", "weight_dtype", "max_prefill_predict_length", "dropout_rate"),
@@ -54,51 +57,44 @@ EXPECTATIONS = (
       *("max_position_embeddings", "original_max_position_embeddings", "mscale", "rope_factor", "rngs"),
     ),
   ),
-  Expectation(f"{_MLA}.__call__", parameters=("inputs_q", "inputs_kv", "inputs_positions", "decoder_segment_ids")),
-  Expectation("maxtext.layers.quantizations:configure_kv_quant", parameters=("config",)),
-  Expectation(
-    f"{_EMBEDDINGS}:RotaryEmbedding.__init__",
-    parameters=("min_timescale", "max_timescale", "mesh", "embedding_dims", "fprop_dtype", "rngs"),
+  *expect(_MLA, "MLA.__call__(inputs_q, inputs_kv, inputs_positions, decoder_segment_ids)"),
+  *expect("maxtext.layers.quantizations", "configure_kv_quant(config)"),
+  *expect(
+    "maxtext.layers.embeddings",
+    "RotaryEmbedding.__init__(min_timescale, max_timescale, mesh, embedding_dims, fprop_dtype, rngs)",
+    "RotaryEmbedding.__call__(inputs, position)",
+    "RotaryEmbedding.timescale",
   ),
-  Expectation(f"{_EMBEDDINGS}:RotaryEmbedding.__call__", parameters=("inputs", "position")),
-  Expectation(f"{_EMBEDDINGS}:RotaryEmbedding.timescale"),
   # Experts
   Expectation(
-    f"{_MOE}.__init__",
+    f"{_MOE}:RoutedMoE.__init__",
     parameters=(
       *("config", "num_experts", "num_experts_per_tok", "mesh", "kernel_init", "kernel_axes", "rngs"),
       *("intermediate_dim", "weight_dtype", "dtype", "quant"),
     ),
   ),
-  Expectation(f"{_MOE}.reshape_and_update_weights", parameters=("weights", "indices")),
-  Expectation(f"{_MOE}.should_update_load_balance", parameters=()),
+  *expect(_MOE, "RoutedMoE.reshape_and_update_weights(weights, indices)", "RoutedMoE.should_update_load_balance()"),
   # MTP
-  Expectation(f"{_MTP}:_cross_entropy_with_integer_labels", parameters=("logits", "labels")),
-  Expectation(f"{_MTP}:mtp_acceptance"),
-  Expectation(f"{_MTP}:mtp_losses"),
-  Expectation(f"{_MTP}:roll_and_mask", parameters=("x",)),
+  *expect(
+    "maxtext.layers.multi_token_prediction",
+    "_cross_entropy_with_integer_labels(logits, labels)",
+    "mtp_acceptance",
+    "mtp_losses",
+    "roll_and_mask(x)",
+  ),
   Expectation("maxtext.utils.globals:EPS", holds=lambda value: 0 < value < 1e-3, meaning="a small number"),
   # The decoder and its scans
-  Expectation(f"{_DECODER}._apply_layers_sequentially", parameters=("layers", "x_in")),
-  Expectation(f"{_DECODER}._create_scanned_layers", parameters=("decoder_layer_class", "length")),
-  Expectation(
-    f"{_SCAN}:create_scanned_layers",
-    parameters=("layer_factory", "length", "param_scan_axis", "metadata_axis_name", "rngs"),
+  *expect(
+    "maxtext.layers.nnx_decoders",
+    "NNXDecoder._apply_layers_sequentially(layers, x_in)",
+    "NNXDecoder._create_scanned_layers(decoder_layer_class, length)",
   ),
-  Expectation(
-    f"{_SCAN}:apply_scanned_layers",
-    parameters=(
-      "layers",
-      "carry",
-      "length",
-      "param_scan_axis",
-      "apply_fn",
-      "remat",
-      "remat_policy",
-      "prevent_cse",
-    ),
+  *expect(
+    "maxtext.layers.nnx_scan",
+    "create_scanned_layers(layer_factory, length, param_scan_axis, metadata_axis_name, rngs)",
+    "apply_scanned_layers(layers, carry, length, param_scan_axis, apply_fn, remat, remat_policy, prevent_cse)",
   ),
-  Expectation("maxtext.utils.maxtext_utils:should_prevent_cse_in_remat", parameters=("config",)),
+  *expect("maxtext.utils.maxtext_utils", "should_prevent_cse_in_remat(config)"),
   # The step: QK-clip
-  Expectation("maxtext.utils.max_utils:l2norm_pytree", parameters=("x",)),
+  *expect("maxtext.utils.max_utils", "l2norm_pytree(x)"),
 )

@@ -42,8 +42,6 @@ class Ling2Decoder(NNXDecoder):
 
   def _init_scanned_layers(self, decoder_block_classes: Any, rngs: nnx.Rngs, mesh: Any) -> None:
     del decoder_block_classes, mesh
-    # With it MaxText's __call__ leaves the layers to `_apply_qwen3_next_scanned_blocks`, the closest of its families.
-    self.is_qwen3_next = True
     c = self.config
     self.scan_layout = ScanLayout.of(c.num_decoder_layers, c.inhomogeneous_layer_cycle_interval, c.first_num_dense_layers)
     for indices in self.scan_layout.unscanned:
@@ -67,7 +65,7 @@ class Ling2Decoder(NNXDecoder):
   def _apply_qwen3_next_scanned_blocks(
     self, y: jax.Array, layer_args: tuple[Any, ...], layer_kwargs: dict[str, Any], kv_caches: Any = None
   ) -> jax.Array:
-    """Applies all layers, y [B, T, C] -> [B, T, C]; called by MaxText's decoder."""
+    """Applies all layers, y [B, T, C] -> [B, T, C]; MaxText's `__call__` calls it, see `host/seams/model_classes.py`."""
     if kv_caches is not None:
       raise ValueError("kv_caches: LING2's layers keep their own caches; vLLM's external ones are not supported")
     before, after = self.scan_layout.unscanned

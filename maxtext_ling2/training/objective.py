@@ -10,19 +10,16 @@ loss tokens of the global batch; it reports sum(xent_m) / D + mean(auxiliary_m).
 Loss tokens are those of the loss mask; valid tokens are those that are not padding.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from maxtext.utils.globals import EPS
 
-from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host.registry import WAY_OUT
 from maxtext_ling2.model.layer import ACTIVATIONS
 from maxtext_ling2.model.layer_layout import layer_names
 from maxtext_ling2.model.moe import Z_LOSS_NAME, weighs_microbatches
@@ -141,23 +138,3 @@ def _mtp_over_all_tokens(aux: dict[str, Any], totals: Totals, config: Any) -> An
     return 0.0
   sums = aux["intermediate_outputs"]["mtp_losses"]["mtp_block"]["token_sums"]  # [K]
   return config.mtp_loss_scaling_factor * jnp.mean(sums / jnp.maximum(totals.mtp_loss_tokens, 1))
-
-
-@contextlib.contextmanager
-def installed(step: Callable[..., Any], name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
-  """Lets a step function of MaxText find `wrapper(function)` in place of the function `name` while it is traced.
-
-  Its globals are those of whichever module holds it, also when that module runs as `__main__`.
-
-  Raises:
-    Ling2Error: MaxText's module has no such name.
-  """
-  names = step.__globals__
-  if name not in names:
-    raise Ling2Error(f"MaxText's {step.__name__} has no {name} that LING2 could replace; {WAY_OUT}")
-  original = names[name]
-  names[name] = wrapper(original)
-  try:
-    yield
-  finally:
-    names[name] = original

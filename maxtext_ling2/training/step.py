@@ -1,6 +1,5 @@
 """MaxText's train and eval step for LING2: z-loss in the objective, loss-free balancing after it, more metrics."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxtext_ling2.host.step_globals import patched_globals
 from maxtext_ling2.model.moe import weighs_microbatches
 from maxtext_ling2.model.precision import matmul_precision
 from maxtext_ling2.training import metrics as step_metrics
@@ -29,13 +29,9 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
   ) -> tuple[Any, dict[str, Any]]:
     graph, state = statistics.attach(model, state, config)
     totals = objective.count_totals(data, config) if config.gradient_accumulation_steps > 1 else None
-    losses = objective.installed(train_step, "loss_fn", lambda f: objective.with_router_losses(f, config, totals, {}))
-    with (
-      losses,
-      _diagnostics(train_step, config),
-      _without_maxtexts_clip(train_step, config),
-      matmul_precision(config),  # the gradients of experts are traced here, outside their layer
-    ):
+    replaced = _replaced_by_switch(config) | {"loss_fn": lambda f: objective.with_router_losses(f, config, totals, {})}
+    # The gradients of experts are traced here, outside their layer.
+    with patched_globals(train_step, **replaced), matmul_precision(config):
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
     state, router_sums = statistics.detach(state)
     routers = [_with_means(router, totals, data, config) for router in router_sums]
@@ -65,10 +61,8 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
   @functools.wraps(eval_step)
   def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
     eval_metrics: dict[str, jax.Array] = {}
-    installed = objective.installed(
-      eval_step, "loss_fn", lambda f: objective.with_router_losses(f, config, None, eval_metrics)
-    )
-    with installed, matmul_precision(config):
+    losses = patched_globals(eval_step, loss_fn=lambda f: objective.with_router_losses(f, config, None, eval_metrics))
+    with losses, matmul_precision(config):
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
     metrics["scalar"].update({f"evaluation/{name}": value for name, value in eval_metrics.items()})
     return metrics
@@ -76,18 +70,14 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
   return ling2_eval_step
 
 
-def _without_maxtexts_clip(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:
-  """Turns off MaxText's QK-clip, which `qk_clip` replaces after the step."""
-  if not config.use_qk_clip:
-    return contextlib.nullcontext()
-  return objective.installed(train_step, "qk_clip_utils", lambda _: qk_clip.NOT_MAXTEXTS)
-
-
-def _diagnostics(train_step: Step, config: Any) -> contextlib.AbstractContextManager[None]:
-  """Adds the number of zeros in the gradient to MaxText's diagnostics, with log_step_diagnostics."""
-  if not config.log_step_diagnostics:
-    return contextlib.nullcontext()
-  return objective.installed(train_step, "step_diagnostics", step_metrics.with_zeros)
+def _replaced_by_switch(config: Any) -> dict[str, Callable[[Any], Any]]:
+  """What else MaxText's train step calls and must find replaced: global name -> wrapper."""
+  replaced: dict[str, Callable[[Any], Any]] = {}
+  if config.use_qk_clip:  # `qk_clip` does afterwards what MaxText's cannot do for LING2
+    replaced["qk_clip_utils"] = lambda _: qk_clip.NOT_MAXTEXTS
+  if config.log_step_diagnostics:  # count the zeros of the gradient, too
+    replaced["step_diagnostics"] = step_metrics.with_zeros
+  return replaced
 
 
 def _with_means(router: RouterStatistics, totals: objective.Totals | None, data: Any, config: Any) -> RouterStatistics:

@@ -6,8 +6,7 @@ import drift_source
 import pytest
 
 from maxtext_ling2 import plugin
-from maxtext_ling2.host.contract import CommandExpectation
-from maxtext_ling2.host.registry import WAY_OUT
+from maxtext_ling2.host.contract import HINT, CommandExpectation
 
 REGISTRY = plugin.REGISTRY
 SEAMS = {seam.name: seam for seam in REGISTRY.seams}
@@ -27,6 +26,39 @@ class Case:
   @property
   def id(self):
     return f"{self.kind}-{self.seam.replace(' ', '_')}-{self.path or self.module.rpartition('.')[2]}"
+
+
+MMAP = {"dataset_type": "grain", "grain_file_type": "mmap", "grain_train_files": "a", "mmap_eod_id": 2}
+USES = {
+  "DiLoCo": {"enable_diloco": True},
+  "DiLoCo checkpoint": {"enable_diloco": True},
+  "compiler options": {},  # tuned_xla_flags is true
+  "mmap documents": MMAP | {"add_bos": True, "packing": True, "grain_packing_type": "concat_then_split", "bos_id": 1},
+  "mmap pipelines": MMAP | {"add_bos": False},
+  "eval metrics": {"eval_interval": 1, "eval_steps": 1},
+  "MFU": {},
+  "quantization rules": {"use_qwix_quantization": True, "quantization": "fp8_full"},
+  "pretrained weights": {"load_parameters_path": "/nowhere/0/items"},
+  "muon": {"opt_type": "muon"},
+}
+"""Settings of a run that uses a seam which others can do without."""
+UNUSED = {"compiler options": {"tuned_xla_flags": False}}
+"""Settings of one that does not, where MaxText's defaults use it."""
+
+
+COMMANDS = {
+  "result tokens": "maxtext.inference.decode_multi",
+  "Hugging Face tables": "maxtext.checkpoint_conversion.to_maxtext",
+  "to_maxtext": "maxtext.checkpoint_conversion.to_maxtext",
+  "to_huggingface": "maxtext.checkpoint_conversion.to_huggingface",
+}
+"""Who needs the seams that training does not."""
+
+
+def owners(case):
+  """The seams that expect what a case takes away."""
+  target = f"{case.module}:{case.path}"
+  return [seam for seam in SEAMS.values() if target in [wanted.target for wanted in seam.expectations]]
 
 
 def cases(kind):
@@ -59,22 +91,22 @@ AT_RUN_TIME = {kind: list(cases(kind)) for kind in ("removed", "renamed", "resig
 IN_THE_SOURCE = {"renamed": one_each("renamed"), "resigned": one_each("resigned"), "moved": each_module()}
 
 
-def parametrize(found, slow=(), every=1):
+def parametrize(found, slow=(), every=1, always=()):
   """The cases by their names; some run only with `make test-all` and `pytest -m drift`.
 
-  `slow` are kinds of them; of the other ones only each `every`-th runs with `make test`.
+  `slow` are kinds of them; of the other ones only each `every`-th runs with `make test`, and those in
+  `always`.
   """
-  often = [case for case in found if case.kind not in slow][::every]
+  often = [*[case for case in found if case.kind not in slow][::every], *always]
   marks = {case: [] if case in often else [pytest.mark.slow] for case in found}
   return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in found])
 
 
 def refused(text, case):
-  """Whether an error or a warning names seam, expected, found and the way out."""
+  """Whether an error or a warning names seam, expected, found and what to do."""
   target = f"{case.module}:{case.path}"
-  owners = [name for name, seam in SEAMS.items() if target in [wanted.target for wanted in seam.expectations]]
-  assert any(f"seam '{name}': expected {target}" in text for name in owners), text
-  assert "; found " in text and WAY_OUT in text
+  assert any(f"seam '{seam.name}': expected {target}" in text for seam in owners(case)), text
+  assert "; found " in text and HINT in text
   if case.kind == "resigned":
     assert f"{case.parameter}{drift_source.NEW}" in text.split("; found ")[1]
   elif case.path.endswith("__"):  # the base class or the metaclass has one

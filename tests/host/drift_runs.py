@@ -33,10 +33,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def words(model, folder, package):
+def words(model, folder, package, **settings):
   """The command line of a run; its metrics go to metrics.jsonl."""
   given = {"model_name": model, "base_output_directory": folder, "metrics_file": folder / "metrics.jsonl"}
-  return [str(package / "configs" / "base.yml"), *(f"{key}={value}" for key, value in {**SETTINGS, **given}.items())]
+  return [
+    str(package / "configs" / "base.yml"),
+    *(f"{key}={value}" for key, value in {**SETTINGS, **given, **settings}.items()),
+  ]
 
 
 def losses(folder):

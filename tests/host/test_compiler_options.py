@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from handlers import wrapped
 from jax._src import compiler
 
 from maxtext_ling2.errors import Ling2Error
@@ -22,8 +23,8 @@ WORDS = " ".join(f"--{name}={value}" for name, value in FLAGS.items())
 
 
 def config(**changes):
-  """What MaxText's functions that make a step look at, for a decoder block that no other seam knows."""
-  given = {"decoder_block": "mine", "compile_xla_flags": WORDS, "compiled_trainstep_file": "", "enable_diloco": False}
+  """What MaxText's functions that make a step look at."""
+  given = {"decoder_block": "ling2", "compile_xla_flags": WORDS, "compiled_trainstep_file": "", "enable_diloco": False}
   return types.SimpleNamespace(**given | changes)
 
 
@@ -61,14 +62,17 @@ class Steps:
   def __init__(self, cfg, options=users):
     from maxtext.utils import max_utils, train_utils
 
-    seam = CompilerOptionsSeam("mine", options)
+    seam = CompilerOptionsSeam(options)
     seam._parse = inspect.unwrap(max_utils.parse_libtpu_flags_to_dict)
     self.mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     self.sharding = jax.sharding.NamedSharding(self.mesh, jax.P())
     train, evaluate = (inspect.unwrap(getattr(train_utils, f"jit_{kind}_step")) for kind in ("train", "eval"))
-    self.train = seam._jit(train, cfg, None, None, self.sharding, self.sharding, train_step, None, mesh=self.mesh)
-    self.evaluate = seam._jit(evaluate, cfg, None, state_mesh_shardings=self.sharding, data_sharding=self.sharding,
-                              eval_step=eval_step)  # fmt: skip
+    self.train = wrapped(seam._jit, train)(
+      cfg, None, None, self.sharding, self.sharding, train_step, None, mesh=self.mesh
+    )
+    self.evaluate = wrapped(seam._jit, evaluate)(
+      cfg, None, state_mesh_shardings=self.sharding, data_sharding=self.sharding, eval_step=eval_step
+    )
 
   def array(self, size):
     return jax.device_put(jnp.arange(float(size)), self.sharding)
@@ -143,26 +147,26 @@ def test_a_step_from_elsewhere_is_left_alone():
   def jit_train_step(config, data_sharding):
     return "MaxText's"
 
-  seam = CompilerOptionsSeam("mine", never)
+  seam = CompilerOptionsSeam(never)
   for changes in ({"compiled_trainstep_file": "step.bin"}, {"enable_diloco": True}):
-    assert seam._jit(jit_train_step, config(**changes), data_sharding=None) == "MaxText's"
+    assert wrapped(seam._jit, jit_train_step)(config(**changes), data_sharding=None) == "MaxText's"
 
 
 def test_a_maxtext_that_does_not_jit_there_is_refused():
   def jit_train_step(config, data_sharding):
     return None
 
-  seam = CompilerOptionsSeam("mine", users)
+  seam = CompilerOptionsSeam(users)
   seam._parse = lambda text: FLAGS
   sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
   with pytest.raises(Ling2Error, match=r"jit_train_step called jax.jit 0 times.*xla_cpu_prefer_vector_width"):
-    seam._jit(jit_train_step, config(), sharding)
+    wrapped(seam._jit, jit_train_step)(config(), sharding)
 
 
 def test_ahead_of_time_the_parsed_flags_are_all_options():
   mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
   parsed = {"a": "1"}
-  seam = CompilerOptionsSeam("mine", lambda cfg, device, given: {"first": device.platform} | given)
+  seam = CompilerOptionsSeam(lambda cfg, device, given: {"first": device.platform} | given)
 
   def parse(flags_str):
     return dict(parsed)

@@ -3,6 +3,7 @@
 import types
 
 import pytest
+from handlers import wrapped
 from maxtext.checkpoint_conversion.utils import utils
 
 from maxtext_ling2 import plugin
@@ -20,26 +21,31 @@ def config(block, **settings):
   return types.SimpleNamespace(decoder_block=block, lora=lora, load_parameters_path="p", **settings)
 
 
+def save(maxtext_model_path, jax_weights, device_count, use_ocdbt, use_zarr3, config):
+  """With the parameters of MaxText's."""
+  return "MaxText", maxtext_model_path, jax_weights, device_count, use_ocdbt, use_zarr3
+
+
 @pytest.mark.parametrize("block", ["llama2", "deepseek"])
 def test_another_model_is_saved_by_maxtext(block):
-  seam = ToMaxTextSeam("ling2", refuse, refuse)
+  seam = ToMaxTextSeam(refuse, refuse)
   seam.request = Request("folder", "float32")
-  seen = []
-  original = lambda *arguments, **more: seen.append((arguments, more))  # noqa: E731
-  seam._save(original, "out", {"a": 1}, 16, True, False, config=config(block))
-  assert seen[0][0] == ("out", {"a": 1}, 16, True, False) and seen[0][1]["config"].decoder_block == block
-  assert seam.request is None
+  saved = wrapped(seam._save, save)("out", {"a": 1}, 16, True, False, config=config(block))
+  assert saved == ("MaxText", "out", {"a": 1}, 16, True, False)
 
 
-def test_ling2_without_a_command_is_saved_by_maxtext():
-  seam = ToMaxTextSeam("ling2", refuse, refuse)
-  seen = []
-  seam._save(lambda *arguments, **more: seen.append(arguments), "out", {}, 1, True, True, config("ling2"))
-  assert seen[0][:5] == ("out", {}, 1, True, True)
+def test_ling2_is_saved_by_us_only_for_the_command():
+  seam = ToMaxTextSeam(refuse, lambda *arguments: arguments)
+  saved = wrapped(seam._save, save)
+  ours = config("ling2")
+  assert saved("/out", {}, 1, True, False, ours) == ("MaxText", "/out", {}, 1, True, False)
+  seam.request = Request("folder", "float32")
+  assert saved("/out", {}, 1, True, False, ours) == ("folder", ours, "/out/0", "float32", True, False)
+  assert saved("gs://b/out", {}, 1, True, False, ours)[0] == "MaxText"  # the command saves once
 
 
 def test_other_models_are_exported_by_maxtext():
-  seam = ToHuggingFaceSeam("ling2", refuse)
+  seam = ToHuggingFaceSeam(refuse)
   assert seam._load(lambda config: "loaded", config("llama2")) == "loaded"
   assert seam._extract(lambda value: ("extracted", value), {"params": 1}) == ("extracted", {"params": 1})
   assert seam._process(lambda *arguments: arguments, "key", "weight", 1, 2) == ("key", "weight", 1, 2)

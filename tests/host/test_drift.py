@@ -1,7 +1,8 @@
 """MaxText moves on: whatever a seam needs is removed, renamed, moved or takes other parameters, one thing at a time.
 
-A stock model must then be as if the plugin were not there, with one warning, and LING2 must be refused by an error that
-names the seam, what it expected, what it found and the way out.
+If every LING2 run needs the seam, a stock model must be as if the plugin were not there, with one warning, and LING2 must
+be refused by an error that names the seam, what it expected, what it found and what to do. If only some runs need it,
+these must be refused by that error, and the others must not notice.
 
 Here it is done to the imported MaxText, for every expectation, and configs are built; in test_drift_in_the_source.py it
 is done to copies of its source, for some, and models are trained.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import drift_runs
 import pytest
-from drift_cases import AT_RUN_TIME, REGISTRY, first, parametrize, refused
+from drift_cases import AT_RUN_TIME, COMMANDS, REGISTRY, UNUSED, USES, first, owners, parametrize, refused
 from drift_source import NEW
 
 from maxtext_ling2.errors import Ling2Error
@@ -102,7 +103,7 @@ def noting(method, seen):
   """A method of Patches that also notes what it is called with."""
 
   def noted(self, owner, name, value):
-    seen.append((owner, name, value))
+    seen.append((owner, name, value, self))
     return method(self, owner, name, value)
 
   return noted
@@ -132,11 +133,15 @@ class Stock:
       REGISTRY.install()
       REGISTRY.complete()
     assert REGISTRY.usable and REGISTRY.undo() == []
+    names = {id(seam.patches): seam.name for seam in REGISTRY.seams}
+    self.seams = {}
+    for owner, name, _, by in (*places, *entries):
+      self.seams.setdefault((id(owner), name), set()).add(names.get(id(by)))
     return [place[:2] for place in places], [entry[:2] for entry in entries]
 
   def objects(self):
     """Every object that the plugin replaces, by its place, and of what it extends the parts."""
-    guarded = ("initialize", "initialize_pydantic")  # the guard stays
+    guarded = ("initialize", "initialize_pydantic")  # RequestHook stays
     places = [place for place in self.places if place[1] not in guarded]
     found = {(id(owner), name): inspect.getattr_static(owner, name, None) for owner, name in places}
     found |= {(id(mapping), key): mapping.get(key) for mapping, key in self.entries}
@@ -147,11 +152,15 @@ class Stock:
       found |= {(cls, "validator", name): value.func for name, value in validators.items()}
     return found
 
-  def config(self, model):
+  def objects_of(self, seam):
+    """Those that this seam alone replaces."""
+    return {place: value for place, value in self.objects().items() if self.seams.get(place) == {seam.name}}
+
+  def config(self, model, **settings):
     from maxtext.configs import pyconfig
 
     initialize = getattr(pyconfig, "initialize", pyconfig.initialize_pydantic)
-    return initialize(["", self.base], model_name=model, **drift_runs.SETTINGS)
+    return initialize(["", self.base], model_name=model, **drift_runs.SETTINGS | settings)
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +182,12 @@ def stock(untouched):
 
 ALL = [case for found in AT_RUN_TIME.values() for case in found]
 FIRST = [case for found in AT_RUN_TIME.values() for case in first(found)]
+OF_ALL_RUNS = [case for case in ALL if any(seam.is_core for seam in owners(case))]
+OF_SOME_RUNS = [case for case in ALL if case not in OF_ALL_RUNS]
+SCAN = [case for case in OF_ALL_RUNS if case.path == "apply_scanned_layers"]
 
 
-@parametrize(ALL, every=2)
+@parametrize(OF_ALL_RUNS, every=2, always=SCAN)
 def test_changed_at_run_time(stock, case, caplog):
   with changed(case):
     before = stock.objects()
@@ -193,6 +205,52 @@ def test_changed_at_run_time(stock, case, caplog):
       assert stock.config("llama2-7b").base_emb_dim == 32
   assert REGISTRY.undo() == [] and REGISTRY.usable
   assert [record.name for record in caplog.records].count("maxtext_ling2") == 1
+
+
+@parametrize(OF_SOME_RUNS, every=2)
+def test_changed_at_run_time_for_some_runs(stock, case, caplog, monkeypatch):
+  with changed(case):
+    before = {seam: stock.objects_of(seam) for seam in owners(case)}
+    REGISTRY.install()
+    REGISTRY.complete()
+    assert REGISTRY.usable and not caplog.records
+    assert [seam for seam in REGISTRY.seams if seam.state is not State.APPLIED] == owners(case)
+    for seam, objects in before.items():
+      assert [key for key, value in stock.objects_of(seam).items() if objects[key] is not value] == []
+    if case.kind == "renamed" and case in FIRST:
+      unused = {key: value for seam in owners(case) for key, value in UNUSED.get(seam.name, {}).items()}
+      assert stock.config("ling2-tiny", **unused).group_norm_size == 4
+    caplog.clear()
+    for seam in owners(case):
+      check_use(stock, seam, case, caplog, monkeypatch)
+  assert REGISTRY.undo() == []
+
+
+def check_use(stock, seam, case, caplog, monkeypatch):
+  """A run that uses the seam is refused; of one that computes the same without it, there is a warning."""
+  if seam.use is not None and not seam.use.essential:
+    REGISTRY.require_for(types.SimpleNamespace(**USES[seam.name]))
+    (record,) = caplog.records
+    assert refused(record.getMessage(), case) and seam.use.instead in record.getMessage()
+    return
+  if not seam.needed_for_training:
+    spec = importlib.machinery.ModuleSpec(COMMANDS[seam.name], None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+  with pytest.raises(Ling2Error) as error:
+    stock.config("ling2-tiny", **USES.get(seam.name, {}))
+  assert refused(str(error.value), case)
+  if seam.use is not None:
+    assert seam.use.setting in str(error.value) and seam.use.instead in str(error.value)
+
+
+def test_a_renamed_function_that_only_the_model_calls_is_among_the_cases():
+  """Without a contract it would be an AttributeError while the model is traced."""
+  assert {case.kind for case in SCAN} == {"removed", "renamed", "resigned"}
+
+
+def test_each_seam_that_some_runs_need_is_among_the_cases():
+  assert {seam.name for seam in REGISTRY.seams if seam.use is not None} == set(USES)
+  assert {seam.name for seam in REGISTRY.seams if not seam.needed_for_training} == set(COMMANDS)
 
 
 STYLES = ("by keyword", "one inserted", "one appended")
@@ -246,7 +304,7 @@ def _signature(value):
 @pytest.mark.parametrize("style", STYLES)
 def test_a_stock_model_may_be_called_in_other_ways(stock, style):
   """Contracts let other parameters stand between and after; whatever MaxText passes must arrive, however it does."""
-  for owner, name, wrapper in stock.wraps:
+  for owner, name, wrapper, _ in stock.wraps:
     signature, args, kwargs = call_in(style, _signature(getattr(owner, name)))
     seen = []
 

@@ -9,10 +9,11 @@ import types
 import pytest
 
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host import guard, registry
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import Conflict, StandDown
-from maxtext_ling2.host.registry import Registry, Seam, State
+from maxtext_ling2.host import request_hook
+from maxtext_ling2.host.contract import ANOTHER_PLUGIN, HINT, Expectation
+from maxtext_ling2.host.patches import Conflict, SupersededByHost
+from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.host.seam import Seam, State, Use
 
 NUMBERS = itertools.count()
 FIRST = "def answer():\n  return 1\n"
@@ -22,10 +23,10 @@ PYCONFIG = "def initialize(argv=None, **kwargs):\n  return argv, kwargs\n"
 class FakeSeam(Seam):
   """Makes `answer()` of its module return 10 more."""
 
-  def __init__(self, name, module, expectations=(), error=None, needed=True):
+  def __init__(self, name, module, expectations=(), error=None, needed=True, use=None):
     super().__init__()
     self.name, self.module, self.expectations, self.error = name, module, expectations, error
-    self.needed_for_training = needed
+    self.needed_for_training, self.use = needed, use
 
   def apply(self):
     module = importlib.import_module(self.module)
@@ -42,7 +43,7 @@ class World:
     self.first, self.second, self.pyconfig = (f"fake_{name}_{number}" for name in ("first", "second", "pyconfig"))
     for name, text in ((self.first, FIRST), (self.second, FIRST), (self.pyconfig, PYCONFIG)):
       (folder / f"{name}.py").write_text(text)
-    monkeypatch.setattr(guard, "MODULE", self.pyconfig)
+    monkeypatch.setattr(request_hook, "MODULE", self.pyconfig)
 
   def registry(self, second=None, **options):
     seams = [FakeSeam("first", self.first), second or FakeSeam("second", self.second, **options)]
@@ -81,11 +82,11 @@ def states(made):
   return [seam.state for seam in made.seams]
 
 
-def says_all(text, *, found):
-  """Whether a message names seam, expected, found and the way out."""
+def says_all(text, *, found, hint=HINT):
+  """Whether a message names seam, expected, found and what to do."""
   assert "seam 'second'" in text and "fake-plugin" in text
   assert "expected " in text and "found " in text and found in text
-  assert registry.WAY_OUT in text
+  assert hint in text
   return True
 
 
@@ -163,7 +164,7 @@ def test_any_error_while_applying_leaves_the_host_as_it_was(world, caplog):
   assert says_all(caplog.records[0].getMessage(), found="ZeroDivisionError: by chance")
 
 
-def test_a_conflict_names_the_other_party(world, caplog):
+def test_a_conflict_names_the_other_plugin(world, caplog):
   def entry():
     pass
 
@@ -176,22 +177,23 @@ def test_a_conflict_names_the_other_party(world, caplog):
   world.registry(Table("second", world.second))
   assert world.answers() == [1, 1]
   text = caplog.records[0].getMessage()
-  assert says_all(text, found="'fake-model' is already registered, by 'their_plugin.tables'")
+  assert says_all(text, found="'fake-model' is already registered, by 'their_plugin.tables'", hint=ANOTHER_PLUGIN)
   assert len(caplog.records) == 1
 
 
 def test_a_conflict_raised_by_a_seam_is_reported(world, caplog):
   world.registry(error=Conflict("taken by another plugin"))
   assert world.answers() == [1, 1]
-  assert says_all(caplog.records[0].getMessage(), found="taken by another plugin")
+  assert says_all(caplog.records[0].getMessage(), found="taken by another plugin", hint=ANOTHER_PLUGIN)
+  assert HINT not in caplog.records[0].getMessage()
 
 
 def test_where_the_host_brings_the_model_itself_the_plugin_stands_down(world, caplog):
-  made = world.registry(error=StandDown("this MaxText brings fake-model itself"))
+  made = world.registry(error=SupersededByHost("this MaxText brings fake-model itself"))
   assert world.answers() == [1, 1]
   (record,) = caplog.records
   assert "stands down: this MaxText brings fake-model itself" in record.getMessage()
-  assert not made.usable and not made.breaches
+  assert not made.usable and not made.violations
   assert world.configure("model_name=fake-model")[0] == ["", "model_name=fake-model"]
 
 
@@ -292,8 +294,77 @@ def test_commands_of_its_package_need_a_seam_that_training_does_not(monkeypatch,
   main = types.ModuleType("__main__")
   main.__spec__ = command and importlib.machinery.ModuleSpec(command, None)
   monkeypatch.setitem(sys.modules, "__main__", main)
-  assert registry.needed_here(seam) == needed
-  assert registry.needed_here(FakeSeam("step", "maxtext.train"))
+  assert seam.required_in_this_process() == seam.concerns_this_process() == needed
+  step = FakeSeam("step", "maxtext.train")
+  assert step.required_in_this_process() and step.concerns_this_process() and not seam.is_core
+
+
+# Seams that only some runs use
+
+
+def fast(config):
+  return config["fast"]
+
+
+FAST = Use("fast=true", fast, "set fast=false")
+REPORT = Use("fast=true", fast, "without a report", essential=False)
+
+
+@pytest.mark.parametrize("broken", ["contract", "module", "apply"])
+def test_a_seam_that_a_run_does_not_use_stops_only_those_that_do(world, caplog, monkeypatch, broken):
+  monkeypatch.setattr(sys, "argv", ["train.py", "base.yml", "model_name=fake-model"])
+  seams = {
+    "contract": FakeSeam("second", world.second, world.unmet(), use=FAST),
+    "module": FakeSeam("second", "fake_module_that_is_gone", use=FAST),
+    "apply": FakeSeam("second", world.second, error=ZeroDivisionError("by chance"), use=FAST),
+  }
+  found = {"contract": "answer taking ()", "module": "ModuleNotFoundError", "apply": "ZeroDivisionError: by chance"}
+  made = world.registry(seams[broken])
+  assert world.configure("model_name=fake-model")[0] == ["", "model_name=fake-model"]
+  assert world.answers() == [11, 1]
+  assert states(made) == [State.APPLIED, State.FAILED] and made.usable
+  made.require_for({"fast": False})
+  for _ in range(2):
+    with pytest.raises(Ling2Error) as error:
+      made.require_for({"fast": True})
+    text = str(error.value)
+    assert says_all(text, found=found[broken]) and "a run with fast=true" in text and text.endswith("Or set fast=false.")
+  assert len(made.violations) == 1 and not caplog.records
+
+
+def test_without_a_seam_that_computes_nothing_a_run_goes_on_with_one_warning(world, caplog):
+  made = world.registry(expectations=world.unmet(), use=REPORT)
+  made.require_for({"fast": False})
+  assert not caplog.records
+  for _ in range(2):
+    made.require_for({"fast": True})
+  (record,) = caplog.records
+  assert says_all(record.getMessage(), found="answer taking ()")
+  assert record.getMessage().endswith("The run computes the same, without a report.")
+
+
+def test_a_seam_of_commands_stops_only_those(world, monkeypatch, caplog):
+  made = world.registry(needed=False, expectations=world.unmet())
+  made.complete()
+  assert world.answers() == [11, 1] and made.usable and not caplog.records
+  assert world.configure("model_name=fake-model")
+  made.require_for({})
+  monkeypatch.setattr(made.seams[1], "concerns_this_process", lambda: True)
+  with pytest.raises(Ling2Error) as error:
+    world.configure("model_name=fake-model")
+  assert says_all(str(error.value), found="answer taking ()")
+
+
+def test_a_seam_of_all_runs_undoes_those_of_some(world):
+  made = world.registry(use=FAST)
+  assert world.answers() == [11, 11]
+  made.undo()
+  made.seams[0].expectations = world.unmet()
+  made.install()
+  assert world.answers() == [1, 1] and not made.usable
+  assert states(made) == [State.FAILED, State.WAITING]
+  with pytest.raises(Ling2Error, match="seam 'first'"):
+    made.require_for({"fast": False})
 
 
 # Modules that are imported again
@@ -320,7 +391,7 @@ def imported_again(name):
 def test_a_configuration_imported_again_is_extended_again(world, again, caplog):
   made = world.registry(second=ConfigSeam("second", world.pyconfig))
   asked = []
-  made.guard.on_request = lambda: asked.append(True)
+  made.request_hook.on_request = lambda: asked.append(True)
   for count in (1, 2, 3):
     assert world.configure("model_name=fake-model") == (["", "model_name=fake-model", "seam"], {})
     assert len(asked) == count

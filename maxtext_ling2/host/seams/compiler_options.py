@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host.contract import CommandExpectation, Expectation
-from maxtext_ling2.host.patches import bound, running
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.patches import Call, running
+from maxtext_ling2.host.seam import Seam, Use
 
 _TRAIN = "maxtext.utils.train_utils"
 _FLAGS = "maxtext.utils.max_utils"
@@ -42,16 +43,20 @@ def _asks_for_flags(function: Any) -> bool:
 
 
 class CompilerOptionsSeam(Seam):
-  """Compiles the steps of runs of the plugin's decoder block with options.
+  """Compiles the steps of LING2 runs with options.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
     options: `options(config, device, flags)` returns the options for a step on a mesh with that device, from those that
       the user sets.
   """
 
   name = "compiler options"
   module = _TRAIN
+  use = Use(
+    "tuned_xla_flags=true or compile_xla_flags",
+    lambda config: config.tuned_xla_flags or config.compile_xla_flags,
+    "set tuned_xla_flags=false and leave compile_xla_flags out",
+  )
   expectations = (
     *(
       Expectation(
@@ -69,42 +74,35 @@ class CompilerOptionsSeam(Seam):
     ),
   )
 
-  def __init__(self, decoder_block: str, options: Options):
+  def __init__(self, options: Options):
     super().__init__()
-    self.decoder_block = decoder_block
     self.options = options
 
   def apply(self) -> None:
     from maxtext.utils import max_utils, train_utils
 
     self._parse = max_utils.parse_libtpu_flags_to_dict
-    self.patches.wrap(train_utils, "jit_train_step", self._jit)
-    self.patches.wrap(train_utils, "jit_eval_step", self._jit)
+    self.patches.wrap_for_ling2(train_utils, "jit_train_step", self._jit)
+    self.patches.wrap_for_ling2(train_utils, "jit_eval_step", self._jit)
     self.patches.wrap(max_utils, "parse_libtpu_flags_to_dict", self._parse_ahead_of_time)
 
-  def _jit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+  def _jit(self, call: Call) -> Any:
     import jax
 
-    call = bound(original, args, kwargs).arguments
-    config = call["config"]
+    config = call.config
     # A program that comes from a file has its options; DiLoCo's step is MaxText's.
-    if not self._concerns(config) or config.compiled_trainstep_file or config.enable_diloco:
-      return original(*args, **kwargs)
+    if config.compiled_trainstep_file or config.enable_diloco:
+      return call.original()
     mesh = jax.tree.leaves(call["data_sharding"])[0].mesh
     options = self.options(config, _device(mesh), self._parse(config.compile_xla_flags))
-    if not options:
-      return original(*args, **kwargs)
-    return _jit_with(options, original, args, kwargs)
+    return _jit_with(options, call) if options else call.original()
 
   def _parse_ahead_of_time(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     flags = original(*args, **kwargs)
     compiling = running(_COMPILES, ("mesh", "config"))
-    if compiling is None or not self._concerns(compiling["config"]) or compiling["config"].enable_diloco:
+    if compiling is None or not is_ling2(compiling["config"]) or compiling["config"].enable_diloco:
       return flags
     return self.options(compiling["config"], _device(compiling["mesh"]), flags)
-
-  def _concerns(self, config: Any) -> bool:
-    return getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block
 
 
 class StepWithOptions:
@@ -163,7 +161,7 @@ class _JaxWithOptions:
     return getattr(jax, name)
 
 
-def _jit_with(options: Mapping[str, str], original: Callable[..., Any], args: Any, kwargs: Any) -> StepWithOptions:
+def _jit_with(options: Mapping[str, str], call: Call) -> StepWithOptions:
   """What MaxText's function returns, jitted with options.
 
   Raises:
@@ -173,11 +171,12 @@ def _jit_with(options: Mapping[str, str], original: Callable[..., Any], args: An
 
   with_options = _JaxWithOptions(options)
   with mock.patch.object(train_utils, "jax", with_options):
-    step = original(*args, **kwargs)
+    step = call.original()
   if with_options.jitted != 1:
     raise Ling2Error(
-      f"MaxText's {original.__name__} called jax.jit {with_options.jitted} times, not once: the step would be compiled "
-      f"without the XLA flags {', '.join(options)}; set tuned_xla_flags=false and remove compile_xla_flags to run without"
+      f"MaxText's {call.function.__name__} called jax.jit {with_options.jitted} times, not once: the step would be "
+      f"compiled without the XLA flags {', '.join(options)}; set tuned_xla_flags=false and remove compile_xla_flags to "
+      "run without"
     )
   return StepWithOptions(step, options)
 

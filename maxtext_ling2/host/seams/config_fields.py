@@ -8,18 +8,22 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from maxtext_ling2.configs.fields import Field
+from maxtext_ling2.configs import validation
+from maxtext_ling2.configs.fields import FIELDS, Field
 from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import Conflict
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _TYPES = "maxtext.configs.types"
-_VALIDATORS = {"MaxTextConfig": "set_derived_and_validate_values", "RLConfig": "set_derived_values_and_validate"}
-"""The config classes of MaxText's trainers and the validator in which each checks its fields against each other."""
+_VALIDATORS = {
+  "MaxTextConfig": ("set_derived_and_validate_values", validation.validate),
+  "RLConfig": ("set_derived_values_and_validate", validation.validate_rl),
+}
+"""Config classes of MaxText's trainers: the validator in which each checks its fields together, and LING2's rules."""
 
 
 def _has_validator(name: str, cls: Any) -> bool:
@@ -29,13 +33,11 @@ def _has_validator(name: str, cls: Any) -> bool:
 class ConfigFieldsSeam(Seam):
   """Adds fields, model names and validation to MaxText's config classes.
 
+  LING2's rules come before MaxText's own, and before it counts devices. A field that MaxText defines stays MaxText's.
+
   Args:
-    fields: the fields; one that MaxText already defines stays MaxText's.
     model_names: additional values of `model_name`.
-    validate: config class -> function called with the config object before MaxText's own validation (and before it counts
-      devices); raises ValueError.
-    masked: gives, for a config object, the values some fields must show to MaxText's own validation, whose rules about
-      them know only its own models.
+    on_config: called with a LING2 config that keeps LING2's rules; raises to refuse it.
   """
 
   name = "config fields"
@@ -51,50 +53,32 @@ class ConfigFieldsSeam(Seam):
         holds=functools.partial(_has_validator, validator),
         meaning=f"a pydantic model with the validator {validator}",
       )
-      for cls, validator in _VALIDATORS.items()
+      for cls, (validator, _) in _VALIDATORS.items()
     ),
     *(
       Expectation(f"{_TYPES}:{owner}", holds=lambda value: bool(value.model_fields), meaning="a pydantic mixin")
-      for owner in (
-        "MoEGeneral",
-        "DeepSeekMoE",
-        "MlaAttention",
-        "YarnRope",
-        "Qwen3Next",
-        "LayoutAndSharding",
-        "GrainDataset",
-        "Tokenizer",
-        "Optimizer",
-      )
+      for owner in dict.fromkeys(field.owner for field in FIELDS)
     ),
   )
 
-  def __init__(
-    self,
-    fields: Sequence[Field],
-    model_names: Sequence[str],
-    validate: Mapping[str, Callable[[Any], None]],
-    masked: Callable[[Any], dict[str, Any]],
-  ):
+  def __init__(self, model_names: Sequence[str], on_config: Callable[[Any], None]):
     super().__init__()
-    self.fields = tuple(fields)
     self.model_names = tuple(model_names)
-    self.validate = validate
-    self.masked = masked
+    self.on_config = on_config
     self.added: tuple[str, ...] = ()
 
   def apply(self) -> None:
     from maxtext.configs import types
 
     touched: set[Any] = set()
-    self.patches.also(lambda: rebuild(touched))  # noted first, hence done last, once everything is as it was
-    absent = [field for field in self.fields if field.name not in types.MaxTextConfig.model_fields]
+    self.patches.callback(lambda: rebuild(touched))  # noted first, hence done last, once everything is as it was
+    absent = [field for field in FIELDS if field.name not in types.MaxTextConfig.model_fields]
     for field in absent:
       touched |= self._add_field(types, field)
     self.added = tuple(field.name for field in absent)
     touched |= self._add_model_names(types)
-    for name, validate in self.validate.items():
-      self._wrap_validator(getattr(types, name), _VALIDATORS[name], validate)
+    for name, (validator, validate) in _VALIDATORS.items():
+      self._wrap_validator(getattr(types, name), validator, validate)
       touched.add(getattr(types, name))
     rebuild(touched)
 
@@ -109,7 +93,7 @@ class ConfigFieldsSeam(Seam):
     )
     owners = descendants(types, getattr(types, field.owner))
     for owner in owners:
-      self._set_field(owner, field.name, info)
+      self.patches.item(owner.model_fields, field.name, info)
     return owners
 
   def _add_model_names(self, types: ModuleType) -> set[Any]:
@@ -124,21 +108,8 @@ class ConfigFieldsSeam(Seam):
     for owner in owners:
       info = copy.copy(owner.model_fields["model_name"])
       info.annotation = widened
-      self._set_field(owner, "model_name", info)
+      self.patches.item(owner.model_fields, "model_name", info)
     return owners
-
-  def _set_field(self, owner: Any, name: str, info: Any) -> None:
-    """Sets a field of one pydantic class."""
-    before = owner.model_fields.get(name)
-    owner.model_fields[name] = info
-
-    def undo() -> None:
-      if before is None:
-        del owner.model_fields[name]
-      else:
-        owner.model_fields[name] = before
-
-    self.patches.also(undo)
 
   def _wrap_validator(self, cls: Any, name: str, validate: Callable[[Any], None]) -> None:
     """Runs our rules before MaxText's, and MaxText's with masked values."""
@@ -147,15 +118,12 @@ class ConfigFieldsSeam(Seam):
 
     def validated(config: Any) -> Any:
       validate(config)
-      with _shown(config, self.masked(config)):
+      if validation.is_ling2(config):
+        self.on_config(config)
+      with _shown(config, validation.validation_overrides(config)):
         return original.func(config)
 
-    validators[name] = dataclasses.replace(original, func=validated)
-
-    def undo() -> None:
-      validators[name] = original
-
-    self.patches.also(undo)
+    self.patches.item(validators, name, dataclasses.replace(original, func=validated))
 
 
 @contextlib.contextmanager

@@ -6,19 +6,21 @@ import inspect
 import sys
 from typing import Any
 
+from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import Conflict, StandDown
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.patches import Conflict, SupersededByHost
+from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.host.seams.config_fields import descendants, rebuild
 
 _TARGET = "maxtext.common.common_types:DecoderBlockType"
+_MEMBER = "LING2"
 
 
 class DecoderBlockSeam(Seam):
-  """Adds `member = value` to `DecoderBlockType`.
+  """Adds `LING2 = "ling2"` to `DecoderBlockType`.
 
   Raises on `apply`:
-    StandDown: MaxText's own source defines the value.
+    SupersededByHost: MaxText's own source defines the value.
     Conflict: somebody else added it at run time.
   """
 
@@ -32,31 +34,26 @@ class DecoderBlockSeam(Seam):
     ),
   )
 
-  def __init__(self, member: str, value: str):
-    super().__init__()
-    self.member = member
-    self.value = value
-
   def apply(self) -> None:
     from maxtext.common.common_types import DecoderBlockType
 
-    if self.value in DecoderBlockType._value2member_map_ or self.member in DecoderBlockType._member_map_:
-      if f'"{self.value}"' in inspect.getsource(DecoderBlockType):
-        raise StandDown(f"this MaxText brings the decoder block '{self.value}' itself")
-      raise Conflict(f"the decoder block '{self.value}' was already added to DecoderBlockType by another plugin")
+    if DECODER_BLOCK in DecoderBlockType._value2member_map_ or _MEMBER in DecoderBlockType._member_map_:
+      if f'"{DECODER_BLOCK}"' in inspect.getsource(DecoderBlockType):
+        raise SupersededByHost(f"this MaxText brings the decoder block '{DECODER_BLOCK}' itself")
+      raise Conflict(f"the decoder block '{DECODER_BLOCK}' was already added to DecoderBlockType by another plugin")
     import aenum
 
-    aenum.extend_enum(DecoderBlockType, self.member, self.value)
-    self.patches.also(functools.partial(_remove, DecoderBlockType, self.member, self.value))
+    aenum.extend_enum(DecoderBlockType, _MEMBER, DECODER_BLOCK)
+    self.patches.callback(functools.partial(_remove, DecoderBlockType))
 
 
-def _remove(cls: Any, member: str, value: str) -> None:
-  """Takes a member out of an enum again; the standard library keeps it in these four places."""
-  cls._member_names_.remove(member)
-  del cls._member_map_[member]
-  del cls._value2member_map_[value]
-  if member in cls.__dict__:
-    type.__delattr__(cls, member)
+def _remove(cls: Any) -> None:
+  """Takes the member out of the enum again; the standard library keeps it in these four places."""
+  cls._member_names_.remove(_MEMBER)
+  del cls._member_map_[_MEMBER]
+  del cls._value2member_map_[DECODER_BLOCK]
+  if _MEMBER in cls.__dict__:
+    type.__delattr__(cls, _MEMBER)
   types = sys.modules.get("maxtext.configs.types")
   if types is not None:  # its compiled schemas know the member
     rebuild(descendants(types, types.ModelArchitecture))

@@ -1,51 +1,41 @@
 """Seams: the step of DiLoCo, which MaxText builds without `get_functional_train_with_signature`, and its checkpoint."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.contract import expect
+from maxtext_ling2.host.patches import Call
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 from maxtext_ling2.host.seams.train_step import StepWrapper
-
-_DILOCO = "maxtext.trainers.diloco.diloco"
-_CHECKPOINT = "maxtext.trainers.diloco.utils.spmd_diloco_checkpointing"
 
 
 class DilocoSeam(Seam):
-  """Gives each replica of a run of the plugin's decoder block the plugin's step.
+  """Gives each replica of a LING2 run LING2's step.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
     train: `train(train_step, config)` returns the step of a replica; as of `TrainStepSeam`.
     synchronised: `synchronised(step, config)` returns the step of all replicas, made of MaxText's.
   """
 
   name = "DiLoCo"
-  module = _DILOCO
-  expectations = (Expectation(f"{_DILOCO}:build_diloco_train_step", parameters=("config", "train_step", "mesh")),)
+  module = "maxtext.trainers.diloco.diloco"
+  use = Use("enable_diloco=true", lambda config: config.enable_diloco, "set enable_diloco=false")
+  expectations = expect(module, "build_diloco_train_step(config, train_step, mesh)")
 
-  def __init__(self, decoder_block: str, train: StepWrapper, synchronised: StepWrapper):
+  def __init__(self, train: StepWrapper, synchronised: StepWrapper):
     super().__init__()
-    self.decoder_block = decoder_block
     self.train = train
     self.synchronised = synchronised
 
-  def apply(self) -> None:
-    from maxtext.trainers.diloco import diloco
+  def handlers(self) -> Handlers:
+    return {"build_diloco_train_step": self._build}
 
-    self.patches.wrap(diloco, "build_diloco_train_step", self._build)
-
-  def _build(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    call = bound(original, args, kwargs)
-    config, step = call.arguments["config"], call.arguments["train_step"]
-    if getattr(config.decoder_block, "value", config.decoder_block) != self.decoder_block:
-      return original(*args, **kwargs)
+  def _build(self, call: Call) -> Any:
+    config, step = call.config, call["train_step"]
     if not isinstance(step, functools.partial):
       raise TypeError(f"build_diloco_train_step got {step!r} and not a functools.partial of MaxText's train step")
-    call.arguments["train_step"] = functools.partial(self.train(step.func, config), *step.args, **step.keywords)
-    return self.synchronised(original(*call.args, **call.kwargs), config)
+    call["train_step"] = functools.partial(self.train(step.func, config), *step.args, **step.keywords)
+    return self.synchronised(call.original(), config)
 
 
 class DilocoCheckpointSeam(Seam):
@@ -54,30 +44,25 @@ class DilocoCheckpointSeam(Seam):
   MaxText 0.2.5 cannot restore what DiLoCo saved, of no model, so that there is nothing to take off again.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
     ending: the last keys of a bias's path.
   """
 
   name = "DiLoCo checkpoint"
-  module = _CHECKPOINT
-  expectations = (Expectation(f"{_CHECKPOINT}:to_diloco_checkpoint_dict", parameters=("state", "config")),)
+  module = "maxtext.trainers.diloco.utils.spmd_diloco_checkpointing"
+  use = Use("enable_diloco=true", lambda config: config.enable_diloco, "set enable_diloco=false")
+  expectations = expect(module, "to_diloco_checkpoint_dict(state, config)")
 
-  def __init__(self, decoder_block: str, ending: tuple[str, ...]):
+  def __init__(self, ending: tuple[str, ...]):
     super().__init__()
-    self.decoder_block, self.ending = decoder_block, ending
+    self.ending = ending
 
-  def apply(self) -> None:
-    from maxtext.trainers.diloco.utils import spmd_diloco_checkpointing as checkpoint
+  def handlers(self) -> Handlers:
+    return {"to_diloco_checkpoint_dict": self._store}
 
-    self.patches.wrap(checkpoint, "to_diloco_checkpoint_dict", self._store)
-
-  def _store(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+  def _store(self, call: Call) -> Any:
     from flax import traverse_util
 
-    stored = original(*args, **kwargs)
-    config = bound(original, args, kwargs).arguments.get("config")
-    if config is None or getattr(config.decoder_block, "value", config.decoder_block) != self.decoder_block:
-      return stored
+    stored = call.original()
     weights = traverse_util.flatten_dict(stored["params"]["params"])
     each = traverse_util.flatten_dict(stored["inner_state"]["params"]["params"])
     biases = {path: _of_all(leaf) for path, leaf in each.items() if path[-len(self.ending) :] == self.ending}

@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
-from maxtext_ling2.host.seams.weight_variables import _stored
-
-_CHECKPOINTING = "maxtext.common.checkpointing"
-_CREATION = "maxtext.utils.model_creation_utils"
+from maxtext_ling2.host.contract import expect
+from maxtext_ling2.host.patches import Call
+from maxtext_ling2.host.seam import Handlers, Seam, Use
+from maxtext_ling2.host.seams.weight_variables import stored_weights
 
 
 class FormerNamesSeam(Seam):
@@ -26,19 +23,13 @@ class FormerNamesSeam(Seam):
   """
 
   name = "former names"
-  module = _CHECKPOINTING
-  expectations = (
-    Expectation(
-      f"{_CHECKPOINTING}:load_params_from_path", parameters=("load_parameters_from_path", "abstract_unboxed_params")
-    ),
-    Expectation(
-      f"{_CHECKPOINTING}:load_state_if_possible",
-      parameters=(
-        *("checkpoint_manager", "load_parameters_from_path", "load_full_state_from_path", "abstract_unboxed_pre_state"),
-        "step",
-      ),
-    ),
-    Expectation(f"{_CHECKPOINTING}:latest_step", parameters=("checkpoint_manager",)),
+  module = "maxtext.common.checkpointing"
+  expectations = expect(
+    module,
+    "load_params_from_path(load_parameters_from_path, abstract_unboxed_params)",
+    "load_state_if_possible(checkpoint_manager, load_parameters_from_path, load_full_state_from_path, "
+    "abstract_unboxed_pre_state, step)",
+    "latest_step(checkpoint_manager)",
   )
 
   def __init__(self, names: Mapping[str, str]):
@@ -52,25 +43,24 @@ class FormerNamesSeam(Seam):
     self.patches.wrap(checkpointing, "load_state_if_possible", self._load_state)
 
   def _load_params(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    call = bound(original, args, kwargs)
-    path, abstract = (call.arguments[name] for name in ("load_parameters_from_path", "abstract_unboxed_params"))
+    call = Call(original, args, kwargs)
+    path, abstract = call["load_parameters_from_path"], call["abstract_unboxed_params"]
     if not self._need_renaming(path, abstract):
       return original(*args, **kwargs)
-    call.arguments["abstract_unboxed_params"] = self._with_former_names(abstract)
-    return _renamed(original(*call.args, **call.kwargs), self.names)
+    call["abstract_unboxed_params"] = self._with_former_names(abstract)
+    return _renamed(call.original(), self.names)
 
   def _load_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from flax import nnx
 
-    call = bound(original, args, kwargs)
-    call.apply_defaults()
-    path, abstract = _state_folder(call.arguments), call.arguments["abstract_unboxed_pre_state"]
+    call = Call(original, args, kwargs)
+    path, abstract = _state_folder(call), call["abstract_unboxed_pre_state"]
     if path is None or not self._need_renaming(path, abstract):
       return original(*args, **kwargs)
     if not isinstance(abstract, nnx.State):
       raise CheckpointError(_refusal(path, self.names, "DiLoCo"))
-    call.arguments["abstract_unboxed_pre_state"] = self._with_former_names(abstract)
-    restored, params = original(*call.args, **call.kwargs)
+    call["abstract_unboxed_pre_state"] = self._with_former_names(abstract)
+    restored, params = call.original()
     if isinstance(restored, dict):
       return restored | {"items": _renamed(restored["items"], self.names)}, params
     return _renamed(restored, self.names), params
@@ -87,34 +77,32 @@ class FormerNamesErrorSeam(Seam):
   """Refuses checkpoints with former names where `from_pretrained` loads: MaxEngine, fine-tuning.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
     names: as for `FormerNamesSeam`.
   """
 
   name = "former names in from_pretrained"
-  module = _CREATION
-  expectations = (Expectation(f"{_CREATION}:from_pretrained", parameters=("config",)),)
+  module = "maxtext.utils.model_creation_utils"
+  use = Use("load_parameters_path", lambda config: config.load_parameters_path, "leave load_parameters_path out")
+  expectations = expect(module, "from_pretrained(config)")
 
-  def __init__(self, decoder_block: str, names: Mapping[str, str]):
+  def __init__(self, names: Mapping[str, str]):
     super().__init__()
-    self.decoder_block, self.names = decoder_block, dict(names)
+    self.names = dict(names)
 
-  def apply(self) -> None:
-    from maxtext.utils import model_creation_utils
+  def handlers(self) -> Handlers:
+    return {"from_pretrained": self._load}
 
-    self.patches.wrap(model_creation_utils, "from_pretrained", self._load)
-
-  def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
-    path, block = config.load_parameters_path, getattr(config.decoder_block, "value", config.decoder_block)
-    if block == self.decoder_block and path and has_former_names(path, self.names):
+  def _load(self, call: Call) -> Any:
+    path = call.config.load_parameters_path
+    if path and has_former_names(path, self.names):
       raise CheckpointError(_refusal(path, self.names, "from_pretrained"))
-    return original(config, *rest, **kwargs)
+    return call.original()
 
 
 def has_former_names(path: Any, names: Iterable[str]) -> bool:
   """Whether weights of a checkpoint (a step's folder or its `items`) are in modules of these names."""
   try:
-    weights = _stored(str(path))
+    weights = stored_weights(str(path))
   except (OSError, ValueError):  # MaxText says what is wrong with a path that it cannot read
     return False
   return any(not set(names).isdisjoint(map(str, weight)) for weight in weights)
@@ -127,16 +115,16 @@ def _refusal(path: Any, names: Iterable[str], reader: str) -> str:
   )
 
 
-def _state_folder(arguments: Mapping[str, Any]) -> Any:
+def _state_folder(call: Call) -> Any:
   """The folder from which MaxText loads a whole training state, or None: it loads weights alone, or nothing."""
   from maxtext.common import checkpointing
 
-  manager, step = arguments["checkpoint_manager"], arguments["step"]
+  manager, step = call["checkpoint_manager"], call.get("step", -1)
   if manager is not None:
     step = checkpointing.latest_step(manager) if step < 0 else step
     if step is not None:
       return manager.directory / str(step)
-  return None if arguments["load_parameters_from_path"] else arguments["load_full_state_from_path"] or None
+  return None if call["load_parameters_from_path"] else call["load_full_state_from_path"] or None
 
 
 def _words(tree: Any) -> set[str]:

@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _PACKAGE = "maxtext.checkpoint_conversion.utils"
 TABLES = {
@@ -23,7 +24,8 @@ class HfTablesSeam(Seam):
   Only processes that convert have them: in others MaxText would take HF_IDS for the place of a tokenizer.
 
   Args:
-    entries: gives table name (a key of `TABLES`) -> model name -> entry, when it is needed.
+    entries: gives, for a model name -> its yml, table name (a key of `TABLES`) -> model name -> entry.
+    ymls: the ymls of LING2's models by name.
   """
 
   name = "Hugging Face tables"
@@ -34,12 +36,13 @@ class HfTablesSeam(Seam):
     for table, module in TABLES.items()
   )
 
-  def __init__(self, entries: Callable[[], Mapping[str, Mapping[str, Any]]]):
+  def __init__(self, entries: Callable[[Mapping[str, Path]], Mapping[str, Mapping[str, Any]]], ymls: Mapping[str, Path]):
     super().__init__()
     self.entries = entries
+    self.ymls = ymls
 
   def apply(self) -> None:
-    for table, additions in self.entries().items():
+    for table, additions in self.entries(self.ymls).items():
       mapping = getattr(importlib.import_module(TABLES[table]), table)
       for model_name, entry in additions.items():
         self.patches.entry(mapping, model_name, entry)

@@ -5,60 +5,56 @@ is put before the documents that this stream is made of, so order, sharding, shu
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.configs import documents
+from maxtext_ling2.host.contract import Expectation, expect
+from maxtext_ling2.host.patches import Call
+from maxtext_ling2.host.seam import Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
 _SOURCES = "maxtext.input_pipeline._mmap_datasource"
 
 
 class MmapDocumentsSeam(Seam):
-  """Puts `config.bos_id` before documents.
-
-  Args:
-    decoder_block: the plugin's value of `decoder_block`; other models' documents stay as they are.
-    inserts_bos: whether a MaxText config of that block asks for it.
-  """
+  """Puts `config.bos_id` before the documents of LING2 runs."""
 
   name = "mmap documents"
   module = _GRAIN
+  use = Use(
+    "add_bos=true, packing=true and grain_file_type=mmap", documents.inserts_bos, "set add_bos=false or take other data"
+  )
   expectations = (
-    Expectation(f"{_GRAIN}:_build_dataset_config", parameters=("config",)),
+    *expect(_GRAIN, "_build_dataset_config(config)"),
     Expectation(
       f"{_SOURCES}:MMapDatasetConfig",
       holds=lambda kind: "eod_id" in {field.name for field in dataclasses.fields(kind)},
       meaning="a dataclass with the field eod_id",
     ),
-    Expectation(f"{_SOURCES}:create_mmap_source", parameters=("path_prefix", "split_sentences", "seq_length", "eod_id")),
-    Expectation(f"{_SOURCES}:_resolve_bin_prefixes", parameters=("bin_paths",)),
-    Expectation(f"{_SOURCES}:MMapIndexedDataSource.doc_token_counts"),
-    Expectation(f"{_SOURCES}:MMapIndexedDataSource.check_eod_presence", parameters=("eod_id", "mode_label")),
-    Expectation(f"{_SOURCES}:MultiShardMMapIndexedDataSource", parameters=("path_prefixes", "split_sentences")),
-    Expectation(f"{_SOURCES}:MMapSampleIndexDataSource", parameters=("inner_source", "seq_length", "eod_id")),
+    *expect(
+      _SOURCES,
+      "create_mmap_source(path_prefix, split_sentences, seq_length, eod_id)",
+      "_resolve_bin_prefixes(bin_paths)",
+      "MMapIndexedDataSource.doc_token_counts",
+      "MMapIndexedDataSource.check_eod_presence(eod_id, mode_label)",
+      "MultiShardMMapIndexedDataSource(path_prefixes, split_sentences)",
+      "MMapSampleIndexDataSource(inner_source, seq_length, eod_id)",
+    ),
   )
-
-  def __init__(self, decoder_block: str, inserts_bos: Callable[[Any], bool]):
-    super().__init__()
-    self.decoder_block = decoder_block
-    self.inserts_bos = inserts_bos
 
   def apply(self) -> None:
     from maxtext.input_pipeline import _mmap_datasource, grain_data_processing
 
-    self.patches.wrap(grain_data_processing, "_build_dataset_config", self._describe)
+    self.patches.wrap_for_ling2(grain_data_processing, "_build_dataset_config", _describe)
     self.patches.wrap(_mmap_datasource, "create_mmap_source", _source)
 
-  def _describe(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-    config = bound(original, args, kwargs).arguments["config"]
-    description = original(*args, **kwargs)
-    block = getattr(config.decoder_block, "value", config.decoder_block)
-    if description is None or block != self.decoder_block or not self.inserts_bos(config):
-      return description
-    return dataclasses.replace(description, eod_id=_EodThenBos(description.eod_id, config.bos_id))
+
+def _describe(call: Call) -> Any:
+  """As MaxText's `_build_dataset_config`, with an EOD that brings the BOS."""
+  description = call.original()
+  if description is None or not documents.inserts_bos(call.config):
+    return description
+  return dataclasses.replace(description, eod_id=_EodThenBos(description.eod_id, call.config.bos_id))
 
 
 class _EodThenBos(int):
@@ -74,16 +70,16 @@ class _EodThenBos(int):
 
 def _source(original: Any, *args: Any, **kwargs: Any) -> Any:
   """As MaxText's `create_mmap_source`, with a BOS before each document if the EOD brings one."""
-  call = bound(original, args, kwargs).arguments
+  call = Call(original, args, kwargs)
   if not isinstance(call["eod_id"], _EodThenBos):
     return original(*args, **kwargs)
   import grain
   from maxtext.input_pipeline import _mmap_datasource
 
   prefixes = _mmap_datasource._resolve_bin_prefixes(call["path_prefix"].strip())
-  documents = _mmap_datasource.MultiShardMMapIndexedDataSource(prefixes, split_sentences=call["split_sentences"])
+  source = _mmap_datasource.MultiShardMMapIndexedDataSource(prefixes, split_sentences=call["split_sentences"])
   rows = _mmap_datasource.MMapSampleIndexDataSource(
-    DocumentsAfterBos(documents, call["eod_id"].bos_id), seq_length=call["seq_length"], eod_id=int(call["eod_id"])
+    DocumentsAfterBos(source, call["eod_id"].bos_id), seq_length=call["seq_length"], eod_id=int(call["eod_id"])
   )
   return grain.MapDataset.source(rows)
 

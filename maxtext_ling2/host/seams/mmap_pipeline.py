@@ -8,9 +8,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.configs import documents
+from maxtext_ling2.host.contract import Expectation, expect
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 
 _GRAIN = "maxtext.input_pipeline.grain_data_processing"
 _TRANSFORMS = "maxtext.input_pipeline.input_pipeline_utils"
@@ -19,43 +19,25 @@ _PARAMETERS = ("dataset", "config", "text_column", "grain_worker_count", "grain_
 
 
 class MmapPipelineSeam(Seam):
-  """For the plugin's decoder block, builds the pipeline of the same transforms with a token for padding, `pad_id`.
-
-  Args:
-    decoder_block: the plugin's value of `decoder_block`.
-  """
+  """Builds LING2's pipeline of the same transforms with a token for padding, `pad_id`."""
 
   name = "mmap pipelines"
   module = _GRAIN
+  use = Use("grain_file_type=mmap or mmap_npy", documents.reads_mmap, "take other data")
   expectations = (
     Expectation(f"{_GRAIN}:_mmap_pretrain_pipeline", parameters=_PARAMETERS),
-    Expectation(
-      f"{_GRAIN}:_make_mmap_multiprocessing_options",
-      parameters=("dataset", "config", "grain_worker_count", "grain_per_worker_buffer_size"),
-    ),
     Expectation(f"{_TRANSFORMS}:MegatronSplitInputsTargets", parameters=_MASKS),
     Expectation(f"{_TRANSFORMS}:GenerateDocSegmentIds", parameters=_MASKS),
-    Expectation(f"{_TRANSFORMS}:ShiftData", parameters=("ignored_ids", "axis")),
-    Expectation(f"{_TRANSFORMS}:Rekey"),
-    Expectation(f"{_TRANSFORMS}:megatron_min_segment_length", parameters=("config",)),
-    Expectation("maxtext.input_pipeline.data_processing_utils:get_local_batch_size", parameters=("config",)),
+    *expect(
+      _GRAIN,
+      "_make_mmap_multiprocessing_options(dataset, config, grain_worker_count, grain_per_worker_buffer_size)",
+    ),
+    *expect(_TRANSFORMS, "ShiftData(ignored_ids, axis)", "Rekey", "megatron_min_segment_length(config)"),
+    *expect("maxtext.input_pipeline.data_processing_utils", "get_local_batch_size(config)"),
   )
 
-  def __init__(self, decoder_block: str):
-    super().__init__()
-    self.decoder_block = decoder_block
-
-  def apply(self) -> None:
-    from maxtext.input_pipeline import grain_data_processing
-
-    self.patches.wrap(grain_data_processing, "_mmap_pretrain_pipeline", self._build)
-
-  def _build(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-    call = bound(original, args, kwargs).arguments
-    block = getattr(call["config"].decoder_block, "value", call["config"].decoder_block)
-    if block != self.decoder_block:
-      return original(*args, **kwargs)
-    return _pipeline(*(call[name] for name in _PARAMETERS))
+  def handlers(self) -> Handlers:
+    return {"_mmap_pretrain_pipeline": lambda call: _pipeline(*(call[name] for name in _PARAMETERS))}
 
 
 def _pipeline(

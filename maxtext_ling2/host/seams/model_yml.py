@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote, unquote
 
+from maxtext_ling2.configs.fields import DEFAULTS
+from maxtext_ling2.configs.validation import BASE_OVERRIDES, DECODER_BLOCK
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
-from maxtext_ling2.host.request import asks_for, requested
+from maxtext_ling2.host.contract import Expectation, expect
+from maxtext_ling2.host.request import mentions, requested_models
+from maxtext_ling2.host.seam import Seam
 from maxtext_ling2.maxtext_api import overrides
 
 _PYCONFIG = "maxtext.configs.pyconfig"
@@ -32,42 +34,31 @@ class ModelYmlSeam(Seam):
   Args:
     folder: the plugin's configs folder.
     model_names: the models whose ymls it holds.
-    field_defaults: the plugin's fields, which no base yml names, with their defaults.
-    decoder_block: the plugin's value of `decoder_block`.
-    instead_of_base: for fields of MaxText: the value that the plugin's models take unless the user gives one himself.
   """
 
   name = "model yml"
   module = _PYCONFIG
   expectations = (
-    Expectation(f"{_PYCONFIG}:_resolve_or_infer_config", parameters=("argv", "kwargs")),
-    Expectation(f"{_PYCONFIG}:_load_config", parameters=("config_name",)),
-    Expectation(f"{_PYCONFIG}:_prepare_for_pydantic", parameters=("raw_keys", "config_class")),
+    *expect(
+      _PYCONFIG,
+      "_resolve_or_infer_config(argv, kwargs)",
+      "_load_config(config_name)",
+      "_prepare_for_pydantic(raw_keys, config_class)",
+      "yaml_key_to_env_key(s)",
+      "initialize(argv)",  # wrapped by RequestHook, too, which notices that a process asks for LING2
+    ),
     Expectation(f"{_PYCONFIG}:MAXTEXT_CONFIGS_DIR", holds=os.path.isdir, meaning="a folder"),
-    Expectation(f"{_PYCONFIG}:yaml_key_to_env_key", parameters=("s",)),
-    # Where the guard stands; without it a process that asks for LING2 would not be noticed.
-    Expectation(f"{_PYCONFIG}:initialize", parameters=("argv",)),
     # Misspelt fields are looked up in these, for every model.
     Expectation(f"{_TYPES}:ModelName", holds=lambda value: bool(get_args(value)), meaning="a Literal"),
     Expectation(f"{_TYPES}:MaxTextConfig", holds=_has_fields, meaning="a pydantic model"),
     Expectation(f"{_TYPES}:RLConfig", holds=_has_fields, meaning="a pydantic model"),
   )
 
-  def __init__(
-    self,
-    folder: Path,
-    model_names: Sequence[str],
-    field_defaults: dict[str, Any],
-    decoder_block: str,
-    instead_of_base: dict[str, str],
-  ):
+  def __init__(self, folder: Path, model_names: Sequence[str]):
     super().__init__()
     self.folder = folder
     self.model_names = tuple(model_names)
-    self.field_defaults = field_defaults
-    self.names = (*self.model_names, decoder_block)
-    self.decoder_block = decoder_block
-    self.instead_of_base = instead_of_base
+    self.names = (*self.model_names, DECODER_BLOCK)
 
   def apply(self) -> None:
     from maxtext.configs import pyconfig
@@ -80,10 +71,10 @@ class ModelYmlSeam(Seam):
   def _resolve(self, original: Callable[..., Any], argv: list[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
     """Returns the base config's path, redirected into the plugin's folder for a plugin model, and the words."""
     path, words = original(argv, *rest, **kwargs)
-    settings = requested(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
+    settings = requested_models(["", path, *words], {**kwargs, "base_config": None}, self._configs_folder)
     self._refuse_environment(settings)
-    mine = settings_of_the_user(path, self._configs_folder) if asks_for(settings, self.names) else {}
-    if asks_for(settings, self.names):
+    mine = settings_of_the_user(path, self._configs_folder) if mentions(settings, self.names) else {}
+    if mentions(settings, self.names):
       words = [*words, *self._unless_given(mine, words, kwargs)]
     model_name = settings.get("model_name")
     if model_name in self.model_names:
@@ -100,7 +91,7 @@ class ModelYmlSeam(Seam):
   def _unless_given(self, mine: dict[str, Any], words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
     """Words that replace what MaxText's own base yml says."""
     return overrides.join(
-      {field: value for field, value in self.instead_of_base.items() if not is_given(field, mine, words, kwargs)}
+      {field: value for field, value in BASE_OVERRIDES.items() if not is_given(field, mine, words, kwargs)}
     )
 
   def _refuse_environment(self, settings: dict[str, str]) -> None:
@@ -122,7 +113,7 @@ class ModelYmlSeam(Seam):
     config = original(path, *rest, **kwargs)
     from maxtext.configs import pyconfig
 
-    for field, default in self.field_defaults.items():
+    for field, default in DEFAULTS.items():
       if pyconfig.yaml_key_to_env_key(field) in os.environ and field not in config:
         config[field] = default
     return config
@@ -140,7 +131,7 @@ class ModelYmlSeam(Seam):
     """
     name, block = raw_keys.get("model_name"), raw_keys.get("decoder_block")
     block = getattr(block, "value", block)
-    if name in self.model_names and block != self.decoder_block:
+    if name in self.model_names and block != DECODER_BLOCK:
       raise ValueError(
         f"model_name={name}: this run has decoder_block={block}, so its yml was not read, or was overridden; pass "
         f"model_name={name} on the command line, or in a yml as a line of its own, and no decoder_block"
@@ -152,7 +143,7 @@ class ModelYmlSeam(Seam):
 
     fields = {*types.MaxTextConfig.model_fields, *types.RLConfig.model_fields}
     for key in (key for key in raw_keys if key not in fields):
-      close = difflib.get_close_matches(key, self.field_defaults, n=1, cutoff=0.8)
+      close = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.8)
       if close:
         raise ValueError(f"{key}={raw_keys[key]}: MaxText has no field of this name; did you mean '{close[0]}'?")
     name, known = raw_keys.get("model_name"), get_args(types.ModelName)

@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.seam import Seam
 
 _ENGINE = "maxtext.inference.maxengine.maxengine"
 _FIELDS = ("tokens_idx", "valid_idx", "length_idx", "samples_per_slot")

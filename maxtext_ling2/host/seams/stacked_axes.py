@@ -6,10 +6,9 @@ MaxText recognises such tensors by the name `local_layers` in their key, and sta
 from collections.abc import Callable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.contract import expect
+from maxtext_ling2.host.seam import Seam
 
-_TENSORS = "maxtext.checkpoint_conversion.utils.tensor_handling"
 _MAXTEXTS = "-local_layers"
 
 
@@ -21,9 +20,9 @@ class StackedAxesSeam(Seam):
   """
 
   name = "stacked axes"
-  module = _TENSORS
+  module = "maxtext.checkpoint_conversion.utils.tensor_handling"
   needed_for_training = False
-  expectations = (Expectation(f"{_TENSORS}:stacked_axes", parameters=("mt_key", "config", "depth")),)
+  expectations = expect(module, "stacked_axes(mt_key, config, depth)")
 
   def __init__(self, module: str):
     super().__init__()

@@ -1,7 +1,7 @@
-"""Seam: the command `maxtext.checkpoint_conversion.to_huggingface`, for the plugin's decoder block.
+"""Seam: the command `maxtext.checkpoint_conversion.to_huggingface`, for LING2.
 
-MaxText's command loads the checkpoint, lets each tensor through its tables, and saves a dict of all of them. For the
-plugin's models these steps pass on names only; the last one lets the plugin write the folder from the opened checkpoint.
+MaxText's command loads the checkpoint, maps each tensor through its tables, and saves a dict of all of them. For LING2
+these steps only carry placeholders; the last one writes the folder from the opened checkpoint.
 The functions are bound by the command when it starts, so they are replaced in the module they come from.
 """
 
@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import CommandExpectation, Expectation
-from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.contract import CommandExpectation, expect
+from maxtext_ling2.host.patches import Call
+from maxtext_ling2.host.seam import Seam
 
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
 _COMMAND = "maxtext.checkpoint_conversion.to_huggingface"
@@ -47,10 +48,9 @@ class _Opened(dict[str, _Pending]):
 
 
 class ToHuggingFaceSeam(Seam):
-  """Lets the plugin export its own models.
+  """Exports LING2 models.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
     open_checkpoint: `open_checkpoint(path, config)` returns an `Exporter`; raises if the checkpoint does not fit.
   """
 
@@ -58,18 +58,18 @@ class ToHuggingFaceSeam(Seam):
   module = _UTILS
   needed_for_training = False
   expectations = (
-    Expectation(f"{_UTILS}:load_orbax_checkpoint", parameters=("config",)),
-    Expectation(f"{_UTILS}:detect_and_extract_checkpoint", parameters=("checkpoint_dict",)),
-    Expectation(f"{_UTILS}:process_maxtext_param", parameters=("maxtext_param_key", "maxtext_param_weight", "param_map")),
-    Expectation(
-      f"{_UTILS}:save_model_files", parameters=("weight_arrays", "config", "tokenizer", "processor", "output_dir")
+    *expect(
+      _UTILS,
+      "load_orbax_checkpoint(config)",
+      "detect_and_extract_checkpoint(checkpoint_dict)",
+      "process_maxtext_param(maxtext_param_key, maxtext_param_weight, param_map)",
+      "save_model_files(weight_arrays, config, tokenizer, processor, output_dir)",
     ),
     CommandExpectation(f"{_COMMAND}:main", parameters=("argv",)),
   )
 
-  def __init__(self, decoder_block: str, open_checkpoint: Callable[[str, Any], Exporter]):
+  def __init__(self, open_checkpoint: Callable[[str, Any], Exporter]):
     super().__init__()
-    self.decoder_block = decoder_block
     self.open_checkpoint = open_checkpoint
 
   def apply(self) -> None:
@@ -81,7 +81,7 @@ class ToHuggingFaceSeam(Seam):
     self.patches.wrap(utils, "save_model_files", self._save)
 
   def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
-    ours = getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block
+    ours = is_ling2(config)
     _replace_tokenizers(ours)
     if not ours:
       return original(config, *rest, **kwargs)
@@ -103,14 +103,14 @@ class ToHuggingFaceSeam(Seam):
   def _process(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not any(isinstance(value, _Pending) for value in (*args, *kwargs.values())):
       return original(*args, **kwargs)
-    call = bound(original, args, kwargs).arguments
+    call = Call(original, args, kwargs)
     return [(call["maxtext_param_key"], call["maxtext_param_weight"])]
 
   def _save(self, original: Callable[..., Any], weight_arrays: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     first = next(iter(weight_arrays.values()), None)
     if not isinstance(first, _Pending):
       return original(weight_arrays, *args, **kwargs)
-    call = bound(original, (weight_arrays, *args), kwargs).arguments
+    call = Call(original, (weight_arrays, *args), kwargs)
     output_dir, tokenizer = call["output_dir"], call["tokenizer"]
     gc.unfreeze()
     if "://" in output_dir:

@@ -1,4 +1,4 @@
-"""Seam: the command `maxtext.checkpoint_conversion.to_maxtext`, for the plugin's decoder block.
+"""Seam: the command `maxtext.checkpoint_conversion.to_maxtext`, for LING2.
 
 MaxText's command gives each tensor a lazy stand-in and saves all with `save_weights_to_checkpoint`, which holds the whole
 model. That function is replaced. It knows neither the Hugging Face folder nor `--save_dtype`; these are local to the
@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from maxtext_ling2.configs.validation import is_ling2
 from maxtext_ling2.errors import CheckpointError
-from maxtext_ling2.host.contract import CommandExpectation, Expectation
-from maxtext_ling2.host.patches import bound, running
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.contract import CommandExpectation, Expectation, expect
+from maxtext_ling2.host.patches import Call, running
+from maxtext_ling2.host.seam import Seam
 
-_HANDLERS = "orbax.checkpoint.type_handlers"
 _UTILS = "maxtext.checkpoint_conversion.utils.utils"
 _TABLES = "maxtext.checkpoint_conversion.utils.param_mapping"
 _COMMAND = "maxtext.checkpoint_conversion.to_maxtext"
@@ -36,54 +36,32 @@ class Request:
   save_dtype: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """Where and how the checkpoint is to be stored.
-
-  Attributes:
-    folder: of the step.
-    ocdbt: whether in TensorStore's database.
-    zarr3: whether in version 3 of zarr.
-  """
-
-  folder: str
-  ocdbt: bool
-  zarr3: bool
-
-
 class ToMaxTextSeam(Seam):
-  """Lets the plugin convert its own models.
+  """Streams the weights of LING2 models.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
-    check: `check(request, config, target)` raises if the folder does not fit.
-    convert: `convert(request, config, target)` writes the checkpoint.
+    check: `check(folder, config, target, save_dtype)` raises if the Hugging Face folder does not fit.
+    convert: `convert(folder, config, target, save_dtype, ocdbt, zarr3)` writes the checkpoint into the folder `target`.
   """
 
   name = "to_maxtext"
   module = _UTILS
   needed_for_training = False
   expectations = (
-    Expectation(
-      f"{_UTILS}:save_weights_to_checkpoint",
-      parameters=("maxtext_model_path", "jax_weights", "device_count", "use_ocdbt", "use_zarr3", "config"),
+    *expect(
+      _UTILS,
+      "save_weights_to_checkpoint(maxtext_model_path, jax_weights, device_count, use_ocdbt, use_zarr3, config)",
     ),
-    Expectation("maxtext.configs.pyconfig:initialize", parameters=("argv",)),
+    *expect("maxtext.configs.pyconfig", "initialize(argv)"),
     CommandExpectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
-    # The command looks a model up in the tables before it configures it: without ours it would not come to the guard.
+    # The command looks a model up in the tables before it configures it: without ours it would not get to `RequestHook`.
     Expectation(f"{_TABLES}:PARAM_MAPPING", holds=lambda value: isinstance(value, dict), meaning="a dict"),
     # What the streaming writer (checkpoint/orbax_store.py) overrides; a private method, so that its change must be told.
-    Expectation(f"{_HANDLERS}:NumpyHandler._open_and_write", parameters=("value", "tspec", "ts_context")),
+    *expect("orbax.checkpoint.type_handlers", "NumpyHandler._open_and_write(value, tspec, ts_context)"),
   )
 
-  def __init__(
-    self,
-    decoder_block: str,
-    check: Callable[[Request, Any, Target], None],
-    convert: Callable[[Request, Any, Target], None],
-  ):
+  def __init__(self, check: Callable[..., Any], convert: Callable[..., None]):
     super().__init__()
-    self.decoder_block = decoder_block
     self.check = check
     self.convert = convert
     self.request: Request | None = None
@@ -93,18 +71,15 @@ class ToMaxTextSeam(Seam):
     from maxtext.configs import pyconfig
 
     self.patches.wrap(pyconfig, "initialize", self._initialize)
-    self.patches.wrap(utils, "save_weights_to_checkpoint", self._save)
+    self.patches.wrap_for_ling2(utils, "save_weights_to_checkpoint", self._save)
 
   def _initialize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Configures, and checks the folder if it is the command that asks, for one of the plugin's models."""
+    """Configures, and checks the folder if it is the command that asks, for a LING2 model."""
     config = original(*args, **kwargs)
     arguments = running("main", _ARGUMENTS)
     if arguments is not None:
-      self.request = self._requested(arguments, config) if self._is_ours(config) else None
+      self.request = self._requested(arguments, config) if is_ling2(config) else None
     return config
-
-  def _is_ours(self, config: Any) -> bool:
-    return bool(getattr(config.decoder_block, "value", config.decoder_block) == self.decoder_block)
 
   def _requested(self, arguments: dict[str, Any], config: Any) -> Request:
     folder = arguments["hf_model_path"]
@@ -125,19 +100,17 @@ class ToMaxTextSeam(Seam):
       )
     request = Request(folder, arguments["save_dtype"])
     output = config.base_output_directory or f"tmp/{config.run_name}"  # MaxText's own rule
-    self.check(request, config, _target(output, config.checkpoint_storage_use_ocdbt, config.checkpoint_storage_use_zarr3))
+    self.check(request.folder, config, _step_folder(output), request.save_dtype)
     return request
 
-  def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    call = bound(original, args, kwargs).arguments
-    config, request, self.request = call.get("config"), self.request, None
-    if config is None or not self._is_ours(config) or request is None:
-      return original(*args, **kwargs)
-    target = _target(call["maxtext_model_path"], call["use_ocdbt"], call["use_zarr3"])
-    return self.convert(request, config, target)
+  def _save(self, call: Call) -> Any:
+    request, self.request = self.request, None
+    if request is None:
+      return call.original()
+    target = _step_folder(call["maxtext_model_path"])
+    return self.convert(request.folder, call.config, target, request.save_dtype, call["use_ocdbt"], call["use_zarr3"])
 
 
-def _target(output: str, ocdbt: bool, zarr3: bool) -> Target:
+def _step_folder(output: str) -> str:
   """MaxText saves a converted checkpoint as step 0."""
-  output = output if "://" in output else os.path.abspath(output)
-  return Target(os.path.join(output, "0"), ocdbt, zarr3)
+  return os.path.join(output if "://" in output else os.path.abspath(output), "0")

@@ -2,8 +2,8 @@
 
 MaxText stores `nnx.Param` under `params/params` and every other variable under `nnx_aux`, where only a full resume looks:
 loading the weights of a training checkpoint (fine-tuning, decoding) then misses them. A variable whose metadata has
-`MARK` is stored with the weights instead, wherever MaxText writes or reads a training state. Its place on disk is so the
-same whether it is trained, and the same in training and converted checkpoints.
+`MARK` is stored with the weights instead, wherever MaxText writes or reads a training state. Its location on
+disk is therefore the same whether or not it is trained, and in training and converted checkpoints alike.
 
 A checkpoint that lacks such a variable can be loaded all the same: it keeps its initial value, and the log says so.
 """
@@ -11,15 +11,12 @@ A checkpoint that lacks such a variable can be loaded all the same: it keeps its
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from maxtext_ling2.host.contract import Expectation
-from maxtext_ling2.host.patches import bound
-from maxtext_ling2.host.registry import Seam
+from maxtext_ling2.host.contract import expect
+from maxtext_ling2.host.patches import Call
+from maxtext_ling2.host.seam import Handlers, Seam, Use
 
 MARK = "stored_with_weights"
 
-_STATE = "maxtext.common.train_state_nnx"
-_CHECKPOINTING = "maxtext.common.checkpointing"
-_CREATION = "maxtext.utils.model_creation_utils"
 _SHOWN = 3
 
 
@@ -27,11 +24,8 @@ class WeightVariablesSeam(Seam):
   """Moves marked variables from `nnx_aux` to `params/params` on disk."""
 
   name = "weight variables"
-  module = _STATE
-  expectations = (
-    Expectation(f"{_STATE}:split_for_checkpoint", parameters=("state",)),
-    Expectation(f"{_STATE}:to_checkpoint_dict", parameters=("state",)),
-  )
+  module = "maxtext.common.train_state_nnx"
+  expectations = expect(module, "split_for_checkpoint(state)", "to_checkpoint_dict(state)")
 
   def apply(self) -> None:
     from maxtext.common import train_state_nnx
@@ -43,13 +37,12 @@ class WeightLoadingSeam(Seam):
   """Lets a checkpoint without marked variables be loaded."""
 
   name = "weight loading"
-  module = _CHECKPOINTING
-  expectations = (
-    Expectation(
-      f"{_CHECKPOINTING}:load_params_from_path", parameters=("load_parameters_from_path", "abstract_unboxed_params")
-    ),
-    Expectation(f"{_CHECKPOINTING}:load_state_if_possible"),
-    Expectation(f"{_CHECKPOINTING}:_normalize_checkpoint_root", parameters=("path_str",)),
+  module = "maxtext.common.checkpointing"
+  expectations = expect(
+    module,
+    "load_params_from_path(load_parameters_from_path, abstract_unboxed_params)",
+    "load_state_if_possible",
+    "_normalize_checkpoint_root(path_str)",
   )
 
   def apply(self) -> None:
@@ -65,40 +58,40 @@ class PretrainedWeightsSeam(Seam):
   That function cannot leave out a variable of the model, so the model is built without: at zero a bias changes nothing.
 
   Args:
-    decoder_block: the plugin's value of `decoder_block`.
-    switch: the config field that is true where the model has the variables.
-    ending: the last keys of their paths.
+    ending: the last keys of a bias's path.
   """
 
   name = "pretrained weights"
-  module = _CREATION
+  module = "maxtext.utils.model_creation_utils"
+  use = Use(
+    "load_parameters_path and routed_bias=true",
+    lambda config: config.load_parameters_path and config.routed_bias,
+    "leave load_parameters_path out",
+  )
   expectations = (
-    Expectation(f"{_CREATION}:from_pretrained", parameters=("config",)),
-    Expectation("maxtext.configs.pyconfig:HyperParameters", parameters=("pydantic_config",)),
+    *expect(module, "from_pretrained(config)"),
+    *expect("maxtext.configs.pyconfig", "HyperParameters(pydantic_config)"),
   )
 
-  def __init__(self, decoder_block: str, switch: str, ending: tuple[str, ...]):
+  def __init__(self, ending: tuple[str, ...]):
     super().__init__()
-    self.decoder_block, self.switch, self.ending = decoder_block, switch, ending
+    self.ending = ending
 
-  def apply(self) -> None:
-    from maxtext.utils import model_creation_utils
+  def handlers(self) -> Handlers:
+    return {"from_pretrained": self._load}
 
-    self.patches.wrap(model_creation_utils, "from_pretrained", self._load)
-
-  def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
-    block = getattr(config.decoder_block, "value", config.decoder_block)
-    path = config.load_parameters_path
-    if block == self.decoder_block and path and getattr(config, self.switch) and not self._has(path):
+  def _load(self, call: Call) -> Any:
+    config, path = call.config, call.config.load_parameters_path
+    if path and config.routed_bias and not self._has(path):
       from maxtext.configs import pyconfig
       from maxtext.utils import max_logging
 
       max_logging.warning(f"LING2: {path} has no router biases: the model is built without, as if they were 0")
-      config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update={self.switch: False}))
-    return original(config, *rest, **kwargs)
+      call["config"] = pyconfig.HyperParameters(config._pydantic_config.model_copy(update={"routed_bias": False}))
+    return call.original()
 
   def _has(self, path: str) -> bool:
-    return any(key[-len(self.ending) :] == self.ending for key in _stored(path))
+    return any(key[-len(self.ending) :] == self.ending for key in stored_weights(path))
 
 
 def _marked(variable: Any) -> bool:
@@ -123,21 +116,21 @@ def _load_params(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
   """MaxText's weights-only load, without the marked variables that the checkpoint does not have."""
   from flax import nnx
 
-  call = bound(original, args, kwargs)
-  path, abstract = (call.arguments[name] for name in ("load_parameters_from_path", "abstract_unboxed_params"))
+  call = Call(original, args, kwargs)
+  path, abstract = call["load_parameters_from_path"], call["abstract_unboxed_params"]
   if not isinstance(abstract, nnx.State):
     return original(*args, **kwargs)
   flat = nnx.to_flat_state(abstract)
   marked = {tuple(key) for key, variable in flat if _marked(variable)}
-  absent = marked - _stored(path) if marked else set()
+  absent = marked - stored_weights(path) if marked else set()
   if absent:
     _say_initialised(path, absent)
     kept = nnx.from_flat_state([(key, variable) for key, variable in flat if tuple(key) not in absent])
-    call.arguments["abstract_unboxed_params"] = kept
-  return original(*call.args, **call.kwargs)
+    call["abstract_unboxed_params"] = kept
+  return call.original()
 
 
-def _stored(path: str) -> set[tuple[Any, ...]]:
+def stored_weights(path: str) -> set[tuple[Any, ...]]:
   """Paths of all weights in a checkpoint, in every collection."""
   from etils import epath
   from flax.traverse_util import flatten_dict

@@ -9,13 +9,13 @@ from types import ModuleType
 from typing import Any
 
 from maxtext_ling2.host.patches import Patches
-from maxtext_ling2.host.request import asks_for, requested
+from maxtext_ling2.host.request import mentions, requested_models
 
 MODULE = "maxtext.configs.pyconfig"
 _CALLS = ("initialize", "initialize_pydantic")
 
 
-class Guard:
+class RequestHook:
   """Calls `on_request` before MaxText configures one of the models or decoder blocks `names`."""
 
   def __init__(self, names: Sequence[str], on_request: Callable[[], None]):
@@ -32,6 +32,6 @@ class Guard:
         self.patches.wrap(module, call, self._pass)
 
   def _pass(self, original: Callable[..., Any], argv: list[str] | None = None, *args: Any, **kwargs: Any) -> Any:
-    if asks_for(requested(argv, kwargs, self._configs_folder), self.names):
+    if mentions(requested_models(argv, kwargs, self._configs_folder), self.names):
       self.on_request()
     return original(argv, *args, **kwargs)
