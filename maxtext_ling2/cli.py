@@ -265,8 +265,8 @@ def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()
   if path is None:
     return
   if path.is_dir() or not path.parent.is_dir():
-    why = "is a folder" if path.is_dir() else f"needs the folder {path.parent}, which does not exist"
-    raise ValueError(f"{option} {path}: it {why}; name a file in a folder that exists")
+    why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+    raise ValueError(f"{option} {path}: {why}; name a file in a folder that exists")
   if suffixes and path.suffix not in suffixes:
     raise ValueError(f"{option} {path}: not the name of a picture; use one that ends in {' or '.join(suffixes)}")
 

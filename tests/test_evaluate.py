@@ -153,7 +153,7 @@ def test_the_offset_that_wrote_a_text_is_found(sure, written, offset, monkeypatc
   assert found.scores[0].tokens == COUNT and found.blocks == 32
   right, wrong = (found.scores[k].loss for k in (offset, 1 - offset))
   assert right + 0.1 < wrong and right < found.frequency_entropy
-  given = {"decay_offset": 1} if offset else {"words": ["gla_decay_layer_offset=1"]}
+  given = {"decay_offset": 1} if offset else {"overrides": ["gla_decay_layer_offset=1"]}
   assert evaluate.evaluate(sure, text, length=LENGTH, **given).nats == pytest.approx(found.scores[1].nats, rel=1e-6)
 
 

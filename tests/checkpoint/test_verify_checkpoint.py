@@ -37,12 +37,12 @@ def test_a_conversion_is_bit_equal(tmp_path, scan, save_dtype):
 def test_one_wrong_element_is_found(tmp_path):
   folder = folders.write(tmp_path / "hf", "F32")
   config = converted(folder, tmp_path / "0", "float32", scan_layers=True)
-  tensors = folders.read(folder)
-  tensors[NAME][3, 4] += 0.5
-  folders.save_file(tensors, folder / "model.safetensors")
+  weights = folders.read(folder)
+  weights[NAME][3, 4] += 0.5
+  folders.save_file(weights, folder / "model.safetensors")
   wrong = [report for report in tensors.compare(tmp_path / "0", folder, config) if not report.passed]
   (report,) = wrong
-  assert (report.name, report.different, report.elements) == (NAME, 1, tensors[NAME].size)
+  assert (report.name, report.different, report.elements) == (NAME, 1, weights[NAME].size)
   assert report.max_abs_error == pytest.approx(0.5, abs=1e-6)
 
 
