@@ -1,5 +1,7 @@
 """Scanned layers compute what unrolled layers compute, with the same weights: through MaxText's own train step."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -66,20 +68,18 @@ def test_layouts(layers, cycle, dense):
   np.testing.assert_allclose(scanned[real], unrolled[real], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_layers", range(2, 22))
-@pytest.mark.parametrize("cycle", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("dense", [0, 1, 2, 6])
-def test_layout_covers_every_layer_once(num_layers, cycle, dense):
-  if dense > num_layers:
-    return
-  layout = ScanLayout.of(num_layers, cycle, dense)
-  before, after = layout.unrolled
-  scanned = [i for i in range(num_layers) if layout.place(i) is not None]
-  assert sorted([*before, *scanned, *after]) == list(range(num_layers))
-  for layer in scanned:
-    assert not is_dense(layer, dense)
-    assert is_mla(layer, num_layers, cycle) == (layout.place(layer)[1] == cycle - 1)
-  assert all(is_mla(layer, num_layers, cycle) for layer in after)
+def test_layout_covers_every_layer_once():
+  for cycle, dense in itertools.product((1, 2, 3, 5, 8), (0, 1, 2, 6)):
+    for num_layers in range(max(2, dense), 22):
+      case = f"{num_layers=} {cycle=} {dense=}"
+      layout = ScanLayout.of(num_layers, cycle, dense)
+      before, after = layout.unrolled
+      scanned = [i for i in range(num_layers) if layout.place(i) is not None]
+      assert sorted([*before, *scanned, *after]) == list(range(num_layers)), case
+      for layer in scanned:
+        assert not is_dense(layer, dense), case
+        assert is_mla(layer, num_layers, cycle) == (layout.place(layer)[1] == cycle - 1), case
+      assert all(is_mla(layer, num_layers, cycle) for layer in after), case
 
 
 REMAT = {"base_num_decoder_layers": 6, "mtp_num_layers": 0, "scan_layers": True, **SETTINGS}
