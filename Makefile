@@ -5,9 +5,10 @@ READY := $(VENV)/.maxtext-ling2-ready
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 
-.PHONY: help setup test test-all demo docs docs-test dist interop lint format bench clean always
+.PHONY: help setup test-quick test test-all demo docs docs-test dist interop lint format bench clean always
 help:
 	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
+	@echo "make test-quick the tests of pure functions, in under a minute"
 	@echo "make test       the tests, without the slow ones (ARGS='-k gla' passes arguments to pytest)"
 	@echo "make test-all   all tests"
 	@echo "make demo       train LING2 on real text and draw the loss curve"
@@ -28,6 +29,9 @@ $(READY): pyproject.toml constraints.txt scripts/set_up $(wildcard site_files/*)
 	@touch $@
 
 # Environment (CPU, cache of compiled programs): tests/conftest.py, so that pytest by hand has the same.
+test-quick: $(READY)
+	$(PYTEST) -n $(WORKERS) -m "unit and not slow" $(ARGS)
+
 test: $(READY)
 	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
@@ -40,7 +44,10 @@ demo: $(READY)
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 
-docs-test: $(READY)
+docs-test-quick: $(READY)
+	$(PYTEST) -n $(WORKERS) -m "unit and not slow" $(ARGS)
+
+test: $(READY)
 	$(BIN)/python scripts/docs_test $(ARGS)
 
 dist: $(READY)

@@ -32,6 +32,13 @@ def _random_generator():
     sys.modules["jax"].config.update("jax_default_prng_impl", "threefry2x32")
 
 
+def pytest_ignore_collect(collection_path, config):
+  """`-m unit` imports the files of unit tests alone: importing the others imports MaxText, which takes 15 seconds."""
+  if config.getoption("markexpr").startswith("unit") and collection_path.name.startswith("test_"):
+    return "mark.unit" not in collection_path.read_text() or None
+  return None
+
+
 KINDS = {
   "test_drift_in_the_source": "in the source",
   "test_environment": "environment",

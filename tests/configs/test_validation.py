@@ -8,6 +8,8 @@ from hostile.bad_settings import RULES
 from maxtext_ling2.configs import unsupported, validation
 from maxtext_ling2.host import session
 
+pytestmark = pytest.mark.unit
+
 GOOD = [
   {},
   {"group_norm_size": 1},

@@ -14,6 +14,8 @@ from maxtext_ling2.host.contract import Expectation
 from maxtext_ling2.host.patches import Conflict, StandDown
 from maxtext_ling2.host.registry import Registry, Seam, State
 
+pytestmark = pytest.mark.unit
+
 NUMBERS = itertools.count()
 FIRST = "def answer():\n  return 1\n"
 PYCONFIG = "def initialize(argv=None, **kwargs):\n  return argv, kwargs\n"

@@ -9,6 +9,8 @@ from maxtext_ling2.configs.fields import GLA_BACKENDS
 from maxtext_ling2.ops.gla import gla
 from maxtext_ling2.ops.gla.api import backends
 
+pytestmark = pytest.mark.unit
+
 
 def test_auto_is_chunked_on_a_cpu():
   case = make_case(140, 3, 8, segments=True)

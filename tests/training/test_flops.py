@@ -28,6 +28,7 @@ def published(name):
   )  # fmt: skip
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", SHAPES)
 def test_active_parameters(name):
   """Two operations a parameter, and the embedding table, which is looked up."""
@@ -36,6 +37,7 @@ def test_active_parameters(name):
   assert active == pytest.approx(SHAPES[name][-1], rel=0.005)
 
 
+@pytest.mark.unit
 def test_ling2_by_hand():
   c = published("ling2")
   forward = forward_flops(c)
@@ -46,6 +48,7 @@ def test_ling2_by_hand():
   assert weights == pytest.approx(3 * forward.weights * 4096 / 1e12)
 
 
+@pytest.mark.unit
 def test_linear_attention_is_linear_and_softmax_attention_quadratic_in_length():
   c = published("ling2")
   short = forward_flops(c)
@@ -54,6 +57,7 @@ def test_linear_attention_is_linear_and_softmax_attention_quadratic_in_length():
   assert long.gla == short.gla and long.weights == short.weights and long.mla == 2 * short.mla
 
 
+@pytest.mark.unit
 def test_mtp_adds_projection_layer_and_head():
   c = published("ling2")
   without = forward_flops(c).weights
