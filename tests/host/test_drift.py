@@ -175,7 +175,7 @@ ALL = [case for found in AT_RUN_TIME.values() for case in found]
 FIRST = [case for found in AT_RUN_TIME.values() for case in first(found)]
 
 
-@parametrize(ALL, every=2)
+@parametrize(ALL, often=FIRST)
 def test_changed_at_run_time(stock, case, caplog):
   with changed(case):
     before = stock.objects()
