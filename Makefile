@@ -5,11 +5,13 @@ READY := $(VENV)/.maxtext-ling2-ready
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 
-.PHONY: help setup test test-all demo docs docs-test dist interop lint format bench clean always
+.PHONY: help setup test-quick test test-all coverage demo docs docs-test dist interop lint format bench clean always
 help:
 	@echo "make setup      create $(VENV) and install everything into it (PYTHON=... names the interpreter)"
+	@echo "make test-quick the tests of pure functions, in under a minute"
 	@echo "make test       the tests, without the slow ones (ARGS='-k gla' passes arguments to pytest)"
 	@echo "make test-all   all tests"
+	@echo "make coverage   the tests of 'make test', and which lines of the package they do not run"
 	@echo "make demo       train LING2 on real text and draw the loss curve"
 	@echo "make docs       build the pages into build/site"
 	@echo "make docs-test  run the commands of README and docs that are marked so"
@@ -28,11 +30,18 @@ $(READY): pyproject.toml constraints.txt scripts/set_up $(wildcard site_files/*)
 	@touch $@
 
 # Environment (CPU, cache of compiled programs): tests/conftest.py, so that pytest by hand has the same.
+test-quick: $(READY)
+	$(PYTEST) -n $(WORKERS) -m "unit and not slow" $(ARGS)
+
 test: $(READY)
 	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(READY)
 	$(PYTEST) -n $(WORKERS) $(ARGS)
+
+coverage: $(READY)
+	@mkdir -p .cache
+	$(PYTEST) -n $(WORKERS) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 demo: $(READY)
 	$(BIN)/maxtext-ling2 demo $(ARGS)

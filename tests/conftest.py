@@ -32,6 +32,53 @@ def _random_generator():
     sys.modules["jax"].config.update("jax_default_prng_impl", "threefry2x32")
 
 
+def pytest_ignore_collect(collection_path, config):
+  """`-m unit` imports the files of unit tests alone: importing the others imports MaxText, which takes 15 seconds."""
+  if config.getoption("markexpr").startswith("unit") and collection_path.name.startswith("test_"):
+    return "mark.unit" not in collection_path.read_text() or None
+  return None
+
+
+LONGEST = (
+  "training/test_accumulation.py",
+  "training/test_resume.py",
+  "model/test_oracle_trailing_mtp.py",
+  "model/test_oracle_one_cycle.py",
+  "test_meshes.py",
+  "training/test_balancing.py",
+  "host/test_engine.py",
+  "test_generate.py",
+  "training/test_diloco.py",
+  "checkpoint/test_trainer_checkpoints.py",
+  "ops/test_pallas_tpu.py",
+  "training/test_scan.py",
+  "training/test_optimizers.py",
+  "checkpoint/test_round_trip.py",
+  "hostile/test_bad_inputs.py",
+  "ops/test_chunked.py",
+  "checkpoint/test_commands.py",
+  "training/test_two_processes.py",
+  "test_stock.py",
+  "ops/test_fused_stages.py",
+  "training/test_ring_of_experts.py",
+  "plan/test_command.py",
+  "model/test_fused_layer.py",
+  "model/test_mtp.py",
+  "test_evaluate.py",
+  "training/test_stock_command.py",
+  "host/test_drift_in_the_source.py",
+  "host/test_drift.py",
+)
+"""Files of a minute and more, the longest first."""
+
+
+def pytest_collection_modifyitems(config, items):
+  """xdist gives a worker whole files, in this order: with the longest first, both workers end at about the same time."""
+  if hasattr(config, "workerinput"):
+    places = {f"tests/{file}": place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
 KINDS = {
   "test_drift_in_the_source": "in the source",
   "test_environment": "environment",

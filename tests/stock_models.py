@@ -1,4 +1,4 @@
-"""Prints digests of what stock models are and compute in this process: python tests/stock_models.py. See test_stock.py.
+"""Prints digests of what stock models are and compute here: stock_models.py FIELDS [MODEL ...] (test_stock.py).
 
 For a dense model, a DeepSeek mixture of experts and Qwen3-Next, at tiny sizes: the config, the parameter tree, forward
 logits and one optimizer step.
@@ -94,8 +94,8 @@ def look(name, settings, ours):
 
 
 def main():
-  ours = set(sys.argv[1].split(","))
-  result = {name: look(name, settings, ours) for name, settings in MODELS.items()}
+  ours, names = set(sys.argv[1].split(",")), sys.argv[2:]
+  result = {name: look(name, MODELS[name], ours) for name in names or MODELS}
   result["plugin"] = "maxtext_ling2" in sys.modules
   print("RESULT " + json.dumps(result))
 

@@ -20,6 +20,8 @@ from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
 from maxtext_ling2.demo.train import Run
 
+pytestmark = pytest.mark.unit
+
 TRAINER = """
 import json, os, pathlib, sys, time
 folder, losses, then = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]

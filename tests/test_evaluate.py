@@ -141,7 +141,7 @@ def state_offset(folder, target, offset):
   return target
 
 
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("offset", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_offset_that_wrote_a_text_is_found(sure, written, offset, monkeypatch):
   opened = []
   original = saved_model._weights_of
@@ -157,6 +157,7 @@ def test_the_offset_that_wrote_a_text_is_found(sure, written, offset, monkeypatc
   assert evaluate.evaluate(sure, text, length=LENGTH, **given).nats == pytest.approx(found.scores[1].nats, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_cannot_tell(sure, written):
   """Random weights on a text that nobody wrote: of small logits the losses are alike, of large ones both are bad."""
   text = text_of(np.arange(COUNT) * 7 % 380)
@@ -168,6 +169,7 @@ def test_cannot_tell(sure, written):
   assert "it has 99 scored tokens, and 128 are needed" in found.undecided
 
 
+@pytest.mark.slow
 def test_command(sure, written, tmp_path):
   file = tmp_path / "text"
   file.write_bytes(text_of(written[1]).encode())
@@ -197,7 +199,7 @@ def test_two_values_for_one_setting(sure, option):
 # What the folder says
 
 
-@pytest.mark.parametrize("stated", [0, 1])
+@pytest.mark.parametrize("stated", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_folder_that_states_its_offset(sure, written, tmp_path, caplog, stated):
   folder, text = state_offset(sure, tmp_path / "hf", stated), text_of(written[stated])
   assert saved_model.open_model(folder, None, None, {}).config.gla_decay_layer_offset == stated

@@ -205,6 +205,7 @@ def test_text_ends_at_each_end_token(tmp_path, greedy):
 # Multi-token prediction
 
 
+@pytest.mark.slow
 def test_mtp_weights_that_are_not_wanted(greedy):
   """A folder with MTP weights, opened without: the same text and the same loss."""
   words = ["mtp_num_layers=0"]
@@ -239,10 +240,10 @@ def test_commands(tmp_path):
 @pytest.mark.parametrize(
   ("case", "scan"),
   [
-    ("one_cycle", ["--scan"]),
-    ("trailing_mtp", []),
+    ("trailing_mtp", ["--scan"]),
+    pytest.param("trailing_mtp", [], marks=pytest.mark.slow),
     pytest.param("one_cycle", [], marks=pytest.mark.slow),
-    pytest.param("trailing_mtp", ["--scan"], marks=pytest.mark.slow),
+    pytest.param("one_cycle", ["--scan"], marks=pytest.mark.slow),
   ],
 )
 def test_verify_by_decoding(case, scan):

@@ -28,6 +28,7 @@ def recorded(case):
   return loss_parity.recorded(case)
 
 
+@pytest.mark.slow
 def test_maxtext_meets_the_bars(run, case, recorded):
   ours = run.train(case.tokens[:STEPS])
   differences = loss_parity.compare(ours, recorded["losses"]["0"])

@@ -143,6 +143,23 @@ class Run:
       metrics = self._evaluate(self.state, dict(data))
     return {name: np.asarray(value) for name, value in metrics["scalar"].items()}
 
+  def forward(self, data):
+    """Logits [B, T, V], traced anew: with what a test has replaced in the model, and waiting for its callbacks."""
+    import jax
+    from flax import nnx
+
+    names = ("inputs", "inputs_position", "inputs_segmentation")
+    targets = {"decoder_target_tokens": data["targets"], "decoder_target_mask": data["targets_segmentation"]}
+
+    def run(state):
+      network = nnx.merge(self.graph, state, copy=True).model
+      return network(*(data[name] for name in names), enable_dropout=False, **targets)
+
+    with self.context():
+      logits = jax.jit(run)(self.state)
+    jax.effects_barrier()
+    return np.asarray(logits)
+
   def weights(self):
     """Current weights by per-layer path, the same in every layout."""
     return per_layer(self.config, self.flat("model"))

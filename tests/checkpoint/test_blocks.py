@@ -6,6 +6,8 @@ import pytest
 
 from maxtext_ling2.checkpoint import blocks, mapping, safetensors_file, stacking, stock_tables
 
+pytestmark = pytest.mark.unit
+
 SETTINGS = {"scan_layers": True, "enable_routed_bias_grad": False}
 
 

@@ -97,6 +97,7 @@ def test_to_maxtext_and_back(converted, tmp_path):
   assert written["pad_token_id"] is None  # the official default, 156892, is beyond this vocabulary
 
 
+@pytest.mark.slow
 def test_training_starts_at_the_oracles_loss(converted, tmp_path):
   """Three steps from the converted checkpoint; the first loss is that of the recorded logits of the official code."""
   with np.load(folders.GOLDEN / converted.case / "io_short.npz") as recorded:

@@ -333,6 +333,7 @@ def without(folder, *prefixes):
   save_file(kept, folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_verify_leaves_mtp_out_too(tmp_path):
   """The command, on a fine-tuned folder, with MaxText's own conversion in between."""
   folder = folders.write(tmp_path / "hf", files=2, num_nextn_predict_layers=1)

@@ -14,6 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from maxtext_ling2.checkpoint import exported_code, hf_config, hf_keys
 from maxtext_ling2.errors import CheckpointError
 
+pytestmark = pytest.mark.unit
+
 LEFT_TO_TRANSFORMERS = (
   *("quantization_config", "quantization", "compression_config", "pruned_heads", "chunk_size_feed_forward"),
   *("is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),

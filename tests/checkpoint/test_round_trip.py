@@ -46,7 +46,9 @@ def to_hf(checkpoint, config, target, dtype, tokenizer=None):
   return folders.read(target)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unscanned", "scanned"])
+@pytest.mark.parametrize(
+  "scan", [pytest.param(False, id="unscanned", marks=pytest.mark.slow), pytest.param(True, id="scanned")]
+)
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_generated_models(tmp_path, changes, scan):
   folder = folders.write(tmp_path / "hf", **changes)
@@ -75,7 +77,9 @@ def test_what_maxtexts_trainer_restores(tmp_path, case, scan):
     np.testing.assert_array_equal(np.asarray(restored[path]), value, err_msg="/".join(path))
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unscanned", "scanned"])
+@pytest.mark.parametrize(
+  "scan", [pytest.param(False, id="unscanned", marks=pytest.mark.slow), pytest.param(True, id="scanned")]
+)
 def test_from_maxtext_and_back(tmp_path, scan):
   changes = VARIANTS["trailing layers"] | {"num_nextn_predict_layers": 1}
   config = to_maxtext(folders.write(tmp_path / "hf", "F32", **changes), tmp_path / "a" / "0", "float32", scan_layers=scan)
@@ -97,7 +101,12 @@ def test_from_one_layout_to_the_other(tmp_path):
 
 @pytest.mark.parametrize(
   "storage",
-  [Storage(ocdbt, zarr3, compress) for ocdbt in (True, False) for zarr3 in (True, False) for compress in (True, False)],
+  [
+    pytest.param(Storage(ocdbt, zarr3, compress), marks=() if ocdbt == zarr3 == compress else pytest.mark.slow)
+    for ocdbt in (True, False)
+    for zarr3 in (True, False)
+    for compress in (True, False)
+  ],
   ids=lambda s: "-".join(name for name in ("ocdbt", "zarr3", "compress") if getattr(s, name)) or "plain",
 )
 def test_every_storage(tmp_path, storage):

@@ -40,8 +40,15 @@ def test_parameter_counts(model_name):
   assert with_mtp - total == pytest.approx(mtp, rel=5e-4)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unscanned", "scanned"])
-@pytest.mark.parametrize("case", folders.CASES)
+@pytest.mark.parametrize(
+  ("case", "scan"),
+  [
+    pytest.param("trailing_mtp", True, id="trailing_mtp-scanned"),
+    pytest.param("trailing_mtp", False, id="trailing_mtp-unscanned", marks=pytest.mark.slow),
+    pytest.param("one_cycle", True, id="one_cycle-scanned", marks=pytest.mark.slow),
+    pytest.param("one_cycle", False, id="one_cycle-unscanned", marks=pytest.mark.slow),
+  ],
+)
 def test_maxtexts_own_way_through_the_tables(case, scan):
   """What stock to_maxtext and to_huggingface compute with our entries, one tensor at a time."""
   from maxtext.checkpoint_conversion import to_maxtext

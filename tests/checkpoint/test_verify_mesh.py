@@ -49,7 +49,9 @@ def test_padding():
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize(("mesh", "passes"), [("context=4,tensor=2", True), ("context=2", False)])
+@pytest.mark.parametrize(
+  ("mesh", "passes"), [pytest.param("context=4,tensor=2", True, marks=pytest.mark.slow), ("context=2", False)]
+)
 def test_the_command(mesh, passes):
   """Logits and gradients of a reference, with MTP, rows and tokens that the mesh does not divide; too few devices."""
   folder = GOLDEN / "trailing_mtp"

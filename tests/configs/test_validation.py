@@ -9,6 +9,8 @@ from maxtext_ling2.configs import unsupported, validation
 from maxtext_ling2.configs.fields import DEFAULTS, FIELDS
 from maxtext_ling2.maxtext_api import session
 
+pytestmark = pytest.mark.unit
+
 GOOD = [
   {},
   {"group_norm_size": 1},

@@ -7,6 +7,8 @@ import pytest
 from maxtext_ling2.configs import unsupported, without_effect
 from maxtext_ling2.maxtext_api import session
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture(scope="module")
 def config():

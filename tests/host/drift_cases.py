@@ -91,13 +91,8 @@ AT_RUN_TIME = {kind: list(cases(kind)) for kind in ("removed", "renamed", "resig
 IN_THE_SOURCE = {"renamed": one_each("renamed"), "resigned": one_each("resigned"), "moved": each_module()}
 
 
-def parametrize(found, slow=(), every=1, always=()):
-  """The cases by their names; some run only with `make test-all` and `pytest -m drift`.
-
-  `slow` are kinds of them; of the other ones only each `every`-th runs with `make test`, and those in
-  `always`.
-  """
-  often = [*[case for case in found if case.kind not in slow][::every], *always]
+def parametrize(found, often):
+  """The cases by their names; those that are not among `often` run with `make test-all` and `pytest -m drift` alone."""
   marks = {case: [] if case in often else [pytest.mark.slow] for case in found}
   return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in found])
 

@@ -191,6 +191,7 @@ def counted(command, folder, *words):
   return [json.loads(line) for line in lines], run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_step_once_with_the_flags(tmp_path):
   steps, printed = counted(f"{COMMANDS}train", tmp_path, f"compile_xla_flags={WORDS}")
   assert steps == [["jit_train_step", FLAGS], ["jit_eval_step", FLAGS]]

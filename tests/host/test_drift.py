@@ -187,7 +187,7 @@ OF_SOME_RUNS = [case for case in ALL if case not in OF_ALL_RUNS]
 SCAN = [case for case in OF_ALL_RUNS if case.path == "apply_scanned_layers"]
 
 
-@parametrize(OF_ALL_RUNS, every=2, always=SCAN)
+@parametrize(OF_ALL_RUNS, often=[*(case for case in FIRST if case in OF_ALL_RUNS), *SCAN])
 def test_changed_at_run_time(stock, case, caplog):
   with changed(case):
     before = stock.objects()
@@ -207,7 +207,7 @@ def test_changed_at_run_time(stock, case, caplog):
   assert [record.name for record in caplog.records].count("maxtext_ling2") == 1
 
 
-@parametrize(OF_SOME_RUNS, every=2)
+@parametrize(OF_SOME_RUNS, often=OF_SOME_RUNS[::8])
 def test_changed_at_run_time_for_some_runs(stock, case, caplog, monkeypatch):
   with changed(case):
     before = {seam: stock.objects_of(seam) for seam in owners(case)}

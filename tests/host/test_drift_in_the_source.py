@@ -62,7 +62,7 @@ def test_nothing_changed(world):
   assert {seam.module for seam in REGISTRY.seams if seam.needed_for_training} <= set(world.imported)
 
 
-@parametrize([case for found in IN_THE_SOURCE.values() for case in found], slow=("resigned", "moved"), every=3)
+@parametrize([case for found in IN_THE_SOURCE.values() for case in found], often=IN_THE_SOURCE["renamed"][::12])
 def test_changed_in_the_source(world, case):
   copy(world.sources, case, world.folder / case.id / "maxtext")
   run = world.run(case, drift_runs.TRAIN, "llama2-7b")

@@ -15,6 +15,8 @@ from maxtext_ling2.host.patches import Conflict, SupersededByHost
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seam import Seam, State, Use
 
+pytestmark = pytest.mark.unit
+
 NUMBERS = itertools.count()
 FIRST = "def answer():\n  return 1\n"
 PYCONFIG = "def initialize(argv=None, **kwargs):\n  return argv, kwargs\n"

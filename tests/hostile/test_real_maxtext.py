@@ -30,7 +30,14 @@ def config(done):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("worker", [[], ["spawn"], ["fork"]], ids=["no worker", "spawn", "fork"])
+@pytest.mark.parametrize(
+  "worker",
+  [
+    pytest.param([], id="no worker", marks=pytest.mark.slow),
+    pytest.param(["spawn"], id="spawn"),
+    pytest.param(["fork"], id="fork", marks=pytest.mark.slow),
+  ],
+)
 def test_without_a_home(tmp_path, worker):
   assert config(run(tmp_path, SCRIPT, *worker)) == ["ling2-tiny", "ling2", 0, "pth"]
 

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.hostile
 STEPS = 6
 
 
+@pytest.mark.slow
 def test_a_worker_process_changes_nothing(tmp_path):
-  settings = write_documents(tmp_path) | {"save_checkpoint_on_completion": False}
+  settings = write_documents(tmp_path) | {"save_checkpoint_on_completion": False, "base_num_decoder_layers": 3}
   run(tmp_path, arguments(tmp_path, "run_0", "run_0", STEPS, **settings))
   # The command itself: grain's workers need the flags that it parses. Where one fails, MaxText ends without steps and 0.
   words = arguments(tmp_path, "run_1", "run_1", STEPS, **settings | {"grain_worker_count": 1})

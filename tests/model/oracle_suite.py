@@ -14,6 +14,10 @@ from maxtext_ling2.verify.model import Float32Model, positions_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LENGTHS = {"short": 24, "long": 80}
+SHORT_FIRST = pytest.mark.parametrize("length", ["short", pytest.param("long", marks=pytest.mark.slow)])
+FUSED = pytest.mark.parametrize(
+  ("scan", "policy"), [pytest.param(False, "full", marks=pytest.mark.slow), (True, "minimal_with_context")]
+)
 
 
 @functools.cache
@@ -88,8 +92,9 @@ class OracleSuite:
   case: ClassVar[str]
   with_mtp: ClassVar[bool]
 
-  @pytest.mark.parametrize("length", LENGTHS)
-  @pytest.mark.parametrize("offset", [1, 0])
+  @pytest.mark.parametrize(
+    ("offset", "length"), [(1, "short"), (1, "long"), (0, "short"), pytest.param(0, "long", marks=pytest.mark.slow)]
+  )
   def test_logits_and_loss(self, length, offset):
     io = recorded(self.case, f"io_{length}")
     key = "eval" if offset else "slope_noshift"
@@ -99,9 +104,7 @@ class OracleSuite:
     assert report.max_kl <= 1e-8
     assert cross_entropy(ours, io["labels"]) == pytest.approx(float(io[f"{key}.loss"]), abs=1e-5)
 
-  @pytest.mark.parametrize(
-    ("scan", "policy"), [pytest.param(False, "full", marks=pytest.mark.slow), (True, "minimal_with_context")]
-  )
+  @FUSED
   def test_fused_kernels(self, scan, policy):
     """TPU kernels, interpreted: logits with either offset, packed documents, and all gradients, rematerialised.
 
@@ -127,7 +130,7 @@ class OracleSuite:
   def test_decay_offset_matters(self):
     assert np.abs(logits(self.case, "short", 0) - logits(self.case, "short", 1)).max() > 0.1
 
-  @pytest.mark.parametrize("length", LENGTHS)
+  @SHORT_FIRST
   def test_every_layer(self, length):
     io = recorded(self.case, f"io_{length}")
     outputs = layer_outputs(model(self.case, length, 1), io["eval.hidden_states"], io["eval.embed"])
@@ -139,7 +142,7 @@ class OracleSuite:
         theirs = io[f"eval.layer{index}.topk_idx"].reshape(chosen.shape)
         np.testing.assert_array_equal(np.sort(chosen, -1), np.sort(theirs, -1), err_msg=f"layer {index}")
 
-  @pytest.mark.parametrize("length", LENGTHS)
+  @SHORT_FIRST
   def test_packed_documents_equal_each_alone(self, length):
     self.check_packed(length, model(self.case, length, 1))
 
@@ -160,7 +163,7 @@ class OracleSuite:
       np.testing.assert_allclose(part, alone[0, : len(document)], atol=1e-5, rtol=0)
       np.testing.assert_allclose(part, io[f"pack.doc{d}.logits"][0], atol=1e-4, rtol=0)
 
-  @pytest.mark.parametrize("length", LENGTHS)
+  @SHORT_FIRST
   def test_right_padding(self, length):
     io = recorded(self.case, f"io_{length}")
     real = io["pad.attention_mask"].astype(np.int32)

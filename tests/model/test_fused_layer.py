@@ -74,7 +74,8 @@ MESHES = (
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize("meshes", [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", [MESHES[:1], MESHES[1:]], ids=str)
 def test_fused_on_a_mesh_is_the_plain_composition_on_one_device(tmp_path, meshes):
   """Each device has kernels for its part."""
   cases = []

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock, loss_masks
-from tiny import Run, batch, cached_run
+from tiny import Run, batch
 
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]])
 EOD = 9
@@ -80,49 +80,58 @@ def shifted(x, segments):
   return result
 
 
+def losses_by_depth(network, block, hidden, data):
+  """The loss of each depth, from the decoder's output before its last norm [B, T, C]."""
+  segments, decoder = data["inputs_segmentation"], network.decoder
+  hidden = decoder.decoder_norm(hidden)
+  ids, targets, scored = data["inputs"], data["targets"], (data["targets_segmentation"] != 0).astype(int)
+  losses = []
+  for depth in (1, 2):
+    ids, targets, scored = (shifted(x, segments) for x in (ids, targets, scored))
+    layer = getattr(block, f"mtp_layer_{depth}")
+    hidden = layer.final_norm(
+      layer(
+        hidden,
+        network.token_embedder.embedding[...][ids],
+        position_ids=data["inputs_position"],
+        decoder_segment_ids=segments,
+        deterministic=True,
+        model_mode="train",
+      )
+    )
+    logits = hidden @ decoder.logits_dense.kernel[...]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    losses.append(-(picked * scored).sum() / scored.sum())
+  return losses
+
+
 def test_two_depths_by_hand(monkeypatch):
   """Depth 2 gets depth 1's normalised output and the token two further on; the loss is the mean over both depths."""
-  run = cached_run(**TWO)
+  run = Run(**TWO)
   data = batch(run.config, seed=3)
-  from flax import nnx
-
-  network = nnx.merge(run.graph, run.state).model
   seen = {}
   original = Ling2MultiTokenPredictionBlock.__call__
 
   def keep(self, shared_embedding, main_hidden_state, *args, **kwargs):
-    seen.update(block=self, embedding=shared_embedding, hidden=main_hidden_state, kwargs=kwargs)
+    seen.update(block=self, hidden=main_hidden_state)
     return original(self, shared_embedding, main_hidden_state, *args, **kwargs)
 
   monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "__call__", keep)
-  segments = data["inputs_segmentation"]
-  with session.model_context(run.config, run.mesh):
+
+  def by_hand(state):
+    network = nnx.merge(run.graph, state, copy=True).model
     network(
-      data["inputs"], data["inputs_position"], segments, enable_dropout=False,
+      data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False,
       decoder_target_tokens=data["targets"], decoder_target_mask=data["targets_segmentation"],
     )  # fmt: skip
-    block, decoder = seen["block"], network.decoder
-    hidden = decoder.decoder_norm(seen["hidden"])
-    ids, targets, scored = data["inputs"], data["targets"], (data["targets_segmentation"] != 0).astype(int)
-    losses = []
-    for depth in (1, 2):
-      ids, targets, scored = (shifted(x, segments) for x in (ids, targets, scored))
-      layer = getattr(block, f"mtp_layer_{depth}")
-      hidden = layer.final_norm(
-        layer(
-          hidden,
-          jnp.asarray(network.token_embedder.embedding[...])[ids],
-          position_ids=data["inputs_position"],
-          decoder_segment_ids=segments,
-          deterministic=True,
-          model_mode="train",
-        )  # fmt: skip
-      )
-      logits = hidden @ decoder.logits_dense.kernel[...]
-      picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-      losses.append(float(-(picked * scored).sum() / scored.sum()))
-  metrics = Run(**TWO).step(data)
-  assert metrics["learning/mtp_loss"] == pytest.approx(run.config.mtp_loss_scaling_factor * np.mean(losses), rel=1e-5)
+    return losses_by_depth(network, seen["block"], seen["hidden"], data)
+
+  with run.context():
+    losses = jax.jit(by_hand)(run.state)
+  monkeypatch.undo()
+  metrics = run.step(data)
+  expected = run.config.mtp_loss_scaling_factor * np.mean(losses)
+  assert metrics["learning/mtp_loss"] == pytest.approx(expected, rel=1e-5)
   assert {name for name in metrics if "mtp_layer" in name} == {
     f"learning/moe/{kind}/mtp_layer_{depth}"
     for kind in ("bias_norm", "router_bias_mean", "router_bias_std", "max_over_mean_load", "dead_expert_fraction")
@@ -132,7 +141,7 @@ def test_two_depths_by_hand(monkeypatch):
 
 def test_acceptance_rate_of_evaluation(monkeypatch):
   """Percent of scored positions where depth 1 predicts what the main head predicts one position further on."""
-  run = cached_run(**TWO, mtp_eval_target_module=1)
+  run = Run(**TWO, mtp_eval_target_module=1)
   data = batch(run.config, seed=3)
   seen = {}
   original = Ling2MultiTokenPredictionBlock._set_predictions
@@ -142,16 +151,9 @@ def test_acceptance_rate_of_evaluation(monkeypatch):
     original(self, predictions, masks)
 
   monkeypatch.setattr(Ling2MultiTokenPredictionBlock, "_set_predictions", keep)
-  from flax import nnx
-
-  network = nnx.merge(run.graph, run.state).model
-  with session.model_context(run.config, run.mesh):
-    logits = network(
-      data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False,
-      decoder_target_tokens=data["targets"], decoder_target_mask=data["targets_segmentation"],
-    )  # fmt: skip
+  logits = run.forward(data)
   rate = float(run.evaluate(data)["evaluation/mtp_acceptance_rate_percent"])
-  main = np.asarray(logits).argmax(-1)
+  main = logits.argmax(-1)
   agrees = seen["predictions"][:, :-1] == main[:, 1:]
   mask = seen["mask"][:, :-1]
   assert mask.sum() > 20

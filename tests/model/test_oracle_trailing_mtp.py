@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from oracle_suite import OracleSuite, model, recorded, tokens
+from oracle_suite import FUSED, SHORT_FIRST, OracleSuite, model, recorded, tokens
 
 from maxtext_ling2.model.mtp import Ling2MultiTokenPredictionBlock
 from maxtext_ling2.verify import comparison
@@ -13,10 +13,31 @@ class TestTrailingMtp(OracleSuite):
   case = "trailing_mtp"
   with_mtp = True
 
+  # With `make test`: what this folder adds: a trailing layer and MTP.
+
+  @pytest.mark.slow
+  @FUSED
+  def test_fused_kernels(self, scan, policy):
+    super().test_fused_kernels(scan, policy)
+
+  @pytest.mark.slow
+  def test_bfloat16_loss(self):
+    super().test_bfloat16_loss()
+
+  @pytest.mark.slow
+  @SHORT_FIRST
+  def test_packed_documents_equal_each_alone(self, length):
+    super().test_packed_documents_equal_each_alone(length)
+
+  @pytest.mark.slow
+  @SHORT_FIRST
+  def test_right_padding(self, length):
+    super().test_right_padding(length)
+
   def test_gradients_with_mtp(self):
     self.check_gradients("b1", 1, 1, self.with_mtp, recorded(self.case, "io_short")["b1.train.loss"])
 
-  @pytest.mark.parametrize("length", ["short", "long"])
+  @SHORT_FIRST
   def test_mtp_logits_and_loss(self, length, monkeypatch):
     io = recorded(self.case, f"io_{length}")
     logits, loss = mtp_outputs(monkeypatch, length, tokens(self.case, length), None)

@@ -33,9 +33,9 @@ def products(jaxpr):
   ]
 
 
-@pytest.mark.parametrize("kernels", [{"megablox": False}, {"megablox": True}], ids=str)
-def test_every_product_of_float32(kernels):
-  run = Run(**SETTINGS, **kernels)
+@pytest.mark.parametrize("megablox", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_every_product_of_float32(megablox):
+  run = Run(**SETTINGS, megablox=megablox)
   data = batch(run.config)
   with run.context():
     programs = [jax.make_jaxpr(step)(run.state, dict(data)) for step in (run.step_function, run.evaluate_function)]

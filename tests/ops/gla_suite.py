@@ -275,14 +275,14 @@ class GlaSuite:
     def scanned(x):
       return jax.lax.scan(remat(layer), x, jnp.arange(2))[0]
 
-    def unrolled(x):
+    def unscanned(x):
       return layer(layer(x, 0)[0], 1)[0]
 
     def with_gradient(layers):
       y, pull = jax.vjp(layers, case.v)
       return {"y": y, "dx": pull(case.do)[0]}
 
-    assert_close(jit(lambda: with_gradient(scanned))(), jit(lambda: with_gradient(unrolled))(), 3e-6)
+    assert_close(jit(lambda: with_gradient(scanned))(), jit(lambda: with_gradient(unscanned))(), 3e-6)
 
   @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
   def test_under_a_mesh(self, axis_type):

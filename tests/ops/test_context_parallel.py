@@ -78,14 +78,14 @@ def check(ids, ranks, dtype, tolerance, seed=0, with_state=True):
   compare(ours, expected, tolerance)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_one_document(ranks, with_state):
   check(None, ranks, jnp.float32, 1e-5, with_state=with_state)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_packed(ranks, seed):
   check(packed(seed), ranks, jnp.float32, 1e-5, seed)
 

@@ -7,6 +7,8 @@ import pytest
 
 from maxtext_ling2.ops.gla import log_decay, slopes
 
+pytestmark = pytest.mark.unit
+
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "gla_decay.npz")
 LAYERS = {"one_cycle": 5, "trailing_mtp": 7}
 OFFSETS = {"slope_noshift": 0, "slope": 1}

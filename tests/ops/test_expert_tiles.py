@@ -16,6 +16,8 @@ from benchmarks.grouped_cycles import Case, count
 from maxtext_ling2.configs.tiles import SMALLEST_ROWS
 from maxtext_ling2.ops.experts import tiles as expert_tiles
 
+pytestmark = pytest.mark.unit
+
 CHIPS = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
 WIDTHS = {"ling2": (2048, 512), "ling2.6-flash": (4096, 1024), "ling2.5-1t": (8192, 2048)}
 

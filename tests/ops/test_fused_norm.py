@@ -67,24 +67,24 @@ def error(found, expected):
 
 
 ROTATIONS = [  # length, heads, dim, rotated, norm
-  (40, 2, 128, 64, True),
   (300, 3, 128, 64, True),  # two blocks of tokens, the second beyond the end
   (300, 17, 128, 128, True),  # more columns than a block has, a number of heads that nothing divides
-  (17, 2, 256, 128, True),
   (1, 1, 128, 32, True),
   (40, 2, 128, 64, False),
   (40, 8, 32, 16, True),  # four heads fill a block
-  (300, 2, 64, 64, True),
-  (40, 16, 8, 4, False),
+  pytest.param((40, 2, 128, 64, True), marks=pytest.mark.slow),
+  pytest.param((17, 2, 256, 128, True), marks=pytest.mark.slow),
+  pytest.param((300, 2, 64, 64, True), marks=pytest.mark.slow),
+  pytest.param((40, 16, 8, 4, False), marks=pytest.mark.slow),
 ]
 GATES = [  # length, columns, groups
-  (40, 512, 4),
-  (300, 512, 1),
   (300, 4096, 8),  # two blocks of columns
   (100, 2 * 6144, 2),  # a group is wider than a block of columns, and a block of fewer tokens
   (1, 128, 1),
   (40, 128, 2),  # two groups fill a block
-  (300, 512, 16),
+  pytest.param((40, 512, 4), marks=pytest.mark.slow),
+  pytest.param((300, 512, 1), marks=pytest.mark.slow),
+  pytest.param((300, 512, 16), marks=pytest.mark.slow),
 ]
 
 

@@ -7,6 +7,8 @@ from gla_suite import error, run_with_gradients
 
 from maxtext_ling2.ops.gla import gla
 
+pytestmark = pytest.mark.unit
+
 
 def test_auto_is_chunked_on_a_cpu():
   case = make_case(140, 3, 8, segments=True)

@@ -39,9 +39,9 @@ class TestPallas(GlaSuite):
     ("length", "heads", "dim", "value_dim", "segments"),
     [
       (1, 1, 8, 8, False),
-      (2, 3, 24, 8, True),
-      (127, 1, 128, 24, True),
-      (128, 3, 24, 24, False),
+      pytest.param(2, 3, 24, 8, True, marks=pytest.mark.slow),
+      pytest.param(127, 1, 128, 24, True, marks=pytest.mark.slow),
+      pytest.param(128, 3, 24, 24, False, marks=pytest.mark.slow),
       (300, 3, 8, 24, True),
       (530, 2, 136, 130, False),  # two steps, two registers a head
     ],
@@ -49,15 +49,36 @@ class TestPallas(GlaSuite):
   def test_results_and_gradients_are_those_of_the_closed_form(self, length, heads, dim, value_dim, segments):
     self.check_shape(length, heads, dim, value_dim, segments)
 
+  @pytest.mark.slow
   @settings(**SETTINGS, max_examples=2)
   @given(cut=st.integers(1, 149), seed=st.integers(0, 99), segments=st.booleans())
   def test_a_sequence_cut_anywhere_is_one_call(self, cut, seed, segments):
     self.check_cut(cut, seed, segments)
 
+  @pytest.mark.slow
   @settings(**SETTINGS, max_examples=2)
   @given(order=st.permutations(range(4)), lengths=st.lists(st.integers(1, 45), min_size=4, max_size=4))
   def test_permuted_documents_give_permuted_outputs(self, order, lengths):
     self.check_permutation(order, lengths)
+
+  # What the other backends have with `make test`, and what the kernels share with the cases that run then.
+
+  @pytest.mark.slow
+  def test_mapped_over_another_axis(self):
+    super().test_mapped_over_another_axis()
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize("layer", [0, 79])
+  def test_decays_of_the_64_heads_of_the_large_model(self, layer):
+    super().test_decays_of_the_64_heads_of_the_large_model(layer)
+
+  @pytest.mark.slow
+  def test_an_id_that_comes_back_is_a_new_document(self):
+    super().test_an_id_that_comes_back_is_a_new_document()
+
+  @pytest.mark.slow  # with a scale, which the fused layers of the oracle have
+  def test_defaults(self):
+    super().test_defaults()
 
   @pytest.mark.slow
   def test_packed_documents_equal_each_alone(self):
@@ -67,6 +88,7 @@ class TestPallas(GlaSuite):
   def test_within_a_rematerialised_scan_over_layers(self):
     self.check_scan(lambda layer: layer)  # the interpreter has side effects, which jax.checkpoint refuses
 
+  @pytest.mark.slow
   @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto])
   def test_under_a_mesh(self, axis_type):
     super().test_under_a_mesh(axis_type)  # explicitly sharded arrays have to go through shard_map

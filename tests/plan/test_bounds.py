@@ -10,6 +10,8 @@ from maxtext_ling2.plan.collectives import Collective
 from maxtext_ling2.plan.grouped import GroupedProduct
 from maxtext_ling2.plan.operations import Operation
 
+pytestmark = pytest.mark.unit
+
 CHIP = Chip(
   "none", flops=100.0, memory=1e9, memory_bandwidth=10.0, ici_bandwidth=6.0, links=6, clock=1.0, gla_time_ratio=1.5
 )

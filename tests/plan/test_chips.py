@@ -4,6 +4,8 @@ import pytest
 
 from maxtext_ling2.plan.chips import CHIPS, TopologyError, edge_links, slice_of
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(
   ("grid", "wrap", "links"),

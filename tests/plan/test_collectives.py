@@ -4,6 +4,8 @@ import pytest
 
 from maxtext_ling2.plan.operations import read_program
 
+pytestmark = pytest.mark.unit
+
 SHARD = 256 * 128 * 4  # of float32
 GROUPS = "replica_groups={{0,1,2,3}}"
 

@@ -8,6 +8,8 @@ from maxtext_ling2.plan.chips import CHIPS
 from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
 from maxtext_ling2.training.flops import training_tflops_per_device
 
+pytestmark = pytest.mark.unit
+
 LING2 = {
   "num_decoder_layers": 20,
   "inhomogeneous_layer_cycle_interval": 5,

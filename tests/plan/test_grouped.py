@@ -10,6 +10,8 @@ from maxtext_ling2.plan.chips import CHIPS
 from maxtext_ling2.plan.grouped import GroupedProduct
 from maxtext_ling2.plan.operations import read_program
 
+pytestmark = pytest.mark.unit
+
 WIDE = GroupedProduct("gmm", 256, 32768.0, 2048, 512, "bfloat16", (512, 1024, 1024))
 """One of ling2's gate products with MaxText's default tiles, one row of 4096 tokens."""
 GRADIENT = GroupedProduct("tgmm", 8, 1024.0, 512, 256, "bfloat16", (128, 256, 128))

@@ -7,6 +7,8 @@ import pytest
 from maxtext_ling2.plan.operations import read_program
 from maxtext_ling2.plan.parts import COLLECTIVES, memory_by
 
+pytestmark = pytest.mark.unit
+
 # A loop of 3 trips that reads a slice of [3,8,128] f32 and adds it to [8,128]; a gather among 4; a reduce-scatter that
 # the TPU compiler writes as a fused all-reduce; a result in the chip's own memory, S(1); a Pallas kernel in the loop; an
 # all-gather and a gather of rows that the sparse cores do; a slice and an array fetched into the chip's memory, and an

@@ -4,6 +4,8 @@ import pytest
 
 from maxtext_ling2.plan.operations import read_program
 
+pytestmark = pytest.mark.unit
+
 
 def total(line, shapes, dtype="bf16"):
   parameters = [f"  %p{i} = {dtype}[{shape}] parameter({i})\n" for i, shape in enumerate(shapes)]

@@ -92,7 +92,7 @@ ROWS = [
   refused("use 0 or 1", param_scan_axis=2, on=SCANNED),
   equal(use_iota_embed=True),
   different("dropout", dropout_rate=0.1, enable_dropout=True),
-  equal(enable_dropout=True, quick=True),
+  equal(enable_dropout=True),
   different("soft_cap", attn_logits_soft_cap=5.0),
   refused("has no effect on LING2", rope_interleave=False),
   refused("LING2 does not have this", causal_block_size=4),

@@ -3,13 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.layer import Ling2DecoderLayer
 from tiny import Run, batch
 
-SETTINGS = {"base_num_decoder_layers": 12, "mtp_num_layers": 1, "opt_type": "sgd", "learning_rate": 0.0}
+SETTINGS = {
+  "base_num_decoder_layers": 12,
+  "first_num_dense_layers": 12,
+  "mtp_num_layers": 1,
+  "opt_type": "sgd",
+  "learning_rate": 0.0,
+}
 SETTINGS |= {"record_internal_nn_metrics": 1, "routed_bias_update_rate": 0.0}
 
 
@@ -27,13 +31,11 @@ def outputs(run, data):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Ling2DecoderLayer, "__call__", keep)
-    model = nnx.merge(run.graph, run.state).model
-    with session.model_context(run.config, run.mesh):
-      model(data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False)
-    jax.effects_barrier()
+    run.forward(data)
   return [seen[index] for index in range(run.config.num_decoder_layers)]
 
 
+@pytest.mark.slow  # test_scan.py compares these metrics of scanned and unscanned layers
 def test_every_layer_in_its_place():
   """With more than ten layers, whose names are not in the order of their numbers."""
   run = Run(**SETTINGS)
@@ -48,7 +50,7 @@ def test_every_layer_in_its_place():
 
 
 def test_mean_over_microbatches():
-  small = SETTINGS | {"base_num_decoder_layers": 2, "mtp_num_layers": 0}
+  small = SETTINGS | {"base_num_decoder_layers": 2, "first_num_dense_layers": 1, "mtp_num_layers": 0}
   half = Run(per_device_batch_size=2, **small)
   both = Run(per_device_batch_size=2, gradient_accumulation_steps=2, **small)
   data = batch(both.config)

@@ -192,7 +192,7 @@ def test_rows_that_fill_up_the_last_batch_are_padding(tmp_path, documents):
     assert (last[name][~real] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["mmap", "mmap_npy"])
+@pytest.mark.parametrize("kind", [pytest.param("mmap", marks=pytest.mark.slow), "mmap_npy"])
 def test_the_model_starts_anew_at_each_document(tmp_path, documents, kind):
   """Logits of each row of a training batch equal those of its documents, each alone at the start of a row."""
   cfg, (batch,) = read(tmp_path, documents, kind, 1, reset_attention_mask=True)

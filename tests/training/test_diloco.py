@@ -25,25 +25,39 @@ BALANCED = {"routed_bias_update_rate": 0.05, "diloco_sync_period": 2}
 STEPS = 4
 
 
+DEVICES = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def common(tmp_path_factory):
+  """(folder, settings of all runs)."""
   folder = tmp_path_factory.mktemp("diloco")
-  common = write_documents(folder) | COMMON
-  two = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-  run(
-    folder,
-    arguments(folder, "two", "two", STEPS, **common | TWO | ALIKE | PLAIN),
-    arguments(folder, "synchronised", "synchronised", STEPS, **common | TWO | BALANCED),
-    arguments(folder, "between", "between", STEPS - 1, **common | TWO | BALANCED),
-    XLA_FLAGS=two,
-  )
-  run(folder, arguments(folder, "one", "one", STEPS, **common | ALIKE | {"per_device_batch_size": 4}))
+  return folder, write_documents(folder) | COMMON
+
+
+@pytest.fixture(scope="module")
+def folder(common):
+  """Runs that end with a synchronisation, and between two."""
+  folder, settings = common
+  names = {"synchronised": STEPS, "between": STEPS - 1}
+  words = (arguments(folder, name, name, steps, **settings | TWO | BALANCED) for name, steps in names.items())
+  run(folder, *words, XLA_FLAGS=DEVICES)
   return folder
 
 
-def test_two_replicas_synchronised_each_step_are_one_with_both_batches(folder):
+@pytest.fixture(scope="module")
+def two_and_one(common):
+  """Two replicas, and one that gets the batches of both."""
+  folder, settings = common
+  run(folder, arguments(folder, "two", "two", STEPS, **settings | TWO | ALIKE | PLAIN), XLA_FLAGS=DEVICES)
+  run(folder, arguments(folder, "one", "one", STEPS, **settings | ALIKE | {"per_device_batch_size": 4}))
+  return folder
+
+
+@pytest.mark.slow
+def test_two_replicas_synchronised_each_step_are_one_with_both_batches(two_and_one):
   """Inner SGD, outer rate 1, no momentum; with LING2's z-loss in the loss and its metrics of replica 0."""
-  two, one = metrics(folder, "two"), metrics(folder, "one")
+  two, one = metrics(two_and_one, "two"), metrics(two_and_one, "one")
   assert sorted(two) == sorted(one) == list(range(STEPS))
   for step, line in two.items():
     loss = np.mean([line[f"learning/loss_island_{replica}"] for replica in range(2)])

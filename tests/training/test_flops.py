@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxtext_ling2.maxtext_api import session
-from maxtext_ling2.ops.gla import chunk_size, tiles
+from maxtext_ling2.ops.gla import block_sizes, chunk_size
 from maxtext_ling2.training.flops import forward_flops, gla_layer, training_tflops_per_device
 from tiny import config, model
 
@@ -29,6 +29,7 @@ def published(name):
   )  # fmt: skip
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", SHAPES)
 def test_active_parameters(name):
   """Two operations a parameter, and the embedding table, which is looked up."""
@@ -37,6 +38,7 @@ def test_active_parameters(name):
   assert active == pytest.approx(SHAPES[name][-1], rel=0.005)
 
 
+@pytest.mark.unit
 def test_ling2_by_hand():
   c = published("ling2")
   forward = forward_flops(c)
@@ -52,7 +54,7 @@ def test_the_count_does_not_depend_on_chip_or_chunk(monkeypatch):
   c = published("ling2")
   counts, chunks = set(), set()
   for kind in ("cpu", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H200"):
-    monkeypatch.setattr(tiles, "device_kind", lambda kind=kind: kind)
+    monkeypatch.setattr(block_sizes, "device_kind", lambda kind=kind: kind)
     chunks.add(chunk_size(4096))
     counts.add(training_tflops_per_device(c))
   assert chunks == {128, 256, 512}
@@ -76,6 +78,7 @@ def test_the_recurrence_is_what_its_products_take():
   assert counted == layer.gla
 
 
+@pytest.mark.unit
 def test_linear_attention_is_linear_and_softmax_attention_quadratic_in_length():
   c = published("ling2")
   short = forward_flops(c)
@@ -84,6 +87,7 @@ def test_linear_attention_is_linear_and_softmax_attention_quadratic_in_length():
   assert long.gla == short.gla and long.weights == short.weights and long.mla == 2 * short.mla
 
 
+@pytest.mark.unit
 def test_mtp_adds_projection_layer_and_head():
   c = published("ling2")
   without = forward_flops(c).weights

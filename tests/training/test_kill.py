@@ -28,7 +28,8 @@ def kill_at(process, file, moment, after_first_step):
   return has_trained(file)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])  # half a minute or a minute each
+@pytest.mark.slow  # test_resume.py goes on with runs that ended by themselves
+@pytest.mark.parametrize("kills", [3, 20])  # half a minute or a minute each
 def test_kills_leave_the_loss_curve_as_it_is(tmp_path, kills):
   choose = random.Random(20)
   settings = write_documents(tmp_path) | SETTINGS

@@ -7,7 +7,7 @@ import yaml
 from maxtext_ling2.maxtext_api import recipes
 from tiny import Run, batch
 
-SMALL = {"base_num_decoder_layers": 3, "mtp_num_layers": 0}
+SMALL = {"base_num_decoder_layers": 2, "inhomogeneous_layer_cycle_interval": 2, "mtp_num_layers": 0}
 
 
 def is_norm(path):
@@ -28,17 +28,32 @@ def test_the_recipes_decay_spares_all_vectors():
   before = run.weights()
   run.step(data)
   after = run.weights()
-  assert sum(map(is_norm, before)) > 10 and sum(map(is_bias, before)) == 3
+  assert sum(map(is_norm, before)) > 10 and sum(map(is_bias, before)) == 1 + 1
   for path, value in before.items():
     assert (value.ndim == 1) == (is_norm(path) or is_bias(path))
     factor = 1.0 if value.ndim == 1 else 0.95
     np.testing.assert_allclose(after[path], factor * value, rtol=1e-6, err_msg=".".join(path))
 
 
+CLIPPED = {"opt_type": "sgd", "learning_rate": 1.0, "routed_bias_update_rate": 0.0, "moe_z_loss_weight": 1e-2, **SMALL}
+
+
+def test_a_clipped_step_has_the_norm_of_the_threshold():
+  """What plain gradient descent with rate 1 moves is the gradient; MaxText clips it by its norm over all weights."""
+  run = Run(gradient_clipping_threshold=0.1, gradient_accumulation_steps=2, **CLIPPED)
+  before = run.weights()
+  metrics = run.step(batch(run.config))
+  after = run.weights()
+  moved = np.sqrt(sum(np.sum(np.square(after[path] - value, dtype=np.float64)) for path, value in before.items()))
+  assert metrics["learning/raw_grad_norm"] > 0.2
+  assert metrics["learning/grad_norm"] == pytest.approx(0.1, rel=1e-5)
+  assert moved == pytest.approx(0.1, rel=1e-3)  # differences of float32 weights, each to 2^-24 of about 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_clipping_scales_all_gradients_alike(accumulation):
-  settings = {"opt_type": "sgd", "learning_rate": 1.0, "routed_bias_update_rate": 0.0, "moe_z_loss_weight": 1e-2, **SMALL}
-  settings["gradient_accumulation_steps"] = accumulation
+  settings = CLIPPED | {"gradient_accumulation_steps": accumulation}
   free = Run(gradient_clipping_threshold=0.0, **settings)
   clipped = Run(gradient_clipping_threshold=0.1, **settings)
   data = batch(free.config)

@@ -34,8 +34,10 @@ def rows_mean(x, real):
   return (x * real[..., None]).sum(1) / np.maximum(real.sum(1), 1)[:, None]
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("megatron", [False, True])
+@pytest.mark.parametrize(
+  ("megatron", "sparse"),
+  [(False, True), (True, False), *(pytest.param(both, both, marks=pytest.mark.slow) for both in (False, True))],
+)
 def test_closed_form(sparse, megatron):
   run = Run(sparse_matmul=sparse, moe_use_megatron_seq_aux_loss=megatron, **ONE_ROUTER)
   c = run.config
@@ -70,7 +72,11 @@ def test_closed_form(sparse, megatron):
   assert metrics["learning/moe_lb_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("layers", [{"mtp_num_layers": 1}, {"base_num_decoder_layers": 6, "scan_layers": True}], ids=str)
+@pytest.mark.parametrize(
+  "layers",
+  [{"mtp_num_layers": 1}, pytest.param({"base_num_decoder_layers": 6, "scan_layers": True}, marks=pytest.mark.slow)],
+  ids=str,
+)
 def test_what_padding_holds_changes_nothing(layers):
   run = Run(**ONE_ROUTER | {"learning_rate": 1.0, "gradient_clipping_threshold": 0.0} | layers)
   data, real = padded(run.config)
@@ -85,6 +91,7 @@ def test_what_padding_holds_changes_nothing(layers):
     np.testing.assert_allclose(value, weights[path], rtol=1e-6, atol=1e-6 * np.abs(value).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_rows_of_padding_count_as_nothing():
   """Two full rows beside two empty ones: as the two alone; the load-balance loss is the mean over all four."""
   full, half = Run(**ONE_ROUTER), Run(**ONE_ROUTER, per_device_batch_size=2)

@@ -145,7 +145,7 @@ def test_the_second_epoch_goes_on(folder, tmp_path, kind, make):
     assert len(second) == BATCHES * ROWS - EPOCH and second < set(map(tuple, stream))
 
 
-@pytest.mark.parametrize("kind", ["mmap", "mmap_npy"])
+@pytest.mark.parametrize("kind", [pytest.param("mmap", marks=pytest.mark.slow), "mmap_npy"])
 def test_a_blend_goes_on(folder, tmp_path, kind):
   straight = straight_rows(folder, kind, BLENDED)
   saved(folder, tmp_path, kind, BLENDED)

@@ -3,6 +3,7 @@
 Packed rows, MTP, z-loss, loss-free balancing. Megablox runs in Pallas' interpreter.
 """
 
+import functools
 import os
 import shutil
 from types import SimpleNamespace
@@ -60,8 +61,9 @@ def case(mesh, layers, accumulation=1, kind="routed", **settings):
   return (kind, TRAIN | LAYERS[layers] | sizes | experts | rows | settings)
 
 
+QUICK = ("expert 8", "unscanned", 1)  # runs with `make test`
 FAST = {
-  ("expert 8", "unscanned", 1): EIGHT,
+  QUICK: EIGHT,
   ("fsdp 2, expert 4", "scanned", 2): DROPLESS | {"ragged_buffer_factor": SOME},
   ("fsdp 2, expert 4", "unscanned", 1): DROPLESS | LOCAL_TOP_K | {"num_moe_token_chunks": 2},  # as the recipe of v6e-64
 }
@@ -87,17 +89,28 @@ def runs(folder, devices, cases):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-  """{(layers, accumulation): arrays}."""
-  cases = {key: case(None, *key) for key in (("unscanned", 1), ("scanned", 2))}
-  return runs(tmp_path_factory.mktemp("one_device"), 1, cases)
+  """A function: (layers, accumulation) -> arrays, computed when first asked for."""
+
+  @functools.cache
+  def arrays(layers, accumulation):
+    key = (layers, accumulation)
+    return runs(tmp_path_factory.mktemp("one_device"), 1, {key: case(None, *key)})[key]
+
+  return arrays
 
 
 @pytest.fixture(scope="module")
 def meshes(tmp_path_factory):
-  """{(mesh, layers, accumulation) or "drops": arrays}."""
-  cases = {key: case(*key, **settings) for key, settings in FAST.items()}
-  cases["drops"] = case("expert 8", "unscanned", kind="scored", **CAPPED)
-  return runs(tmp_path_factory.mktemp("meshes"), DEVICES, cases)
+  """A function: (mesh, layers, accumulation) or "drops" -> arrays; the slow ones are computed when first asked for."""
+  quick = {QUICK: case(*QUICK, **FAST[QUICK])}
+  slow = {key: case(*key, **settings) for key, settings in FAST.items() if key != QUICK}
+  slow["drops"] = case("expert 8", "unscanned", kind="scored", **CAPPED)
+
+  @functools.cache
+  def arrays(quickly):
+    return runs(tmp_path_factory.mktemp("meshes"), DEVICES, quick if quickly else slow)
+
+  return lambda key: arrays(key in quick)[key]
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +189,18 @@ def counts(arrays, routing):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("key", FAST, ids=str)
+@pytest.mark.parametrize(
+  "key", [pytest.param(key, id=str(key), marks=() if key == QUICK else pytest.mark.slow) for key in FAST]
+)
 def test_equal_to_one_device(meshes, one_device, key, routing):
-  assert_equal(meshes[key], one_device[key[1:]], routing)
+  assert_equal(meshes(key), one_device(*key[1:]), routing)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("key", SLOW, ids=str)
 def test_other_meshes_equal_one_device(other_meshes, one_device, key, routing):
-  assert_equal(other_meshes[key], one_device[key[1:]], routing)
+  assert_equal(other_meshes[key], one_device(*key[1:]), routing)
 
 
 @pytest.mark.slow
@@ -193,7 +208,7 @@ def test_other_meshes_equal_one_device(other_meshes, one_device, key, routing):
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_of_the_ring_change_nothing(switched, one_device, switch, routing):
   """Beside metrics of their own."""
-  expected = one_device["unscanned", 1]
+  expected = one_device("unscanned", 1)
   assert_equal({name: value for name, value in switched[switch].items() if name in expected}, expected, routing)
 
 
@@ -217,7 +232,7 @@ def test_bfloat16_errs_as_much_as_on_one_device(bfloat16, one_device, routing):
   """
 
   def error(arrays):
-    expected = one_device["unscanned", 1]
+    expected = one_device("unscanned", 1)
     names = [name for name in expected if name.startswith(f"{routing}/moved/") and not name.endswith("gate.bias")]
     return np.sqrt(sum(np.sum((arrays[name] - expected[name]) ** 2) for name in names))
 
@@ -240,46 +255,51 @@ def test_a_checkpoint_goes_on_on_another_mesh(moved_checkpoints, target):
     np.testing.assert_array_equal(there[path], value, err_msg=path)
 
 
-@pytest.mark.parametrize("key", FAST, ids=str)
+@pytest.mark.parametrize(
+  "key", [pytest.param(key, id=str(key), marks=() if key == QUICK else pytest.mark.slow) for key in FAST]
+)
 def test_crowded_routing_overflows_every_layer(meshes, key):
   """All positions of all microbatches go to the first two experts, and every router's layer falls back.
 
   Padding takes room in the buffers, too, but is not counted.
   """
   _, layers, accumulation = key
-  tokens = meshes[key]["tokens"]
+  tokens = meshes(key)["tokens"]
   assert 0.5 < tokens / (ROWS * accumulation * LENGTH) < 1
   expected = np.tile([tokens] * TOP_K + [0] * (EXPERTS - TOP_K), (ROUTERS[layers], 1))
-  np.testing.assert_array_equal(counts(meshes[key], CROWDED), expected)
-  assert meshes[key][fallbacks(CROWDED)] == ROUTERS[layers] * accumulation
-  assert meshes[key][fallbacks(CROWDED, "evaluation")] == ROUTERS[layers]
+  np.testing.assert_array_equal(counts(meshes(key), CROWDED), expected)
+  assert meshes(key)[fallbacks(CROWDED)] == ROUTERS[layers] * accumulation
+  assert meshes(key)[fallbacks(CROWDED, "evaluation")] == ROUTERS[layers]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_layer_falls_back_where_a_device_gets_more_than_its_buffer(meshes, routing):
   """With expert=8, device e has expert e, and crowded, two of them all positions."""
-  arrays = meshes["expert 8", "unscanned", 1]
+  arrays = meshes(QUICK)
   assert counts(arrays, DRAWN).max() <= BUFFER < ROWS * LENGTH
   overflowing = {DRAWN: 0, CROWDED: ROUTERS["unscanned"]}[routing]
   assert arrays[fallbacks(routing)] == arrays[fallbacks(routing, "evaluation")] == overflowing
 
 
+@pytest.mark.slow
 def test_each_layer_decides_for_itself(meshes):
   """Both branches run in one step, as drawn."""
-  assert 0 < meshes["fsdp 2, expert 4", "scanned", 2][fallbacks(DRAWN)] < 2 * ROUTERS["scanned"]
+  assert 0 < meshes(("fsdp 2, expert 4", "scanned", 2))[fallbacks(DRAWN)] < 2 * ROUTERS["scanned"]
 
 
+@pytest.mark.slow
 def test_without_the_fallback_tokens_are_dropped(meshes, one_device):
-  dropped, right = meshes["drops"], one_device["unscanned", 1]
+  dropped, right = meshes("drops"), one_device("unscanned", 1)
   name = f"{CROWDED}/evaluation/total_loss"
   assert abs(dropped[name] / right[name] - 1) > 1e-3  # equal ones are within 1e-4
   assert fallbacks(CROWDED, "evaluation") not in dropped
 
 
+@pytest.mark.slow
 def test_choosing_before_the_gather_sends_no_scores(meshes):
   """The experts' devices get tokens and, for each, TOP_K weights and experts; else the scores of all experts."""
-  assert set(meshes["expert 8", "unscanned", 1]["gathered"]) == {WIDTH, TOP_K}
-  assert set(meshes["fsdp 2, expert 4", "scanned", 2]["gathered"]) == {WIDTH, EXPERTS}
+  assert set(meshes(QUICK)["gathered"]) == {WIDTH, TOP_K}
+  assert set(meshes(("fsdp 2, expert 4", "scanned", 2))["gathered"]) == {WIDTH, EXPERTS}
 
 
 def test_counts_of_parts_of_a_batch_are_summed():

@@ -1,19 +1,24 @@
 """Scanned layers compute what unscanned layers compute, with the same weights: through MaxText's own train step."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.layer_layout import ScanLayout, is_dense, is_mla
-from tiny import Run, batch, cached_run, config, model
+from tiny import Run, batch, config, model
 
 SETTINGS = {"opt_type": "sgd", "gradient_clipping_threshold": 0.0, "moe_z_loss_weight": 1e-2}
 SETTINGS |= {"load_balance_loss_weight": 1e-2, "record_internal_nn_metrics": 1}
 
 
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_three_steps_scanned_equal_unscanned(steps):
-  runs = [cached_run(scan_layers=scan, gradient_accumulation_steps=steps, **SETTINGS) for scan in (False, True)]
+  """Two layers before the loop, two cycles in it, and MTP's layer."""
+  layers = {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 2}
+  settings = {"gradient_accumulation_steps": steps, **layers, **SETTINGS}
+  runs = [Run(scan_layers=scan, **settings) for scan in (False, True)]
   for seed in range(3):
     unscanned, scanned = (run.step(batch(run.config, seed)) for run in runs)
     assert set(unscanned) == set(scanned)
@@ -46,8 +51,8 @@ def logits_of(settings, data):
 @pytest.mark.parametrize(
   ("layers", "cycle", "dense"),
   [
-    pytest.param(8, 3, 4, id="dense layers in two cycles"),
-    pytest.param(7, 2, 0, id="trailing layer"),
+    pytest.param(8, 3, 4, id="dense layers in two cycles", marks=pytest.mark.slow),
+    pytest.param(7, 2, 0, id="trailing layer", marks=pytest.mark.slow),
     pytest.param(4, 1, 1, id="cycle of one", marks=pytest.mark.slow),
     pytest.param(3, 5, 1, id="fewer layers than a cycle", marks=pytest.mark.slow),
     pytest.param(2, 2, 2, id="all dense", marks=pytest.mark.slow),
@@ -66,20 +71,18 @@ def test_layouts(layers, cycle, dense):
   np.testing.assert_allclose(scanned[real], unscanned[real], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_layers", range(2, 22))
-@pytest.mark.parametrize("cycle", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("dense", [0, 1, 2, 6])
-def test_layout_covers_every_layer_once(num_layers, cycle, dense):
-  if dense > num_layers:
-    return
-  layout = ScanLayout.of(num_layers, cycle, dense)
-  before, after = layout.unscanned
-  scanned = [i for i in range(num_layers) if layout.locate(i) is not None]
-  assert sorted([*before, *scanned, *after]) == list(range(num_layers))
-  for layer in scanned:
-    assert not is_dense(layer, dense)
-    assert is_mla(layer, num_layers, cycle) == (layout.locate(layer)[1] == cycle - 1)
-  assert all(is_mla(layer, num_layers, cycle) for layer in after)
+def test_layout_covers_every_layer_once():
+  for cycle, dense in itertools.product((1, 2, 3, 5, 8), (0, 1, 2, 6)):
+    for num_layers in range(max(2, dense), 22):
+      case = f"{num_layers=} {cycle=} {dense=}"
+      layout = ScanLayout.of(num_layers, cycle, dense)
+      before, after = layout.unscanned
+      scanned = [i for i in range(num_layers) if layout.locate(i) is not None]
+      assert sorted([*before, *scanned, *after]) == list(range(num_layers)), case
+      for layer in scanned:
+        assert not is_dense(layer, dense), case
+        assert is_mla(layer, num_layers, cycle) == (layout.locate(layer)[1] == cycle - 1), case
+      assert all(is_mla(layer, num_layers, cycle) for layer in after), case
 
 
 REMAT = {"base_num_decoder_layers": 6, "mtp_num_layers": 0, "scan_layers": True, **SETTINGS}
@@ -91,17 +94,16 @@ def without_remat():
   return run.step(batch(run.config))
 
 
-POLICIES = ("full",)
-SLOW_POLICIES = (
-  "custom", "minimal", "minimal_offloaded", "minimal_with_context", "minimal_with_quantization",
+POLICIES = (
+  "full", "custom", "minimal", "minimal_offloaded", "minimal_with_context", "minimal_with_quantization",
   "minimal_with_context_and_quantization",
   "save_dot_except_mlp", "save_dot_with_context_except_mlp",
   "save_dot_except_mlpwi", "save_qkv_proj", "save_out_proj", "qkv_proj_offloaded",
 )  # fmt: skip
-"""Of a kind with one that is not slow."""
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW_POLICIES)])
+@pytest.mark.slow  # tests/model/oracle_suite.py has recorded gradients of rematerialised layers
+@pytest.mark.parametrize("policy", POLICIES)
 def test_remat_changes_no_number(policy, without_remat):
   saved = {"query_proj": "device", "out_proj": "device"} if policy == "custom" else {}
   run = Run(remat_policy=policy, **REMAT, **saved)

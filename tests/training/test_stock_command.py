@@ -6,7 +6,7 @@ import pytest
 from stock_runs import arguments, metrics, run, tensorboard, write_documents
 
 STEPS = 4
-LAYERS = [*(f"layer_{index:03d}" for index in range(1, 10)), "mtp_layer_1"]
+LAYERS = [*(f"layer_{index:03d}" for index in range(1, 7)), "mtp_layer_1"]
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,8 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("metrics")
   documents = write_documents(folder)
   settings = documents | {
-    "base_num_decoder_layers": 10,
+    "base_num_decoder_layers": 7,
+    "inhomogeneous_layer_cycle_interval": 2,
     "scan_layers": True,
     "gradient_accumulation_steps": 2,
     "moe_z_loss_weight": 1e-3,

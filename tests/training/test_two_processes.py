@@ -67,11 +67,12 @@ pytestmark = pytest.mark.mesh
 
 
 def test_two_processes_equal_one_and_what_they_save_is_continued_by_one(tmp_path):
-  finished(start_two(tmp_path, "two", 3))
+  layers = {"base_num_decoder_layers": 3}
+  finished(start_two(tmp_path, "two", 3, **layers))
   run(
     tmp_path,
-    arguments(tmp_path, "one", "one", 5, **SETTINGS),
-    arguments(tmp_path, "two", "continued", 5, **SETTINGS),  # from what the two processes have saved
+    arguments(tmp_path, "one", "one", 5, **SETTINGS, **layers),
+    arguments(tmp_path, "two", "continued", 5, **SETTINGS, **layers),  # from what the two processes have saved
     **devices(8),
   )
   expected = metrics(tmp_path, "one")
