@@ -12,8 +12,9 @@ from maxtext.input_pipeline.grain_data_processing import make_grain_train_iterat
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
-from maxtext_ling2 import overrides
 from maxtext_ling2.demo import data, train
+from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api.start import maxtext_folder
 from test_demo_data import DOCUMENTS
 
 
@@ -57,7 +58,7 @@ def test_documents_are_the_help_texts_and_eod(dataset: data.Dataset) -> None:
 @pytest.fixture(scope="module")
 def rows(dataset: data.Dataset) -> dict[str, NDArray[np.int32]]:
   """One epoch (but for a last odd row) of what MaxText's pipeline hands to the model, by field; each [rows, T]."""
-  base = data.maxtext_folder() / "configs" / "base.yml"
+  base = maxtext_folder() / "configs" / "base.yml"
   settings = train.data_settings(dataset) | {
     "run_name": "test", "hardware": "cpu", "skip_jax_distributed_system": True, "log_config": False,
   }  # fmt: skip

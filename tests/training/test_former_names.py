@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from etils import epath
-from stock_runs import SMALL, arguments, checkpoint, metrics, run, write_documents
 
-from maxtext_ling2.checkpoint import export_hf
+from maxtext_ling2.checkpoint import stored_weights
 from maxtext_ling2.errors import CheckpointError
 from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.model.layer_layout import FORMER_NAMES
 from tiny import TINY
+from training.stock_runs import SMALL, arguments, checkpoint, metrics, run, write_documents
 
 SCANNED = {"scan_layers": True, "base_num_decoder_layers": 4, "inhomogeneous_layer_cycle_interval": 2}
 SCANNED |= {"mtp_num_layers": 0, "learning_rate": 1e-4}
@@ -104,7 +104,7 @@ def test_weights_alone_are_loaded(folder):
 def test_export_and_verify_read_the_same_tensors(folder):
   cfg = config()
   expected, found = (
-    export_hf.match(epath.Path(items), cfg)[1]
+    stored_weights.open_weights(epath.Path(items), cfg)[1]
     for items in (folder / "saved/checkpoints/1/items", folder / "former/1/items")
   )
   assert set(found) == set(expected)
