@@ -1,4 +1,4 @@
-"""The command `maxtext-ling2`: doctor, verify, config, generate, eval, plan, demo, run."""
+"""The command `maxtext-ling2`: doctor, verify, config, generate, eval, plan, recipe, demo, run."""
 
 import contextlib
 import enum

@@ -59,7 +59,7 @@ LONGEST = (
   "checkpoint/test_commands.py",
   "training/test_two_processes.py",
   "test_stock.py",
-  "ops/test_fused_stages.py",
+  "ops/test_fused_norm.py",
   "training/test_ring_of_experts.py",
   "plan/test_command.py",
   "model/test_fused_layer.py",

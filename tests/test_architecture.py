@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import experts_tiles, gla_tpu_static, tpu_static
+from maxtext_ling2.ops.experts import tiles
+from maxtext_ling2.ops.gla import block_sizes
 from maxtext_ling2.plan import chips
 from sandbox import ROOT
 
@@ -68,6 +70,12 @@ def test_every_generation_is_in_every_benchmark() -> None:
     assert chips.peak_flops(SimpleNamespace(device_kind=kind)) == chips.CHIPS[name].flops
   assert {*gla_tpu_static.TESTED.values(), "TPU v4"} == {*experts_tiles.CHIPS.values()}
   assert {name.replace("v7x", "tpu7x") for name in tpu_static.CHIPS} == chips.CHIPS.keys()
+
+
+def test_every_generation_has_block_sizes() -> None:
+  """TPU kernels have block sizes for every generation; other devices take the defaults."""
+  kinds = set(experts_tiles.CHIPS.values())
+  assert block_sizes._BLOCK_SIZES.keys() == tiles._CHIPS.keys() == kinds
 
 
 def test_the_page_links_to_pages_only() -> None:

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: names (`mapping.py`), config.json (`hf_config.py`), files (`hf_folder.py`), checks."""
+"""Hugging Face checkpoints: names (`mapping.py`), config.json (`hf_config.py`), files (`hf_checkpoint.py`)."""

@@ -10,7 +10,7 @@ from maxtext_ling2.model.sharded_gla import sharded_gated_norm
 
 
 class GatedGroupRMSNorm(nnx.Module):
-  """`ops.gla.gated_norm` with its scale, one value per feature: RMSNorm over groups of features, then a sigmoid gate."""
+  """`ops.fused_norm.grouped_rms_norm_gated` with its scale, one value per feature."""
 
   def __init__(self, num_features: int, num_groups: int, epsilon: float, weight_dtype: Any, kernel_axes: tuple[str, ...]):
     if num_features % num_groups:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from maxtext_ling2.maxtext_api import session
 
-# Name, class, type, default: the RFC's table, the decay offset and GLA's backend. Copied from spec/model.md section 9.
+# Name, class, type, default: the RFC's table, the decay offset and GLA's backend.
 RFC_FIELDS = [
   ("moe_z_loss_weight", "MoEGeneral", float, 0.0),
   ("moe_shared_expert_dim", "DeepSeekMoE", int, 0),

@@ -64,7 +64,7 @@ def test_a_program_that_cannot_be_counted_is_refused():
 
 
 def test_the_limit_is_that_of_the_specification():
-  # spec/kernels.md: forward, and forward + backward at the chunk in use; bytes bound both on all chips.
+  # As docs/kernels.md has them: forward, and forward + backward at the chunk in use; bytes bound both on all chips.
   limits = {
     chip: [gla_tpu_static.limit_us(chip, 4096, 16, passes) for passes in ("forward", "both")]
     for chip in ("v5e", "v5p", "v6e", "v7x")
