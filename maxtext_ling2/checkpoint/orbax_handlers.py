@@ -112,11 +112,23 @@ class _Window:
       self._changed.notify_all()
 
 
-class StreamingHandler(type_handlers.NumpyHandler):
-  """Orbax's handler of arrays, for `StreamedLeaf`.
+class _Reader(type_handlers.NumpyHandler):
+  """Orbax's handler of arrays that opens them without reading, and writes none."""
 
-  It overrides `_open_and_write`, where the parent writes an array to the spec it has built, and `deserialize`.
-  """
+  async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+    raise TypeError(f"{type(value).__name__}: only StreamedLeaf is written here")
+
+  async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
+    """Opens arrays without reading them."""
+    return [await self._open(info) for info in infos]
+
+  async def _open(self, info: Any) -> Any:
+    spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+    return await tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=info.ts_context)
+
+
+class StreamingHandler(_Reader):
+  """Orbax's handler of `StreamedLeaf`: `_open_and_write` writes blocks where the parent writes an array."""
 
   def __init__(self) -> None:
     super().__init__(deepcopy_host_arrays=False)
@@ -160,16 +172,8 @@ class StreamingHandler(type_handlers.NumpyHandler):
     with self._idle:
       self._idle.wait_for(lambda: not self._running, timeout=60)  # if the event loop has ended, none ever finishes
 
-  async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
-    """Opens arrays without reading them."""
-    return [await self._open(info) for info in infos]
 
-  async def _open(self, info: Any) -> Any:
-    spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
-    return await tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=info.ts_context)
-
-
-class _JaxArrays(StreamingHandler):
+class _JaxArrays(_Reader):
   """The same for arrays saved from JAX: every leaf of a trainer's checkpoint."""
 
   _array_metadata_store = None  # Orbax warns if this attribute is missing
@@ -195,7 +199,7 @@ def registry(leaves: StreamingHandler) -> Any:
   scalar = type_handlers.ScalarHandler()
   return type_handlers.create_type_handler_registry(
     (StreamedLeaf, leaves),
-    (np.ndarray, StreamingHandler()),
+    (np.ndarray, _Reader()),
     (jax.Array, _JaxArrays()),
     *((kind, scalar) for kind in (int, float, bytes, np.number)),
     (str, type_handlers.StringHandler()),

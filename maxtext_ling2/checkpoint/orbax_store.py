@@ -68,12 +68,16 @@ def write(target: epath.Path, tree: Mapping[str, Any], metadata: Mapping[str, An
 @contextlib.contextmanager
 def _cleanup_on_failure(target: epath.Path, leaves: StreamingHandler) -> Iterator[None]:
   """Removes partial checkpoints of this run or an earlier one; turns a full disk into a readable error."""
-  _remove_leftovers(target)
+  try:
+    _remove_leftovers(target)
+  except OSError as error:
+    raise CheckpointError(f"{target}: what an earlier run left cannot be removed ({error}); remove it by hand") from error
   try:
     yield
   except BaseException as error:
     leaves.stop(error)
-    _remove_leftovers(target)
+    with contextlib.suppress(OSError):  # the first error is the one to tell
+      _remove_leftovers(target)
     if "No space left" in str(error):
       raise CheckpointError(f"{target}: the disk is full; make room, then run it again") from error
     raise

@@ -12,6 +12,7 @@ from typing import Any
 from maxtext_ling2.configs import documents, numbers, tiles, unsupported, without_effect
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.unsupported import rope_type
+from maxtext_ling2.ops.backends import GLA_BACKENDS
 
 logger = logging.getLogger("maxtext_ling2")
 
@@ -122,8 +123,6 @@ def _heads(c: Any) -> Iterator[str]:
 
 
 def _layers(c: Any) -> Iterator[str]:
-  from maxtext_ling2.ops.gla.api import backends  # needs JAX
-
   layers = c.base_num_decoder_layers
   if layers < 2:
     yield f"base_num_decoder_layers={layers}: the decay of linear attention divides by layers - 1; use at least 2"
@@ -142,8 +141,8 @@ def _layers(c: Any) -> Iterator[str]:
       f"gla_decay_layer_offset={c.gla_decay_layer_offset}: it must be 0 (as trained; Megatron, SGLang, vLLM) or 1 (as in "
       "the Hugging Face code)"
     )
-  if c.gla_backend not in backends():
-    yield f"gla_backend={c.gla_backend!r}: use one of {', '.join(backends())}; auto picks the fastest for the platform"
+  if c.gla_backend not in GLA_BACKENDS:
+    yield f"gla_backend={c.gla_backend!r}: use one of {', '.join(GLA_BACKENDS)}; auto picks the fastest for the platform"
 
 
 def _mla(c: Any) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from maxtext_ling2.checkpoint.hf_config import MTP_LOSS_SCALING_FACTOR
 from maxtext_ling2.demo import data, metrics, plot, sample, train
 from maxtext_ling2.demo.errors import DemoError
 from maxtext_ling2.demo.metrics import Losses
@@ -66,7 +67,7 @@ def _run(output_directory: Path, steps: int, model_name: str, console: Console) 
   train.train(command, variables, files, console)
   losses = metrics.read(files.metrics)
   picture = files.folder / "loss.png"
-  plot.draw(losses, train.MTP_SCALE, f"{model_name} on CPython's documentation, {platform}", picture)
+  plot.draw(losses, MTP_LOSS_SCALING_FACTOR, f"{model_name} on CPython's documentation, {platform}", picture)
   first, final = judge(losses, files)
   learned = f"loss {first:.3f} -> {final:.3f} nats in {steps} steps (first; mean of the last {LAST_STEPS})"
   _write_paragraph(model_name, files, variables, console)

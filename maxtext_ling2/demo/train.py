@@ -25,7 +25,6 @@ from maxtext_ling2.maxtext_api import overrides, session, start
 
 TRAINER = "maxtext.trainers.pre_train.train"
 
-MTP_SCALE = MTP_LOSS_SCALING_FACTOR
 """mtp_loss_scaling_factor: MaxText's default, passed explicitly because the plot divides by it."""
 
 # Sizes for 2 CPU cores, where a step of 512 tokens takes one second; starting MaxText and compiling take another minute.
@@ -133,7 +132,7 @@ def _run_settings(run: Run) -> dict[str, object]:
     "steps": run.steps,
     "learning_rate": LEARNING_RATE,
     "warmup_steps_fraction": 0.1,
-    "mtp_loss_scaling_factor": MTP_SCALE,
+    "mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR,
     "scan_layers": False,
     "metrics_file": run.metrics,
     "enable_tensorboard": False,

@@ -22,9 +22,6 @@ class CompilerError(Ling2Error):
   """The program cannot be traced or compiled for these chips; the text is MaxText's, a kernel's, XLA's or Mosaic's."""
 
 
-PlanConfigError = ConfigError
-"""The name by which plan/ knows it."""
-
 # "memory space hbm", "exceeds available HBM", "of 31.25G hbm"; not a kernel that overflows its own memory (vmem, smem).
 _OUT_OF_HBM = re.compile(r"space hbm|available hbm|[\d.]+[KMG] (?:of )?hbm", re.IGNORECASE)
 

@@ -131,10 +131,17 @@ class Registry:
       # Whatever it is, MaxText must come out of it unharmed.
       violations = [Violation(seam.name, "to be applied without an error", f"{type(error).__name__}: {error}")]
     self._fail(seam, violations)
-    if seam.required_in_this_process() and mentions(requested_models(sys.argv, {}, os.curdir), self.names):
+    if seam.required_in_this_process() and self._is_asked_for():
       raise self.error([seam])
     if seam.is_core:
       logger.warning("%s is switched off and MaxText left as it is: %s", self.plugin, self._reasons([seam]))
+
+  def _is_asked_for(self) -> bool:
+    """Whether the command line names one of the plugin's models."""
+    try:
+      return mentions(requested_models(sys.argv, {}, os.curdir), self.names)
+    except OSError:  # a YAML file that cannot be read: MaxText says so
+      return False
 
   def _fail(self, seam: Seam, violations: Iterable[Violation]) -> None:
     """Undoes a seam that does not fit, or all seams if every LING2 run needs it."""

@@ -5,6 +5,7 @@ import enum
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, ClassVar
 
 from maxtext_ling2.host.contract import Expectation, Violation, unmet
@@ -39,6 +40,18 @@ class Use:
   essential: bool = True
 
 
+def _is_running(package: str) -> bool:
+  """Whether a function of a package of MaxText is running: a command that was called, or run as a file."""
+  frame: FrameType | None = sys._getframe(1)
+  while frame is not None:
+    names = frame.f_globals
+    file = str(names.get("__file__", "")) if names.get("__name__") == "__main__" else ""
+    if str(names.get("__name__", "")).startswith(package) or f"/{package.replace('.', '/')}" in file:
+      return True
+    frame = frame.f_back
+  return False
+
+
 class Seam:
   """One place where MaxText is extended.
 
@@ -67,11 +80,12 @@ class Seam:
     return self.needed_for_training and self.use is None
 
   def concerns_this_process(self) -> bool:
-    """Whether this process can train a LING2 model that needs the seam, or is one of the commands that need it."""
+    """Whether this process can train a LING2 model that needs the seam, or runs one of the commands that need it."""
     if self.needed_for_training:
       return True
+    package = ".".join(self.module.split(".")[:2]) + "."
     command = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")  # of `python -m`
-    return command.startswith(".".join(self.module.split(".")[:2]) + ".")
+    return command.startswith(package) or _is_running(package)
 
   def required_in_this_process(self) -> bool:
     """Whether no LING2 model can be used in this process without the seam, whatever its config."""

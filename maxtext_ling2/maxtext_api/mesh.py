@@ -98,6 +98,3 @@ class MeshSpec:
 
 
 ONE_DEVICE = MeshSpec({})
-
-VerifyMesh = MeshSpec
-"""The name by which plan/ knows it."""

@@ -10,14 +10,13 @@ MLA_LAYER: Final = "mla_layer"
 FORMER_NAMES: Final = {"local_layers": GLA_LAYERS, "global_layer": MLA_LAYER}
 """Names in checkpoints of an earlier release -> today's."""
 
+ROUTER_BIAS: Final = ("gate", "bias")
+"""Path of the router bias in an MoE block."""
+
 
 def is_mla(layer: int, num_layers: int, cycle: int) -> bool:
   """True if 0-based `layer` is MLA: every `cycle`-th layer, and all after the last whole cycle; others are GLA."""
   return (layer + 1) % cycle == 0 or layer >= num_layers // cycle * cycle
-
-
-ROUTER_BIAS = ("gate", "bias")
-"""Path of the router bias in an MoE block."""
 
 
 def shared_expert_width(config: Any) -> int:

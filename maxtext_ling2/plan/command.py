@@ -11,10 +11,9 @@ from rich.console import Console
 
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.host.base_yml import settings_of_the_user
-from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.maxtext_api import overrides, recipes
-from maxtext_ling2.maxtext_api.mesh import VerifyMesh
-from maxtext_ling2.maxtext_api.start import maxtext_folder
+from maxtext_ling2.maxtext_api.mesh import MeshSpec
+from maxtext_ling2.maxtext_api.start import ConfigError, maxtext_folder
 from maxtext_ling2.plan import cache, report, search
 from maxtext_ling2.plan.estimate import Estimate, estimate, refused
 from maxtext_ling2.plan.resolved import planned_config
@@ -139,7 +138,7 @@ def _options(console: Console, request: Request, maker: _Maker, yml: str, settin
         words = _with_mesh(settings, mesh, _mesh(mesh))
         try:
           option = maker.make(yml, topology, mesh, words)
-        except PlanConfigError as error:
+        except ConfigError as error:
           if len(request.topologies) * len(request.meshes) == 1:
             raise
           option = refused(topology, mesh, words, str(error))
@@ -184,7 +183,7 @@ def _searched(
     words = {**meshes[one.mesh], **settings, search.BATCH: one.rows}
     try:
       option = maker.make(yml, topology, one.name, words)
-    except PlanConfigError as error:  # such as a mesh that these chips cannot form
+    except ConfigError as error:  # such as a mesh that these chips cannot form
       console.print(f"{topology}, {one.name}: {error}", markup=False)
       continue
     yield option, yml, words
@@ -255,11 +254,7 @@ def _given(path: Path) -> dict[str, Any]:
 
 def _mesh(text: str) -> dict[str, str]:
   """MaxText's settings of a mesh; fsdp takes the rest of the devices unless it is named."""
-  mesh = VerifyMesh.read(text)
-  sizes: dict[str, Any] = {f"ici_{axis}_parallelism": size for axis, size in mesh.sizes.items()}
-  if mesh.length > 1:
-    sizes["context_parallel_load_balance"] = False
-  return overrides.texts(sizes)
+  return overrides.texts(MeshSpec.read(text).settings())
 
 
 def _to_json(option: Estimate) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def estimate(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) ->
     settings: MaxText's, the mesh's among them, as text for its command line.
 
   Raises:
-    PlanConfigError: MaxText refuses the settings.
+    ConfigError: MaxText refuses the settings.
     TopologyError: the topology is not known.
   """
   place = slice_of(topology)

@@ -26,7 +26,7 @@ import dataclasses
 import math
 from typing import Any
 
-from maxtext_ling2.model.layer_layout import is_dense, is_mla
+from maxtext_ling2.model.layer_layout import is_dense, is_mla, shared_expert_width
 from maxtext_ling2.plan.chips import Chip
 from maxtext_ling2.plan.parts import COLLECTIVES
 from maxtext_ling2.training import flops as model_flops
@@ -99,7 +99,7 @@ def floors(config: Any, shares: Shares) -> dict[str, Floor]:
   mla = sum(is_mla(i, len(layers), c.inhomogeneous_layer_cycle_interval) for i in layers)
   dense = sum(is_dense(i, c.first_num_dense_layers) for i in layers)
   gla, mla, moe = len(layers) - mla, mla + c.mtp_num_layers, len(layers) - dense + c.mtp_num_layers
-  shared = c.shared_experts * (c.moe_shared_expert_dim or c.moe_mlp_dim)
+  shared = c.shared_experts * shared_expert_width(c)
   operation = model_flops.forward_flops(c)
   found = {
     "GLA": arithmetic.layers(gla, model_flops.gla_layer(c).weights / 2, operation.gla),

@@ -28,7 +28,7 @@ def planned_config(yml: str, topology: str, settings: Mapping[str, str], named: 
 
   Raises:
     TopologyError: the topology is not known.
-    PlanConfigError: MaxText refuses the settings.
+    ConfigError: MaxText refuses the settings.
     ModelError: they describe another model.
   """
   slice_of(topology)  # MaxText's own error for an unknown topology names no remedy

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from maxtext_ling2.host.compile_step import PlanConfigError
 from maxtext_ling2.maxtext_api import overrides
+from maxtext_ling2.maxtext_api.start import ConfigError
 from maxtext_ling2.plan.chips import Chip, Slice, slice_of, slices_of
 from maxtext_ling2.plan.floor import Floor, Shares, floors, routed_rows
 from maxtext_ling2.plan.resolved import planned_config
@@ -83,7 +83,7 @@ def ranked(
 
   Raises:
     TopologyError: the topology is not known.
-    PlanConfigError: MaxText refuses all candidates.
+    ConfigError: MaxText refuses all candidates.
     ModelError: the settings describe another model.
   """
   place = slice_of(topology)
@@ -94,7 +94,7 @@ def ranked(
       words = {**cut, **settings, BATCH: batch}
       try:
         config = planned_config(yml, topology, words, named)
-      except PlanConfigError as error:  # such as experts that this mesh cannot divide
+      except ConfigError as error:  # such as experts that this mesh cannot divide
         refused = error
         continue
       found.append(candidate(mesh, batch, config, place, devices))

@@ -39,6 +39,7 @@ USES = {
   "MFU": {},
   "quantization rules": {"use_qwix_quantization": True, "quantization": "fp8_full"},
   "pretrained weights": {"load_parameters_path": "/nowhere/0/items"},
+  "former names in from_pretrained": {"load_parameters_path": "/nowhere/0/items"},
   "muon": {"opt_type": "muon"},
 }
 """Settings of a run that uses a seam which others can do without."""
@@ -49,6 +50,7 @@ UNUSED = {"compiler options": {"tuned_xla_flags": False}}
 COMMANDS = {
   "result tokens": "maxtext.inference.decode_multi",
   "Hugging Face tables": "maxtext.checkpoint_conversion.to_maxtext",
+  "stacked axes": "maxtext.checkpoint_conversion.to_maxtext",
   "to_maxtext": "maxtext.checkpoint_conversion.to_maxtext",
   "to_huggingface": "maxtext.checkpoint_conversion.to_huggingface",
 }

@@ -8,8 +8,6 @@ FORMER = [
   (gla, "gla_over_ranks", gla.gla_context_parallel),
   (gla, "rotated_norm", fused_norm.qk_norm_rope),
   (gla, "gated_norm", fused_norm.grouped_rms_norm_gated),
-  (fused_norm, "rotated_norm", fused_norm.qk_norm_rope),
-  (fused_norm, "gated_norm", fused_norm.grouped_rms_norm_gated),
 ]
 
 

@@ -12,8 +12,9 @@ import pytest
 from made_estimates import GIB, option
 from rich.console import Console
 
-from maxtext_ling2.host.compile_step import CompilerError, PlanConfigError
+from maxtext_ling2.host.compile_step import CompilerError
 from maxtext_ling2.maxtext_api import recipes
+from maxtext_ling2.maxtext_api.start import ConfigError
 from maxtext_ling2.plan import command, estimate, search
 from maxtext_ling2.plan.chips import CHIPS, TopologyError, chip_of
 from maxtext_ling2.plan.search import Candidate
@@ -169,7 +170,7 @@ def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch, unread
 
   def make(yml, topology, mesh, settings):
     if mesh == "expert=8":
-      raise PlanConfigError("MaxText refuses this configuration: Failed to find assignment")
+      raise ConfigError("MaxText refuses this configuration: Failed to find assignment")
     return option(topology, mesh, True)
 
   monkeypatch.setattr(command, "estimate", make)
@@ -178,7 +179,7 @@ def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch, unread
   assert [(one["mesh"], one["fits"], one["devices"]) for one in found["options"]] == [
     *[("expert=8", False, 16), ("expert=4", True, 8)],
   ]
-  with pytest.raises(PlanConfigError, match="Failed to find assignment"):
+  with pytest.raises(ConfigError, match="Failed to find assignment"):
     run(tmp_path, ["v6e-16"], meshes=["expert=8"])
 
 

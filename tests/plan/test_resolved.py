@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from maxtext_ling2.host.compile_step import PlanConfigError
+from maxtext_ling2.maxtext_api.start import ConfigError
 from maxtext_ling2.plan import command
 from maxtext_ling2.plan.chips import CHIPS
 from maxtext_ling2.plan.resolved import ModelError, planned_config
@@ -46,7 +46,7 @@ def test_one_of_several_meshes_does_not_hide_another_model():
 
 def test_another_decoder_block_is_refused(tmp_path):
   """Beside the name of a LING2 model by the seam, in a YAML file without a model by plan itself."""
-  with pytest.raises(PlanConfigError, match="model_name=ling2: this run has decoder_block=llama2, .* no decoder_block"):
+  with pytest.raises(ConfigError, match="model_name=ling2: this run has decoder_block=llama2, .* no decoder_block"):
     plan("ling2", "decoder_block=llama2")
   yml = tmp_path / "mine.yml"
   yml.write_text("base_config: base.yml\n")
@@ -62,7 +62,7 @@ def test_no_ling2_at_all_is_refused(search):
 
 def test_a_variable_that_makes_another_model_is_refused(monkeypatch):
   monkeypatch.setenv("M_MODEL_NAME", "llama2-7b")
-  with pytest.raises(PlanConfigError, match="M_MODEL_NAME=llama2-7b"):
+  with pytest.raises(ConfigError, match="M_MODEL_NAME=llama2-7b"):
     plan("ling2")
 
 

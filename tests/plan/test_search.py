@@ -2,8 +2,9 @@
 
 import pytest
 
-from maxtext_ling2.host.compile_step import PlanConfigError, read_config
+from maxtext_ling2.host.compile_step import read_config
 from maxtext_ling2.maxtext_api import overrides, recipes
+from maxtext_ling2.maxtext_api.start import ConfigError
 from maxtext_ling2.plan import command, search
 from maxtext_ling2.plan.chips import chip_of, slice_of
 from maxtext_ling2.plan.resolved import ModelError
@@ -79,5 +80,5 @@ def test_the_search_is_for_ling2():
 
 
 def test_a_setting_that_all_candidates_refuse_is_named():
-  with pytest.raises(PlanConfigError, match="group_norm_size=7"):
+  with pytest.raises(ConfigError, match="group_norm_size=7"):
     rank("v6e-64", "ling2", rows=["1"], group_norm_size=7)

@@ -45,7 +45,7 @@ class FormerNamesSeam(Seam):
   def _load_params(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     call = Call(original, args, kwargs)
     path, abstract = call["load_parameters_from_path"], call["abstract_unboxed_params"]
-    if not self._need_renaming(path, abstract):
+    if not (self._is_scanned(abstract) and has_former_names(path, self.names)):
       return original(*args, **kwargs)
     call["abstract_unboxed_params"] = self._with_former_names(abstract)
     return _renamed(call.original(), self.names)
@@ -54,8 +54,9 @@ class FormerNamesSeam(Seam):
     from flax import nnx
 
     call = Call(original, args, kwargs)
-    path, abstract = _state_folder(call), call["abstract_unboxed_pre_state"]
-    if path is None or not self._need_renaming(path, abstract):
+    abstract = call["abstract_unboxed_pre_state"]
+    path = _state_folder(call) if self._is_scanned(abstract) else None
+    if path is None or not has_former_names(path, self.names):
       return original(*args, **kwargs)
     if not isinstance(abstract, nnx.State):
       raise CheckpointError(_refusal(path, self.names, "DiLoCo"))
@@ -65,9 +66,9 @@ class FormerNamesSeam(Seam):
       return restored | {"items": _renamed(restored["items"], self.names)}, params
     return _renamed(restored, self.names), params
 
-  def _need_renaming(self, path: Any, abstract: Any) -> bool:
-    """Whether the model has modules that the checkpoint has under their former names."""
-    return not _words(abstract).isdisjoint(self.names.values()) and has_former_names(path, self.names)
+  def _is_scanned(self, abstract: Any) -> bool:
+    """Whether the model has modules that had other names: a LING2 model whose layers are scanned."""
+    return not _words(abstract).isdisjoint(self.names.values())
 
   def _with_former_names(self, abstract: Any) -> Any:
     return _renamed(abstract, {name: former for former, name in self.names.items()})

@@ -3,6 +3,7 @@
 from maxtext_ling2.host.contract import expect
 from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Handlers, Seam
+from maxtext_ling2.model.layer_layout import shared_expert_width
 
 
 class SharedExpertSeam(Seam):
@@ -17,4 +18,4 @@ class SharedExpertSeam(Seam):
 
 
 def _width(call: Call) -> int:
-  return int(call.config.moe_shared_expert_dim or call.config.moe_mlp_dim)
+  return shared_expert_width(call.config)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxtext_ling2.ops.backends import GLA_BACKENDS
 from maxtext_ling2.ops.gla.base import Backend, GlaInputs
 from maxtext_ling2.ops.gla.chunked import chunked
 from maxtext_ling2.ops.gla.pallas_tpu import pallas
@@ -32,12 +33,7 @@ The platform is known only when a program is lowered: a program compiled ahead o
 whose own devices are CPUs. So both are traced, and only the one for the platform is lowered.
 """
 
-_BACKENDS: Final[Mapping[str, Backend]] = {
-  "auto": auto,
-  "reference": reference,
-  "chunked": _chunked,
-  "pallas": pallas,
-}
+_BACKENDS: Final[Mapping[str, Backend]] = dict(zip(GLA_BACKENDS, (auto, reference, _chunked, pallas), strict=True))
 _OPERANDS: Final = (jnp.float32, jnp.bfloat16)
 
 
@@ -102,7 +98,7 @@ def gla(
 
 def backends() -> tuple[str, ...]:
   """The names `gla` takes as `backend`."""
-  return tuple(_BACKENDS)
+  return GLA_BACKENDS
 
 
 def _backend(name: str) -> Backend:
