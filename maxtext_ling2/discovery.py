@@ -91,7 +91,7 @@ def _load(entry: EntryPoint, problems: list[str]) -> None:
     problems.append(
       f"The MaxText plugin {entry.name!r} ({entry.value}, from {origin} in {record.location}) is not active, because "
       f"loading it failed with {record.reason}. MaxText goes on without it. Repair or uninstall "
-      f"{record.distribution or entry.value}, or set {ALLOW_VARIABLE} to the names of the plugins that shall be loaded."
+      f"{record.distribution or entry.value}, or set {ALLOW_VARIABLE} to the names of the plugins to load."
     )
   else:
     _note(entry, "loaded")

@@ -188,7 +188,7 @@ def check_same_model(folder: Path, config: Any) -> dict[str, Any]:
     )
   if problems:
     raise CheckpointError(
-      f"{folder}: not the model that MaxText was told, because {'; '.join(problems)}; pass these settings with "
+      f"{folder}: not the model of the settings, because {'; '.join(problems)}; pass these settings with "
       "override_model_config=true, or use the YAML file that `maxtext-ling2 config` writes for the folder"
     )
   return settings

@@ -66,7 +66,7 @@ def over_model(
   if not _overrides(yml, words, kwargs, folder):
     listed = ", ".join(f"{key}: {value!r} ({model[key]!r} in {model_yml.name})" for key, value in changed.items())
     raise ValueError(
-      f"{yml}: {listed}: MaxText would take the values of the model's own yml without a word; add "
+      f"{yml}: {listed}: MaxText would silently take the values of the model's own YAML file; add "
       "`override_model_config: true` to your yml to let it win, or remove the lines"
     )
   return overrides.words(changed)

@@ -45,7 +45,7 @@ class MeshSpec:
     for part in filter(None, text.split(",")):
       axis, size = (text.strip() for text in overrides.split(part) or (part, ""))
       if axis not in AXES or axis in sizes:
-        why = "occurs twice" if axis in sizes else "is no axis of MaxText's mesh"
+        why = "occurs twice" if axis in sizes else "is not an axis of MaxText's mesh"
         raise MeshError(f"--mesh {text}: {axis!r} {why}; name each of {', '.join(AXES)} at most once, as fsdp=2,tensor=4")
       if not size.isdecimal() or int(size) < 1:
         raise MeshError(f"--mesh {text}: {axis} has size {size!r}; sizes are positive numbers, as in fsdp=2,tensor=4")
@@ -93,7 +93,7 @@ class MeshSpec:
     if jax.device_count() != self.devices:
       raise MeshError(
         f"--mesh needs {self.devices} devices, but JAX has {jax.device_count()} ({jax.devices()[0].device_kind}); choose "
-        "a mesh of all of them, or set JAX_PLATFORMS=cpu, where any number can be had"
+        "a mesh of all of them, or set JAX_PLATFORMS=cpu, where any number is available"
       )
 
 

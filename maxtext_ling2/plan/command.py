@@ -245,10 +245,10 @@ def _given(path: Path) -> dict[str, Any]:
   try:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: not a yml ({error}); write it anew with `maxtext-ling2 config`") from error
+    raise ValueError(f"{path}: not YAML ({error}); write it again with `maxtext-ling2 config`") from error
   if not isinstance(settings, dict):
     found = "nothing" if settings is None else f"a {type(settings).__name__}"
-    raise ValueError(f"{path}: holds {found} instead of settings; write it anew with `maxtext-ling2 config`")
+    raise ValueError(f"{path}: holds {found} instead of settings; write it again with `maxtext-ling2 config`")
   return settings_of_the_user(str(path), str(maxtext_folder() / "configs"))
 
 

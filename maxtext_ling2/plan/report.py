@@ -104,7 +104,7 @@ def figure(options: Sequence[Estimate], model: str) -> Any:
   drawn = Figure(figsize=(4 + 1.6 * len(options), 11), layout="constrained")
   memory, seconds, parts = drawn.subplots(3)
   memory.bar(names, [one.memory / 2**30 for one in options], color=["C0" if one.fits else "C3" for one in options])
-  memory.plot(names, [one.capacity / 2**30 for one in options], "k_", markersize=30, label="there")
+  memory.plot(names, [one.capacity / 2**30 for one in options], "k_", markersize=30, label="capacity")
   memory.set(title=model, ylabel="GiB per device")
   resources = ("compute", "memory", "ici")
   times = {label: [getattr(one, f"{label}_seconds") if one.fits else 0.0 for one in options] for label in resources}

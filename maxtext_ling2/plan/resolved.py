@@ -35,13 +35,13 @@ def planned_config(yml: str, topology: str, settings: Mapping[str, str], named: 
   config = read_config(yml, overrides.join({**settings, "compile_topology": topology}))
   if named is not None and config.model_name != named:
     raise ModelError(
-      f"model_name={config.model_name}: this command plans {named}, so its figures would stand under the wrong name; "
+      f"model_name={config.model_name}: this command plans {named}, so its figures would be listed under the wrong name; "
       f"leave model_name out, or name {config.model_name} in place of {named}"
     )
   if not is_ling2(config):
     block = getattr(config.decoder_block, "value", config.decoder_block)
     raise ModelError(
-      f"model_name={config.model_name}, decoder_block={block}: no LING2 model, and the parts, floors and kernel times of "
+      f"model_name={config.model_name}, decoder_block={block}: not a LING2 model, and the parts, floors and kernel times of "
       f"this command are LING2's; name a model such as ling2, or a YAML file with decoder_block: ling2. For other models "
       "use MaxText's own `python -m maxtext.trainers.pre_train.train_compile`"
     )

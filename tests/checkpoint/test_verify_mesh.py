@@ -25,8 +25,8 @@ def test_reading():
 @pytest.mark.parametrize(
   ("text", "why"),
   [
-    ("fsp=2", "'fsp' is no axis"),
-    ("pipeline=2", "'pipeline' is no axis"),
+    ("fsp=2", "'fsp' is not an axis"),
+    ("pipeline=2", "'pipeline' is not an axis"),
     ("fsdp=2,fsdp=2", "'fsdp' occurs twice"),
     ("fsdp=0", "fsdp has size '0'"),
     ("fsdp=-1", "fsdp has size '-1'"),

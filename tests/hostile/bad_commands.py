@@ -117,7 +117,7 @@ COMMANDS = {
   _verify("--mesh fsdp=0"): (CONTENT, ["--mesh fsdp=0", "positive numbers"]),
   _verify("--mesh fsdp=two"): (CONTENT, ["--mesh fsdp=two", "positive numbers"]),
   _verify("--mesh fsdp=2,fsdp=2"): (CONTENT, ["'fsdp' occurs twice", "at most once"]),
-  _verify("--mesh pipeline=2"): (CONTENT, ["'pipeline' is no axis", "name each of data"]),
+  _verify("--mesh pipeline=2"): (CONTENT, ["'pipeline' is not an axis", "name each of data"]),
   _verify("--mesh fsdp=99"): (CONTENT, ["--mesh needs 99 devices", "jax_platforms=cpu"]),
   _verify("--mesh fsdp=2 --decode 3"): (CONTENT, ["--decode with --mesh", "leave one"]),
   _verify("--logits-key x"): (CONTENT, ["ref.npz", "no array 'x'", "name one"]),
@@ -228,7 +228,7 @@ COMMANDS = {
   "plan nowhere.yml --topology v6e-4": (CONTENT, ["nowhere.yml: no such file", "pass a model_name"]),
   "plan folder.yml --topology v6e-4": (CONTENT, ["folder.yml: no such file", "pass a model_name"]),
   **{
-    f"plan {file}.yml --topology v6e-4": (CONTENT, [f"{file}.yml", "write it anew with `maxtext-ling2 config`"])
+    f"plan {file}.yml --topology v6e-4": (CONTENT, [f"{file}.yml", "write it again with `maxtext-ling2 config`"])
     for file in ("zero", "binary", "list", "broken", "tab")
   },
   "plan twice.yml --topology v6e-4": (CONTENT, ["twice.yml", "duplicate key steps", "correct it"]),

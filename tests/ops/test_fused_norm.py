@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_named():
   run, (x, scale) = rotation_case(12, 2, 128, 64, True)
   with pytest.raises(ValueError, match=r"qk_norm_rope: cos has shape \(2, 12, 128\), expected \(1, 12, 128\)"):
     run("pallas")(x[:1], scale)
-  with pytest.raises(ValueError, match="x has 192 columns, no whole number of heads of 128"):
+  with pytest.raises(ValueError, match="x has 192 columns, not a whole number of heads of 128"):
     run("pallas")(x[..., :192], scale)
   with pytest.raises(ValueError, match=r"qk_norm_rope: scale has shape \(64,\), expected \(128,\)"):
     run("pallas")(x, scale[:64])

@@ -203,7 +203,7 @@ def test_cache(made, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "why"),
   [
-    ({"meshes": ["expart=8"]}, "'expart' is no axis"),
+    ({"meshes": ["expart=8"]}, "'expart' is not an axis"),
     ({"meshes": ["expert=0"]}, "expert has size '0'"),
     ({"words": ["batch"]}, "write KEY=VALUE"),
     ({"model": "nowhere.yml"}, "nowhere.yml: no such file"),

@@ -50,13 +50,13 @@ def test_another_decoder_block_is_refused(tmp_path):
     plan("ling2", "decoder_block=llama2")
   yml = tmp_path / "mine.yml"
   yml.write_text("base_config: base.yml\n")
-  with pytest.raises(ModelError, match=r"decoder_block=llama2: no LING2 model, .*train_compile"):
+  with pytest.raises(ModelError, match=r"decoder_block=llama2: not a LING2 model, .*train_compile"):
     plan(str(yml), "model_name=default", "decoder_block=llama2")
 
 
 @pytest.mark.parametrize("search", [False, True])
 def test_no_ling2_at_all_is_refused(search):
-  with pytest.raises(ModelError, match=r"model_name=llama2-7b, decoder_block=llama2: no LING2 model, .*train_compile"):
+  with pytest.raises(ModelError, match=r"model_name=llama2-7b, decoder_block=llama2: not a LING2 model, .*train_compile"):
     plan("llama2-7b", search=search)
 
 

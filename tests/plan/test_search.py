@@ -75,7 +75,7 @@ def test_memory_follows_the_dtypes_of_the_state(settings, bytes_per_weight):
 
 
 def test_the_search_is_for_ling2():
-  with pytest.raises(ModelError, match="model_name=llama3-8b, decoder_block=llama2: no LING2 model"):
+  with pytest.raises(ModelError, match="model_name=llama3-8b, decoder_block=llama2: not a LING2 model"):
     rank("v6e-64", "llama3-8b", rows=["1"])
 
 

@@ -38,6 +38,6 @@ def _rules(call: Call) -> Any:
   if paths == [rule.module_path for rule in rules]:
     raise ValueError(
       f"quantization={call.config.quantization!r}: MaxText's rules for it, {paths}, have no part {_LAYERS!r} any more, "
-      "so that it is unknown which layers of LING2 they reach; set quantization=''"
+      "so which layers of LING2 they reach is unknown; set quantization=''"
     )
   return [dataclasses.replace(rule, module_path=path) for rule, path in zip(rules, paths, strict=True)]

@@ -48,7 +48,7 @@ def qk_norm_rope(
   """
   dim = cos.shape[-1]
   if x.shape[-1] % dim:
-    raise ValueError(f"qk_norm_rope: x has {x.shape[-1]} columns, no whole number of heads of {dim}, as cos has them.")
+    raise ValueError(f"qk_norm_rope: x has {x.shape[-1]} columns, not a whole number of heads of {dim}, as cos has them.")
   _check("qk_norm_rope", x, cos=(cos, (*x.shape[:2], dim)), sin=(sin, (*x.shape[:2], dim)), scale=(scale, (dim,)))
   options: dict[str, Any] = {"rotated": rotated, "epsilon": epsilon}
   xla_fallback: Callable[..., jax.Array] = functools.partial(xla.qk_norm_rope, **options)
