@@ -42,7 +42,7 @@ def planned_config(yml: str, topology: str, settings: Mapping[str, str], named: 
     block = getattr(config.decoder_block, "value", config.decoder_block)
     raise ModelError(
       f"model_name={config.model_name}, decoder_block={block}: not a LING2 model, and the parts, floors and kernel times "
-      f"of this command are LING2's; name a model such as ling2, or a YAML file with decoder_block: ling2. For other models "
-      "use MaxText's own `python -m maxtext.trainers.pre_train.train_compile`"
+      "of this command are LING2's; name a model such as ling2, or a YAML file with decoder_block: ling2. For other "
+      "models use MaxText's own `python -m maxtext.trainers.pre_train.train_compile`"
     )
   return config
