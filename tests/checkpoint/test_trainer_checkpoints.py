@@ -34,7 +34,7 @@ LAYERS = {"base_num_decoder_layers": SMALL["base_num_decoder_layers"]}
 SFT = "maxtext.trainers.post_train.sft.train_sft_native"
 EIGHT = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 RUNS = {
-  "unscanned": {"scan_layers": False, "base_num_decoder_layers": 3},
+  "unscanned": {"scan_layers": False, "base_num_decoder_layers": 4},
   "eight": {"scan_layers": True, "per_device_batch_size": 1, "ici_fsdp_parallelism": 8},
   "tuned": {"scan_layers": False, "vocab_size": 151936, "base_num_decoder_layers": 4, "per_device_batch_size": 1},
 }
@@ -127,7 +127,7 @@ def test_maxtexts_command_exports_it(trained, tmp_path):
 
 
 LOST = {
-  "fewer layers": ({"base_num_decoder_layers": 2}, "decoder/layers_2/"),
+  "fewer layers": ({"base_num_decoder_layers": 3}, "decoder/layers_3/"),
   "no shared experts": ({"shared_experts": 0}, "shared_experts/wi_0/kernel"),
   "no qk-norm": ({"use_qk_norm": False}, "self_attention/key_norm/scale"),
   "no router bias": ({"routed_bias": False, "routed_bias_update_rate": 0.0}, "routed_bias=False"),
@@ -147,7 +147,7 @@ def test_mtp_is_left_out_when_asked_and_named(trained, tmp_path, caplog):
     Export(epath.Path(trained("unscanned")), cfg).run(tmp_path / "hf", "float32", None, QUIET)
   (line,) = (message for message in caplog.messages if "left out" in message)
   assert "21 tensors of MTP (mtp_block/mtp_layer_1/" in line and "mtp_num_layers=0" in line
-  assert not [name for name in folders.read(tmp_path / "hf") if name.startswith("model.layers.3.")]
+  assert not [name for name in folders.read(tmp_path / "hf") if name.startswith("model.layers.4.")]
 
 
 def test_orbaxs_own_reason_is_in_the_error(trained, tmp_path):

@@ -14,6 +14,7 @@ from maxtext_ling2.host.contract import ANOTHER_PLUGIN, HINT, Expectation
 from maxtext_ling2.host.patches import Conflict, SupersededByHost
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seam import Seam, State, Use
+from maxtext_ling2.plugin import REGISTRY
 
 pytestmark = pytest.mark.unit
 
@@ -423,3 +424,21 @@ def test_a_first_import_and_other_modules_are_left_alone(world, tmp_path):
     assert made._reloads.find_spec(name, None) is None
   made.undo()
   assert made._reloads not in sys.meta_path and made._reloads in before
+
+
+@pytest.mark.parametrize(
+  ("names", "needs"),
+  [
+    ({"__name__": "maxtext.checkpoint_conversion.to_maxtext"}, True),
+    ({"__name__": "__main__", "__file__": "/env/maxtext/checkpoint_conversion/to_maxtext.py"}, True),
+    ({"__name__": "__main__", "__file__": "/env/maxtext/trainers/pre_train/train.py"}, False),
+    ({"__name__": "maxtext.inference.maxengine.maxengine"}, False),
+  ],
+  ids=["called in another process", "run as a file", "the trainer", "another command"],
+)
+def test_a_command_needs_its_seams_however_it_is_started(names, needs):
+  namespace = dict(names)
+  exec("def main(ask):\n  return ask()", namespace)
+  (seam,) = (seam for seam in REGISTRY.seams if seam.name == "to_maxtext")
+  assert not seam.concerns_this_process()
+  assert namespace["main"](seam.concerns_this_process) == needs
