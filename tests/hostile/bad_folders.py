@@ -154,7 +154,7 @@ FILES = {
   "index climbs out": (index({EXPERT: "../one.safetensors"}), ["../one.safetensors", "not a *.safetensors file of this"]),
   "index with an absolute path": (index({EXPERT: "/etc/one.safetensors"}), ["/etc/one.safetensors", "not a *.safetens"]),
   "index names a pickle": (index({EXPERT: "pytorch_model.bin"}), ["pytorch_model.bin", "not a *.safetensors file"]),
-  "index names an absent tensor": (index({"model.x": "model.safetensors"}), ["model.x", "is not there"]),
+  "index names an absent tensor": (index({"model.x": "model.safetensors"}), ["model.x", "does not exist"]),
   "index is no JSON": (text("model.safetensors.index.json", b"{"), ["index.json", "not an index"]),
   "index without a map": (text("model.safetensors.index.json", b"{}"), ["not an index", "weight_map"]),
   "index is a list": (text("model.safetensors.index.json", b"[1]"), ["not an index"]),
