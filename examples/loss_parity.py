@@ -147,13 +147,12 @@ class MaxTextRun:
     """What PyTorch needs to train the same model on the same tokens."""
     from flax import nnx
 
-    from maxtext_ling2.checkpoint import decay_offset, hf_config, mapping
+    from maxtext_ling2.checkpoint import blocks, decay_offset, hf_config, stacking
 
     c, values = self.config, dict(nnx.to_flat_state(self._state["model"]))
     weights = {}
-    for entry in mapping.entries(c):
-      parts = entry.to_hf(np.asarray(values[entry.path].get_value()))
-      weights |= dict(zip(entry.names, parts, strict=True))
+    for leaf in stacking.leaves(c):
+      weights |= dict(blocks.unstack(leaf, np.asarray(values[leaf.path].get_value())))
     settings = {name: getattr(c, name) for name in OPTIMIZATION}
     tokens = make_tokens(STEPS, c.global_batch_size_to_load, c.max_target_length, c.vocab_size)
     config = hf_config.from_maxtext(c)

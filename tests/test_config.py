@@ -94,7 +94,7 @@ BOS = [
     (["model_name=ling2-tiny", "pad_id=3"], "grain_file_type=mmap or mmap_npy reads it"),
     (["model_name=ling2-tiny", "bos_id=3"], "add_bos=true reads it"),
     (["model_name=ling2-tiny", "grain_file_type=mmap_npy", *BOS], "add_bos=true reads it"),
-    (["model_name=ling2-tiny", "grain_file_type=mmap", *BOS, "vocab_size=3"], "choose one from 0 on"),
+    (["model_name=ling2-tiny", "grain_file_type=mmap", *BOS, "vocab_size=3"], "choose one from 0 to"),
     (["model_name=ling2-tiny", "grain_file_type=mmap", *BOS, "mmap_eod_id=3"], "equal to mmap_eod_id"),
     (["model_name=llama2-7b", "bos_id=3"], "only decoder_block=ling2 reads this field"),
     (["model_name=llama2-7b", "pad_id=3"], "only decoder_block=ling2 reads this field"),
