@@ -144,7 +144,7 @@ class Run:
     return {name: np.asarray(value) for name, value in metrics["scalar"].items()}
 
   def forward(self, data):
-    """Logits [B, T, V], traced anew: with what a test has replaced in the model, and waiting for its callbacks."""
+    """Logits [B, T, V], traced again, with what a test has replaced in the model; waits for its callbacks."""
     import jax
     from flax import nnx
 

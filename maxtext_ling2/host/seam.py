@@ -15,7 +15,7 @@ type Handlers = Mapping[str, Callable[[Call], Any]]
 
 
 class State(enum.Enum):
-  """Where a seam stands."""
+  """Whether a seam is applied."""
 
   WAITING = "waiting for its module"
   APPLIED = "applied"
