@@ -29,7 +29,19 @@ PACKAGES = (*REPORTED, "jaxlib", "flax", "optax", "qwix", "aqtp", "tokamax")
 # The last three are read by kernels of tokamax.
 _COMPILERS = re.compile(r"(XLA|LIBTPU|TPU|JAX|MAXTEXT|MLA|MOE|PALLAS)_")
 _NO_EFFECT = {"CACHE", "LOG", "LOGGING"}  # words in the names of variables that change no program
-_SECRET = "hf_access_token"  # a field that MaxText fills from HF_TOKEN
+_NOT_COMPILED = {
+  "hf_access_token",  # a secret, from HF_TOKEN
+  # Where a run writes. MaxText puts the minute of the clock into the name of a run that has none, and that into the rest.
+  "run_name",
+  "base_output_directory",
+  "checkpoint_dir",
+  "metrics_dir",
+  "tensorboard_dir",
+  "managed_mldiagnostics_dir",
+  "dump_hlo_gcs_dir",
+  "dump_jaxpr_gcs_dir",
+}
+"""Fields of MaxText's config without effect on the program."""
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +72,7 @@ def key(config: Any, topology: str, mesh: str) -> str:
     topology: as MaxText's compile_topology.
     mesh: its text in the report.
   """
-  fields = {name: value for name, value in config.get_keys().items() if name != _SECRET}
+  fields = {name: value for name, value in config.get_keys().items() if name not in _NOT_COMPILED}
   quantization = _digest(Path(fields.get("quant_cfg_path") or ""))  # MaxText reads this file while it builds the model
   parts = [topology, mesh, fields, quantization, environment(), versions(PACKAGES), _sources()]
   return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
