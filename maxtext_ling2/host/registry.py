@@ -152,7 +152,7 @@ class Registry:
   def _supersede(self, reason: str) -> None:
     self.superseded_by = reason
     self._undo(self.seams)
-    logger.warning("The plugin %s stands down: %s.", self.plugin, reason)
+    logger.warning("The plugin %s does nothing: %s.", self.plugin, reason)
 
   def _undo(self, seams: Sequence[Seam]) -> list[str]:
     conflicts = []

@@ -195,7 +195,7 @@ def test_where_the_host_brings_the_model_itself_the_plugin_stands_down(world, ca
   made = world.registry(error=SupersededByHost("this MaxText brings fake-model itself"))
   assert world.answers() == [1, 1]
   (record,) = caplog.records
-  assert "stands down: this MaxText brings fake-model itself" in record.getMessage()
+  assert "does nothing: this MaxText brings fake-model itself" in record.getMessage()
   assert not made.usable and not made.violations
   assert world.configure("model_name=fake-model")[0] == ["", "model_name=fake-model"]
 

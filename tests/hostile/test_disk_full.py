@@ -72,51 +72,52 @@ def disturbed(folder, home, way, disturb, settings):
   return Disturbed(folder, process.returncode, output, complete, checkpoint(folder, "run", complete[0]))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """Runs that were disturbed in each way, all gone on with in one process afterwards; and one that was not disturbed."""
-  home = tmp_path_factory.mktemp("home")
-  settings = write_documents(home) | SETTINGS
-  limited, full = home / "limited", home / "full"
-  full.mkdir()
-  found = {}
-  limit = resource.RLIMIT_FSIZE, (20_000, 20_000)  # a checkpoint's data are larger, the metrics are not
-  found["limited"] = disturbed(limited, home, "limited", lambda process: resource.prlimit(process.pid, *limit), settings)
-  problem = mounting_problem(full)
-  try:
-    if not problem:
-      found["full"] = disturbed(full, home, "full", lambda _: fill(full), settings)
-      (full / "ballast").unlink()
-    steps = max(one.saved[-1] for one in found.values()) + 4
-    second = [
-      arguments(one.folder, "run", "", steps, **settings, metrics_file=home / f"second_{way}.jsonl")
-      for way, one in found.items()
-    ]
-    run(home, *second, arguments(home, "straight", "straight", steps, **settings))
-  finally:
-    if not problem:
-      subprocess.run(["umount", "-l", str(full)], check=True)
-  return home, found, problem
-
-
-@pytest.fixture(params=["limited", "full"])
-def way(runs, request):
-  _, found, problem = runs
-  if request.param not in found:
+@contextlib.contextmanager
+def small_file_system(folder):
+  folder.mkdir()
+  if problem := mounting_problem(folder):
     pytest.skip(f"a file system to fill cannot be mounted: {problem}")
-  return request.param
+  try:
+    yield
+  finally:
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_the_run_ends_with_an_error_that_says_so(runs, way):
-  _, found, _ = runs
+# A checkpoint's data are larger than the limit, the metrics are not.
+LIMIT = resource.RLIMIT_FSIZE, (20_000, 20_000)
+
+
+@pytest.fixture(scope="module", params=["limited", pytest.param("full", marks=pytest.mark.slow)])
+def runs(request, tmp_path_factory):
+  """(way, home, a run that was disturbed); it goes on afterwards, in one process with one that was not disturbed."""
+  way, home = request.param, tmp_path_factory.mktemp("home")
+  settings = write_documents(home) | SETTINGS
+  folder = home / way
+  with small_file_system(folder) if way == "full" else contextlib.nullcontext():
+    if way == "full":
+      found = disturbed(folder, home, way, lambda _: fill(folder), settings)
+      (folder / "ballast").unlink()
+    else:
+      found = disturbed(folder, home, way, lambda process: resource.prlimit(process.pid, *LIMIT), settings)
+    steps = found.saved[-1] + 4
+    run(
+      home,
+      arguments(folder, "run", "", steps, **settings, metrics_file=home / f"second_{way}.jsonl"),
+      arguments(home, "straight", "straight", steps, **settings),
+    )
+  return way, home, found
+
+
+def test_the_run_ends_with_an_error_that_says_so(runs):
+  way, _, found = runs
   reason = {"limited": "File too large", "full": "No space left on device"}[way]
-  assert found[way].code != 0 and reason in found[way].output, found[way].output[-3000:]
+  assert found.code != 0 and reason in found.output, found.output[-3000:]
 
 
-def test_with_room_it_goes_on_as_if_nothing_had_been(runs, way):
-  home, found, _ = runs
-  last = found[way].saved[-1]
-  assert found[way].saved == list(range(found[way].saved[0], last + 1))
+def test_with_room_it_goes_on_as_if_nothing_had_been(runs):
+  way, home, found = runs
+  last = found.saved[-1]
+  assert found.saved == list(range(found.saved[0], last + 1))
   straight = metrics(home, "straight")
   first, second = metrics(home, f"first_{way}"), metrics(home, f"second_{way}")
   assert set(first) >= set(range(last)) and sorted(second) == list(range(last + 1, len(straight)))
@@ -124,9 +125,9 @@ def test_with_room_it_goes_on_as_if_nothing_had_been(runs, way):
   assert {step: straight[step] for step in second} == second
 
 
-def test_what_was_saved_before_is_whole(runs, way):
-  home, found, _ = runs
-  undisturbed = checkpoint(home, "straight", found[way].saved[0])
-  assert set(found[way].first) == set(undisturbed)
-  for path, value in found[way].first.items():
+def test_what_was_saved_before_is_whole(runs):
+  _, home, found = runs
+  undisturbed = checkpoint(home, "straight", found.saved[0])
+  assert set(found.first) == set(undisturbed)
+  for path, value in found.first.items():
     np.testing.assert_array_equal(value, undisturbed[path], err_msg=path)
