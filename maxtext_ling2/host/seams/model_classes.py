@@ -15,7 +15,6 @@ from maxtext_ling2.model import contract as model_contract
 
 _MODELS = "maxtext.models.models"
 _DECODERS = "maxtext.layers.nnx_decoders"
-_MTP = "maxtext.layers.multi_token_prediction"
 
 
 def _asks_for_qwen3_next(function: Any) -> bool:
@@ -56,31 +55,6 @@ class ModelClassesSeam(Seam):
       "NNXDecoder._apply_embedding(shared_embedding, decoder_input_tokens)",
       "NNXDecoder.apply_output_head(shared_embedding, y, deterministic, model_mode, normalize_y)",
       "NNXDecoder.get_remat_policy()",
-    ),
-    # What its layers build on.
-    *expect(
-      _MTP,
-      "MultiTokenPredictionBlock.__init__(config, mesh, transformer_layer_module, decoder, rngs)",
-      "MultiTokenPredictionBlock.__call__(shared_embedding, main_hidden_state)",
-      "MultiTokenPredictionLayer.__call__(prev_hidden_state, target_token_embedding)",
-      "roll_and_mask_by_segment(x, segment_ids)",
-    ),
-    *expect(
-      "maxtext.layers.attention_mla",
-      "MLA.init_rotary_embedding()",
-      "MLA.mla_query_projection(inputs_q, inputs_positions, model_mode)",
-    ),
-    *expect(
-      "maxtext.layers.moe",
-      "RoutedMoE.deepseek_scale_weights(weights)",
-      "RoutedMoE.deepseek_routing(gate_logits, pre_bias_logits)",
-      "RoutedMoE.get_topk(gate_logits, pre_bias_logits)",
-      "RoutedMoE.apply_ffn_activation(layer_w0, layer_w1)",
-      "RoutedMoE.load_balance_loss(top_k_indices, logits)",
-      "calculate_expert_counts(top_k_indices, num_experts)",
-      "megatron_aux_loss_inputs(scores, num_experts_per_tok)",
-      "uses_megatron_seq_aux_loss(config)",
-      "MoEBiasVar",
     ),
     *model_contract.EXPECTATIONS,
   )
