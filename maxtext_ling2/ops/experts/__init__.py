@@ -1,1 +1,5 @@
-"""The experts of a mixture: what their grouped products need to know of a chip."""
+"""The experts of a mixture: gather, gate, up, activation, down and weighted sum as one function, and MaxText's tiles."""
+
+from maxtext_ling2.ops.experts.api import experts
+
+__all__ = ["experts"]
