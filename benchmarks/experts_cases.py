@@ -16,20 +16,22 @@ def _arguments(cores, steps, rows, width, hidden, dtype):
 
   experts = cores * steps
   x = array(experts * rows // 16, 16, width)
-  matrices = pallas_kernels.Weights(array(experts, width, hidden), array(experts, width, hidden), array(experts, hidden, width))
+  matrices = pallas_kernels.Weights(
+    array(experts, width, hidden), array(experts, width, hidden), array(experts, hidden, width)
+  )
   blocks = Blocks(*[array(cores, steps, of=jnp.int32)] * len(Blocks._fields))
   return x, array(cores, steps, 1, rows, of=jnp.float32), matrices, blocks
 
 
 def forward(rows, cores=1, steps=8, width=2048, hidden=512, in_float32=False, dtype="bfloat16"):
-  block = Block(rows, (rows,))
+  block = Block(rows, (rows,), 120 * 2**20)
   x, of_row, matrices, blocks = _arguments(cores, steps, rows, width, hidden, jnp.dtype(dtype))
   run = functools.partial(pallas_kernels.forward, steps=steps, block=block, activation_in_float32=in_float32)
   return lambda x, of_row, matrices, blocks: run(x, of_row, matrices, blocks), (x, of_row, matrices, blocks)
 
 
 def backward(rows, cores=1, steps=8, width=2048, hidden=512, in_float32=False, dtype="bfloat16", experts="one block"):
-  block = Block(rows, (rows,), experts=experts)
+  block = Block(rows, (rows,), 120 * 2**20, experts=experts)
   x, of_row, matrices, blocks = _arguments(cores, steps, rows, width, hidden, jnp.dtype(dtype))
   run = functools.partial(pallas_kernels.backward, steps=steps, block=block, activation_in_float32=in_float32)
   return lambda x, dy, of_row, matrices, blocks: run(x, dy, of_row, matrices, blocks), (x, x, of_row, matrices, blocks)

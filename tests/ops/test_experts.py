@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.experts import experts
+from maxtext_ling2.ops.experts import block_sizes, experts
+from maxtext_ling2.ops.experts.block_sizes import Chip
 from maxtext_ling2.ops.experts.dispatch import ABSENT, choice_values, combine, dispatch, gather_tokens, gather_weights
 
 EXPERTS, WIDTH, HIDDEN = 6, 256, 128
@@ -136,6 +139,21 @@ class TestReference(ExpertsSuite):
 
 class TestXla(ExpertsSuite):
   backend = "xla"
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Kernels on two cores, in an interpreter that fills memory with NaN and looks for races; blocks of few rows."""
+  monkeypatch.setattr(block_sizes, "_OTHER", Chip(2, 64 * 2**20, (32, 64), (16, 48)))
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+    yield
+  assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+  pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestPallas(ExpertsSuite):
+  backend = "pallas"
 
 
 @pytest.mark.parametrize("alignment", [1, 16])

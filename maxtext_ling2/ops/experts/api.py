@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_ling2.ops.backends import EXPERTS_BACKENDS
-from maxtext_ling2.ops.experts import xla
+from maxtext_ling2.ops.devices import device_kind
+from maxtext_ling2.ops.experts import pallas_tpu, xla
 from maxtext_ling2.ops.experts.base import Backward, ExpertsInputs, Forward
+from maxtext_ling2.ops.experts.block_sizes import why_not_kernel
 from maxtext_ling2.ops.experts.reference import reference
 from maxtext_ling2.ops.pallas_utils import vary_alike
 
@@ -50,8 +52,8 @@ def experts(
     activation_in_float32: whether x w_gate and x w_up are left in float32 until h; otherwise they and silu are
       rounded to x's dtype, as in a layer of that dtype.
     backend: "reference" (every expert on every token, in float32), "xla" (`jax.lax.ragged_dot`), "pallas" (TPU
-      kernels), or "auto": "pallas" where the program is compiled for a TPU and the kernels support the shapes
-      (`block_sizes.why_not_kernel`), else "xla".
+      kernels), or "auto": "pallas" where the program is traced for a TPU (`devices.device_kind`) and the kernels
+      support the shapes (`block_sizes.why_not_kernel`), else "xla".
 
   Returns:
     y [N, C] in x's dtype, differentiable in x, weights and the three matrices.
@@ -74,8 +76,12 @@ def experts(
 
 def _passes(backend: str, inputs: ExpertsInputs) -> tuple[Forward, Backward]:
   """Forward and backward pass of a backend."""
-  del backend, inputs
-  return xla.forward, xla.backward
+  reason = why_not_kernel(*inputs.w_gate.shape[1:], inputs.x.dtype.itemsize)
+  if backend == "pallas" and reason:
+    raise ValueError(f"experts: backend is 'pallas', but {reason}; use 'xla', or 'auto', which then takes it.")
+  if backend == "xla" or reason or (backend == "auto" and not device_kind().startswith("TPU")):
+    return xla.forward, xla.backward
+  return pallas_tpu.forward, pallas_tpu.backward
 
 
 def _differentiable(forward: Any, backward: Any) -> Any:

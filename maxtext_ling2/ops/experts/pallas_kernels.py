@@ -1,8 +1,8 @@
 """The two TPU kernels: `forward`, and `backward` with all gradients in one pass over the experts.
 
-The equations are in README.md. The grid is (cores, blocks), a block being rows of one expert (`schedule.py`). The matrices
-of the next block's expert are fetched by Pallas while a block computes, and not again if it is the same expert; rows are
-copied by the kernel, the next block's while this one computes, and results while the next one does.
+The equations are in README.md. The grid is (cores, blocks), a block being rows of one expert (`schedule.py`). Pallas
+fetches the matrices of the next block's expert while a block computes, and not again if it is the same expert. The kernel
+copies rows: those of the next block while this one computes, and results while the next one does.
 """
 
 import functools
@@ -60,7 +60,9 @@ class RowGradients(NamedTuple):
   """Results of `backward`."""
 
   rows: jax.Array  # dx of each row, [tiles, 16, C]
-  of_row: jax.Array  # gradient of the routing weights [cores, bound, 1, block.rows] float32; anything beyond a block's rows
+  of_row: (
+    jax.Array
+  )  # gradient of the routing weights [cores, bound, 1, block.rows] float32; anything beyond a block's rows
   gate: jax.Array  # [E, C, F]
   up: jax.Array  # [E, C, F]
   down: jax.Array  # [E, F, C]
@@ -140,7 +142,9 @@ class _Step:
     self.slot = self.index % 2
     self.tiles = blocks.tiles[self.core, self.index]
 
-  def _copies(self, hbm: Sequence[Ref], vmem: Sequence[Ref], semaphores: Sequence[Ref], index: Any, out: bool) -> list[RowCopy]:
+  def _copies(
+    self, hbm: Sequence[Ref], vmem: Sequence[Ref], semaphores: Sequence[Ref], index: Any, out: bool
+  ) -> list[RowCopy]:
     start, tiles = self.blocks.start[self.core, index], self.blocks.tiles[self.core, index]
     copies = []
     for there, here, semaphore in zip(hbm, vmem, semaphores, strict=True):
@@ -190,7 +194,7 @@ class _Step:
         copy.wait()
 
   def by_rows(self, compute: Callable[[int], None]) -> None:
-    """Computes the block with the least number of rows that is provided for and holds its tiles; nothing if it is empty."""
+    """Computes the block by the program of the first tier that holds its tiles; nothing if it is empty."""
     below = 0
     for rows in self.block.tiers:
       pl.when((self.tiles > below) & (self.tiles <= rows // ALIGNMENT))(functools.partial(compute, rows))
@@ -260,16 +264,9 @@ def _backward_kernel(*refs: Ref, block: Block, in_float32: bool) -> None:
 
     def add() -> None:
       for total, gradient, (left, right) in zip(sums, dweights, products, strict=True):
-
-        @pl.when(first)
-        def _(total: Ref = total) -> None:
-          total[...] = jnp.zeros_like(total)
-
-        total[...] += dot(left, right, TN)
-
-        @pl.when(last)
-        def _(total: Ref = total, gradient: Ref = gradient) -> None:
-          gradient[0] = total[...].astype(gradient.dtype)
+        total[...] = jnp.where(first, 0.0, total[...]) + dot(left, right, TN)
+        if block.experts != "several":
+          pl.when(last)(functools.partial(_copy, total, gradient))
 
     if block.experts == "any":
       jax.lax.cond(first & last, store, add)
@@ -278,6 +275,10 @@ def _backward_kernel(*refs: Ref, block: Block, in_float32: bool) -> None:
 
   step.by_rows(compute)
   step.write([dx], [dx_buffer], [dx_semaphore])
+
+
+def _copy(total: Ref, gradient: Ref) -> None:
+  gradient[0] = total[...].astype(gradient.dtype)
 
 
 def _row_sums(x: jax.Array) -> jax.Array:

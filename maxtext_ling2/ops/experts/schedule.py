@@ -1,8 +1,8 @@
 """Which core computes which rows, in which order: the blocks of the kernels' grid.
 
-A block is up to `block_rows` rows of one expert. An expert's blocks follow each other on one core, so that its weights are
-read once and its gradients summed there. Experts are dealt to the cores by their number of rows, the largest first, to and
-fro; the number of blocks per core, the grid's second dimension, is known only when the program runs.
+A block is up to `block_rows` rows of one expert. An expert's blocks follow each other on one core, so that its weights
+are read once and its gradients summed there. Experts are dealt to the cores by their number of rows, the largest first,
+to and fro; the number of blocks per core, the grid's second dimension, is known only when the program runs.
 """
 
 from typing import NamedTuple
