@@ -4,16 +4,16 @@
     python benchmarks/experts_tpu_static.py --chip v5p --rows 128 --json
     python benchmarks/experts_tpu_static.py --chip v6e --recount       counts cycles anew, not only what is missing
 
-Cycles of one block are libtpu's, for each tier of rows (`tpu_static.py`), kept in benchmarks/results. The blocks are those
-of `schedule.py` for random routing: 256 experts, a fixed seed. A step takes as long as its cycles or its bytes, whichever is
-longer (on two cores, each with half of the bandwidth), so waits for the next expert's weights are counted, but not the start
-of a kernel. XLA's gathers and sums take as long as their bytes.
+Cycles of one block are libtpu's, for each tier of rows (`tpu_static.py`), kept in benchmarks/results. The blocks are
+those of `schedule.py` for random routing: 256 experts, a fixed seed. A step takes as long as its cycles or its bytes,
+whichever is longer (on two cores, each with half of the bandwidth), so waits for the next expert's weights are counted,
+but not the start of a kernel. XLA's gathers and sums take as long as their bytes.
 
 Before: the grouped products of MaxText with the tiles of `ops/experts/tiles.py`, counted by `experts_tiles.py`, and the
-bytes of the operations between them, as they were seen in a compiled step: in units of rows of C (R) and of F (H).
+bytes of the operations between them, as they were seen in a compiled step, in rows of C and of F.
 
-The floor of a pass is the longer of its operations at the peak (3 products forward; 8 backward, gate and up computed again)
-and its bytes: matrices once, gradients of matrices once, rows and results once.
+The floor of a pass is the longer of its operations at the peak (3 products forward; 8 backward, where gate and up are
+computed again) and its bytes: matrices once, gradients of matrices once, rows and results once.
 """
 
 import argparse
@@ -34,16 +34,14 @@ import numpy as np
 from benchmarks import experts_tiles, tpu_static
 from benchmarks.grouped_counts import Counts
 from maxtext_ling2.ops.experts.block_sizes import BlockSizes, block_sizes_for
+from maxtext_ling2.plan import chips
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, HIDDEN = experts_tiles.MODELS["ling2"]
 EXPERTS, CHOSEN = experts_tiles.EXPERTS, 8
 ROWS = (128, 512, 1024)
-CHIPS = {"v5p": "TPU v5", "v6e": "TPU v6 lite"}
-"""Chips and their `device_kind`."""
-PEAK_TFLOPS = {"v5p": 459.0, "v6e": 918.0}
 TARGETS = {"v6e": {"forward": 1.15, "both": 1.25}, "v5p": {"forward": 1.3, "both": 1.4}}
-"""Times the floor."""
+"""Times the floor; the chips that are counted."""
 PASSES = {"forward": 3, "backward": 8}
 """Products of each row with a matrix."""
 MATRIX = 2 * WIDTH * HIDDEN
@@ -105,7 +103,7 @@ def cases(chip: str) -> Iterator[tuple[str, str, int, str]]:
 
 
 def sizes_of(chip: str) -> BlockSizes:
-  return block_sizes_for(WIDTH, HIDDEN, 2, 10**9, CHIPS[chip])
+  return block_sizes_for(WIDTH, HIDDEN, 2, 10**9, experts_tiles.CHIPS[chip])
 
 
 def count(cases: Sequence[tuple[str, str, int, str]]) -> Cycles:
@@ -144,10 +142,10 @@ def blocks_of(chip: str, passes: str, rows: int) -> tuple[Any, np.ndarray]:
   sizes = np.random.default_rng(0).multinomial(rows * EXPERTS, np.full(EXPERTS, 1 / EXPERTS)).astype(np.int32)
   tiles = -(-sizes // ALIGNMENT)
   where = Dispatch(
-    jnp.zeros(0, jnp.int32),
-    jnp.zeros((rows * EXPERTS // CHOSEN, CHOSEN), jnp.int32),
-    jnp.asarray((np.cumsum(tiles) - tiles) * ALIGNMENT, jnp.int32),
-    jnp.asarray(sizes),
+    row=jnp.zeros((rows * EXPERTS // CHOSEN, CHOSEN), jnp.int32),
+    starts=jnp.asarray((np.cumsum(tiles) - tiles) * ALIGNMENT, jnp.int32),
+    sizes=jnp.asarray(sizes),
+    **dict.fromkeys(("choice", "order", "inverse"), jnp.zeros(0, jnp.int32)),
   )
   of_chip = sizes_of(chip)
   block = of_chip.forward if passes == "forward" else of_chip.backward
@@ -181,7 +179,7 @@ def floor_ms(chip: str, passes: str, rows: int) -> float:
   m = rows * EXPERTS
   moved = EXPERTS * 3 * MATRIX * (1 if passes == "forward" else 2) + m * 2 * WIDTH * (2 if passes == "forward" else 3)
   operations = 2 * m * WIDTH * HIDDEN * PASSES[passes]
-  return max(moved / tpu_static.CHIPS[chip].gigabytes_per_second / 1e6, operations / PEAK_TFLOPS[chip] / 1e9)
+  return max(moved / tpu_static.CHIPS[chip].gigabytes_per_second / 1e6, operations / chips.CHIPS[chip].flops * 1e3)
 
 
 def after(chip: str, rows: int, cycles: Cycles) -> list[Part]:
@@ -260,7 +258,7 @@ def save(cycles: Cycles) -> None:
     {"chip": chip, "pass": passes, "rows": rows, "experts": experts, "cycles": value}
     for (chip, passes, rows, experts), value in sorted(cycles.items())
   ]
-  parts = [part for chip in CHIPS if set(cases(chip)) <= set(cycles) for part in all_parts(chip, ROWS, cycles)]
+  parts = [part for chip in TARGETS if set(cases(chip)) <= set(cycles) for part in all_parts(chip, ROWS, cycles)]
   text = json.dumps({"versions": versions, "cycles": records, "summary": summary(parts)}, indent=1)
   (RESULTS / "experts_tpu_static.json").write_text(text + "\n")
   _plot(summary(parts), RESULTS / "experts_tpu_static.png")
@@ -278,9 +276,9 @@ def _plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  chips = list(dict.fromkeys(line["chip"] for line in lines))
-  figure, panels = plt.subplots(1, max(len(chips), 1), figsize=(11, 3.8), squeeze=False, layout="constrained")
-  for chip, panel in zip(chips, panels[0], strict=True):
+  names = list(dict.fromkeys(line["chip"] for line in lines))
+  figure, panels = plt.subplots(1, max(len(names), 1), figsize=(11, 3.8), squeeze=False, layout="constrained")
+  for chip, panel in zip(names, panels[0], strict=True):
     own = [line for line in lines if line["chip"] == chip and line["passes"] == "both"]
     bars = {"MaxText's path": "before_ms", "with kernels": "after_ms", "kernels alone": "kernels_ms", "floor": "floor_ms"}
     for i, (label, key) in enumerate(bars.items()):
@@ -294,17 +292,17 @@ def _plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--chip", choices=CHIPS, action="append", help="may be given more than once; without it all")
+  parser.add_argument("--chip", choices=TARGETS, action="append", help="may be given more than once; without it all")
   parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows per expert, with commas between")
   parser.add_argument("--json", action="store_true", help="print parts and summary as JSON")
   parser.add_argument("--recount", action="store_true", help="count all kernels of the chip anew")
   args = parser.parse_args()
-  chips, cycles = args.chip or list(CHIPS), stored()
-  needed = [case for chip in chips for case in cases(chip) if args.recount or case not in cycles]
+  names, cycles = args.chip or list(TARGETS), stored()
+  needed = [case for chip in names for case in cases(chip) if args.recount or case not in cycles]
   if needed:
     cycles |= count(needed)
     save(cycles)
-  parts = [part for chip in chips for part in all_parts(chip, [int(x) for x in args.rows.split(",")], cycles)]
+  parts = [part for chip in names for part in all_parts(chip, [int(x) for x in args.rows.split(",")], cycles)]
   if args.json:
     print(json.dumps({"parts": [dataclasses.asdict(part) for part in parts], "summary": summary(parts)}, indent=1))
   else:

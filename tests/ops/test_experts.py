@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from maxtext_ling2.ops.experts import block_sizes, experts
 from maxtext_ling2.ops.experts.block_sizes import Chip
 from maxtext_ling2.ops.experts.dispatch import ABSENT, choice_values, combine, dispatch, gather_tokens, gather_weights
+from maxtext_ling2.ops.experts.schedule import Blocks, bound, schedule
 
 EXPERTS, WIDTH, HIDDEN = 6, 256, 128
 NAMES = ("y", "x", "weights", "w_gate", "w_up", "w_down")
@@ -105,6 +106,7 @@ def assert_close(found, wanted, tolerance):
 
 class ExpertsSuite:
   backend: str
+  check_vma = True
 
   @pytest.mark.parametrize("case", CASES, ids=str)
   def test_float32_is_the_closed_form(self, case):
@@ -124,6 +126,22 @@ class ExpertsSuite:
     assert_close(found, expected(case, jnp.bfloat16), (3 if in_float32 else 6) ** 0.5 * 2**-9)
 
 
+  def test_shards_of_experts_add_up(self):
+    """Expert parallelism: each device has half of the experts, and indices from its first one on."""
+    x, chosen, weights, *matrices = arguments("random", 33, 2)
+    mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    specs = (jax.P(),) * 3 + (jax.P("expert"),) * 3
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=self.check_vma)
+    def shard(x, chosen, weights, *matrices):
+      return jax.lax.psum(experts(x, chosen, weights, *matrices, backend=self.backend), "expert")
+
+    half = EXPERTS // 2
+    parts = [jax.jit(shard)(x, chosen - i, weights, *(w[i : i + half] for w in matrices)) for i in (0, half)]
+    assert_close({"y": sum(parts)}, {"y": expected(("random", 33, 2))["y"]}, 1e-5)
+
+
 class TestReference(ExpertsSuite):
   backend = "reference"
 
@@ -141,6 +159,72 @@ class TestXla(ExpertsSuite):
   backend = "xla"
 
 
+@pytest.mark.parametrize("empty_experts", [False, True])
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_blocks_cover_each_row_once(case, cores, empty_experts):
+  where = dispatch(jnp.asarray(indices(*case)), EXPERTS, 16)
+  blocks, steps = schedule(where, cores, 32, empty_experts)
+  blocks = Blocks(*map(np.asarray, blocks))
+  assert (
+    blocks.expert.shape == (cores, bound(where.row.size, EXPERTS, cores, 32)) and int(steps) <= blocks.expert.shape[1]
+  )
+  assert not blocks.tiles[:, int(steps) :].any()
+  sizes, starts = where.sizes.tolist(), where.starts.tolist()
+  for e in range(EXPERTS):
+    own = [(c, b) for c, b in np.ndindex(blocks.expert.shape) if blocks.expert[c, b] == e]
+    real = [at for at in own if blocks.tiles[at] or blocks.first[at]]
+    assert len(real) == max(-(-sizes[e] // 32), int(empty_experts))
+    assert len({c for c, _ in own}) <= 1 and [b for _, b in own] == list(range(own[0][1], own[-1][1] + 1) if own else [])
+    assert [int(blocks.first[at]) for at in real] == [1, *[0] * (len(real) - 1)][: len(real)]
+    assert [int(blocks.last[at]) for at in real] == [1, *[0] * (len(real) - 1)][: len(real)][::-1]
+    covered = [blocks.start[at] + i for at in real for i in range(blocks.tiles[at])]
+    assert covered == list(range(starts[e] // 16, starts[e] // 16 + -(-sizes[e] // 16)))
+
+
+def test_two_cores_get_as_much():
+  sizes = np.random.default_rng(0).multinomial(4096, np.full(64, 1 / 64)).astype(np.int32)
+  chosen = np.repeat(np.arange(64, dtype=np.int32), sizes)[:, None]
+  blocks, _ = schedule(dispatch(jnp.asarray(chosen), 64, 16), 2, 64, True)
+  tiles = np.asarray(blocks.tiles).sum(axis=1)
+  assert tiles.sum() == (-(-sizes // 16)).sum() and abs(int(tiles[0]) - int(tiles[1])) <= 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "width", "hidden", "itemsize", "reason"),
+  [
+    ("TPU v5", 2048, 512, 2, None),
+    ("TPU v6 lite", 2048, 512, 4, None),
+    ("TPU v6 lite", 2048, 500, 2, "C=2048 and F=500 are not both multiples of 128"),
+    ("TPU v4", 2048, 512, 2, "experts of 2048 x 512 need 41 MiB of VMEM, and a kernel on TPU v4 has 14"),
+    ("TPU v5", 4096, 1024, 2, "experts of 4096 x 1024 need 154 MiB of VMEM, and a kernel on TPU v5 has 58"),
+  ],
+)
+def test_why_a_chip_does_not_take_the_kernels(kind, width, hidden, itemsize, reason):
+  assert block_sizes.why_not_kernel(width, hidden, itemsize, kind) == reason
+
+
+def test_tiers_beyond_all_choices_are_left_out():
+  def tiers(choices):
+    return block_sizes.block_sizes_for(2048, 512, 2, choices, "TPU v6 lite").forward.tiers
+
+  assert {n: tiers(n) for n in (1, 128, 129, 4096)} == {
+    1: (128,),
+    128: (128,),
+    129: (128, 256),
+    4096: (128, 256, 384, 512),
+  }
+
+
+def test_the_kernels_are_refused_by_name():
+  x, chosen, weights, *matrices = arguments(*CASES[0])
+  narrow = [w[:, :, :64] for w in matrices[:2]]
+  with pytest.raises(
+    ValueError, match="backend is 'pallas', but C=256 and F=64 are not both multiples of 128; use 'xla'"
+  ):
+    experts(x, chosen, weights, *narrow, matrices[2][:, :64], backend="pallas")
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
   """Kernels on two cores, in an interpreter that fills memory with NaN and looks for races; blocks of few rows."""
@@ -154,6 +238,7 @@ def interpreted(monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 class TestPallas(ExpertsSuite):
   backend = "pallas"
+  check_vma = False  # the interpreter does not know it with a grid of dynamic size
 
 
 @pytest.mark.parametrize("alignment", [1, 16])

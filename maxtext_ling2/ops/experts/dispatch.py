@@ -22,6 +22,8 @@ class Dispatch(NamedTuple):
 
   choice: jax.Array  # [R] int32: flat index of the choice in each row, or ABSENT
   row: jax.Array  # [N, k] int32: row of each choice, or ABSENT
+  order: jax.Array  # [R] int32: as `choice`, with padding numbered from N * k on, so that it is a permutation
+  inverse: jax.Array  # [R] int32: the inverse permutation, as `row`
   starts: jax.Array  # [E] int32: first row of each expert, a multiple of the alignment
   sizes: jax.Array  # [E] int32: choices of each expert
 
@@ -50,14 +52,19 @@ def dispatch(indices: jax.Array, experts: int, alignment: int = 1) -> Dispatch:
   sizes = jnp.sum(expert[:, None] == jnp.arange(experts, dtype=expert.dtype), axis=0, dtype=jnp.int32)  # [E]
   aligned = -(-sizes // alignment) * alignment
   rows = num_rows(expert.size, experts, alignment)
-  # Padding is sorted with the choices, so that one sort yields the rows: gathering single numbers is slow on a TPU.
+  # Padding is sorted with the choices, so that one sort yields the rows.
   keys = jnp.concatenate([expert, _padding_keys(aligned - sizes, rows - expert.size, alignment)])  # [R]
-  order = jax.lax.iota(jnp.int32, rows)
-  sorted_keys, choice = jax.lax.sort((keys, order), num_keys=1, is_stable=True)
-  _, row = jax.lax.sort((choice, order), num_keys=1, is_stable=True)
-  choice = jnp.where((choice < expert.size) & (sorted_keys < experts), choice, ABSENT)
-  row = jnp.where(local, row[: expert.size], ABSENT).reshape(indices.shape)
-  return Dispatch(choice, row, jnp.cumsum(aligned) - aligned, sizes)
+  numbers = jax.lax.iota(jnp.int32, rows)
+  sorted_keys, order = jax.lax.sort((keys, numbers), num_keys=1, is_stable=True)
+  inverse = _permuted(numbers, order)
+  choice = jnp.where((order < expert.size) & (sorted_keys < experts), order, ABSENT)
+  row = jnp.where(local, inverse[: expert.size], ABSENT).reshape(indices.shape)
+  return Dispatch(choice, row, order, inverse, jnp.cumsum(aligned) - aligned, sizes)
+
+
+def _permuted(values: jax.Array, to: jax.Array) -> jax.Array:
+  """Values [R], each at the place `to` [R]. A sort: gathers and scatters of single numbers are slow on a TPU."""
+  return jax.lax.sort((to, values), num_keys=1, is_stable=False)[1]
 
 
 def _padding_keys(padding: jax.Array, number: int, alignment: int) -> jax.Array:
@@ -77,7 +84,8 @@ def gather_tokens(x: jax.Array, where: Dispatch) -> jax.Array:
 
 def gather_weights(weights: jax.Array, where: Dispatch) -> jax.Array:
   """Routing weights [N, k] as rows [R]; 0 at padding."""
-  return jnp.where(where.choice == ABSENT, 0.0, weights.reshape(-1)[jnp.maximum(where.choice, 0)])
+  padded = jnp.pad(weights.reshape(-1), (0, where.choice.size - weights.size))
+  return jnp.where(where.choice == ABSENT, 0.0, _permuted(padded, where.inverse))
 
 
 def combine(rows: jax.Array, where: Dispatch) -> jax.Array:
@@ -89,4 +97,5 @@ def combine(rows: jax.Array, where: Dispatch) -> jax.Array:
 
 def choice_values(rows: jax.Array, where: Dispatch) -> jax.Array:
   """One value per row [R] as one per choice [N, k]; 0 for choices that are not local."""
-  return jnp.where(where.row == ABSENT, 0.0, rows[jnp.maximum(where.row, 0)])
+  of_choice = _permuted(rows, where.order)[: where.row.size].reshape(where.row.shape)
+  return jnp.where(where.row == ABSENT, 0.0, of_choice)
