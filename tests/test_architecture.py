@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import experts_tiles, gla_tpu_static, tpu_static
+from maxtext_ling2.ops.experts import block_sizes as experts_block_sizes
 from maxtext_ling2.ops.experts import tiles
 from maxtext_ling2.ops.gla import block_sizes
 from maxtext_ling2.plan import chips
@@ -75,7 +76,7 @@ def test_every_generation_is_in_every_benchmark() -> None:
 def test_every_generation_has_block_sizes() -> None:
   """TPU kernels have block sizes for every generation; other devices take the defaults."""
   kinds = set(experts_tiles.CHIPS.values())
-  assert block_sizes._BLOCK_SIZES.keys() == tiles._CHIPS.keys() == kinds
+  assert block_sizes._BLOCK_SIZES.keys() == tiles._CHIPS.keys() == experts_block_sizes._CHIPS.keys() == kinds
 
 
 def test_the_page_links_to_pages_only() -> None:

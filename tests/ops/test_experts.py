@@ -125,7 +125,6 @@ class ExpertsSuite:
     assert found["weights"].dtype == jnp.float32
     assert_close(found, expected(case, jnp.bfloat16), (3 if in_float32 else 6) ** 0.5 * 2**-9)
 
-
   def test_shards_of_experts_add_up(self):
     """Expert parallelism: each device has half of the experts, and indices from its first one on."""
     x, chosen, weights, *matrices = arguments("random", 33, 2)

@@ -39,8 +39,7 @@ def schedule(where: Dispatch, cores: int, block_rows: int, empty_experts: bool) 
   """
   experts = where.sizes.size
   of_core = _deal(where.sizes, cores)  # [cores, ceil(E / cores)], E where there is none
-  sizes = jnp.append(where.sizes, 0)
-  number = jnp.maximum(-(-sizes // block_rows), int(empty_experts)).at[experts].set(0)[of_core]
+  number = jnp.append(jnp.maximum(-(-where.sizes // block_rows), int(empty_experts)), 0)[of_core]
   ends = jnp.cumsum(number, axis=1)
   total = ends[:, -1:]  # [cores, 1]
   index = jnp.arange(bound(where.row.size, experts, cores, block_rows), dtype=jnp.int32)
