@@ -125,6 +125,23 @@ class ExpertsSuite:
     assert found["weights"].dtype == jnp.float32
     assert_close(found, expected(case, jnp.bfloat16), (3 if in_float32 else 6) ** 0.5 * 2**-9)
 
+  def test_gradients_of_gradients(self):
+    x, chosen, weights, *matrices = arguments("random", 20, 2)
+
+    def slope(backend, *arrays):
+      def loss(x, weights, *matrices):
+        return jnp.sum(experts(x, chosen, weights, *matrices, backend=backend) ** 2)
+
+      return sum(jnp.sum(gradient**2) for gradient in jax.grad(loss, range(5))(*arrays))
+
+    found, wanted = (
+      jax.jit(jax.grad(functools.partial(slope, backend), range(5)))(x, weights, *matrices)
+      for backend in (self.backend, "reference")
+    )
+    assert_close(
+      dict(zip(NAMES[1:], found, strict=True)), dict(zip(NAMES[1:], map(np.asarray, wanted), strict=True)), 1e-5
+    )
+
   def test_shards_of_experts_add_up(self):
     """Expert parallelism: each device has half of the experts, and indices from its first one on."""
     x, chosen, weights, *matrices = arguments("random", 33, 2)

@@ -51,14 +51,35 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
   return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
+@jax.custom_vjp
 def _dot(rows: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
   """Each expert's rows [R, K] times its matrix [K, N]: [R, N] float32."""
   return jax.lax.ragged_dot(rows, w, sizes, precision=_precision(rows), preferred_element_type=jnp.float32)
 
 
+@jax.custom_vjp
 def _weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
   """x^T dy over the rows of each expert: [E, K, N] float32; 0 for experts without rows."""
   dimensions = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
   )
   return jax.lax.ragged_dot_general(x, dy, sizes, dimensions, precision=_precision(x), preferred_element_type=jnp.float32)
+
+
+# Each is the other's derivative, so there are gradients of gradients; JAX has none of `ragged_dot_general`.
+
+
+def _dot_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
+  rows, w, sizes = saved
+  dy = dy.astype(rows.dtype)
+  return _dot(dy, _transposed(w), sizes).astype(rows.dtype), _weight_gradient(rows, dy, sizes).astype(w.dtype), None
+
+
+def _weight_gradient_bwd(saved: tuple[jax.Array, ...], dw: jax.Array) -> tuple[jax.Array | None, ...]:
+  x, dy, sizes = saved
+  dw = dw.astype(x.dtype)
+  return _dot(dy, _transposed(dw), sizes).astype(x.dtype), _dot(x, dw, sizes).astype(dy.dtype), None
+
+
+_dot.defvjp(lambda *inputs: (_dot(*inputs), inputs), _dot_bwd)
+_weight_gradient.defvjp(lambda *inputs: (_weight_gradient(*inputs), inputs), _weight_gradient_bwd)
