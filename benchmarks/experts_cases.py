@@ -24,14 +24,14 @@ def _arguments(cores, steps, rows, width, hidden, dtype):
 
 
 def forward(rows, cores=1, steps=8, width=2048, hidden=512, in_float32=False, dtype="bfloat16"):
-  block = Block(rows, (rows,), 120 * 2**20)
+  block = Block(rows, rows, (rows,), 120 * 2**20)
   x, of_row, matrices, blocks = _arguments(cores, steps, rows, width, hidden, jnp.dtype(dtype))
   run = functools.partial(pallas_kernels.forward, steps=steps, block=block, activation_in_float32=in_float32)
   return lambda x, of_row, matrices, blocks: run(x, of_row, matrices, blocks), (x, of_row, matrices, blocks)
 
 
 def backward(rows, cores=1, steps=8, width=2048, hidden=512, in_float32=False, dtype="bfloat16", experts="one block"):
-  block = Block(rows, (rows,), 120 * 2**20, experts=experts)
+  block = Block(rows, rows, (rows,), 120 * 2**20, experts=experts)
   x, of_row, matrices, blocks = _arguments(cores, steps, rows, width, hidden, jnp.dtype(dtype))
   run = functools.partial(pallas_kernels.backward, steps=steps, block=block, activation_in_float32=in_float32)
   return lambda x, dy, of_row, matrices, blocks: run(x, dy, of_row, matrices, blocks), (x, x, of_row, matrices, blocks)

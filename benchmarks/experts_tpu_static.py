@@ -102,7 +102,7 @@ def cases(chip: str) -> Iterator[tuple[str, str, int, str]]:
   for rows in sizes.backward.tiers:
     yield chip, "backward", rows, "one block"
     yield chip, "backward", rows, "last"
-  yield chip, "backward", sizes.backward.rows, "several"
+  yield chip, "backward", sizes.backward.stride, "several"
 
 
 def sizes_of(chip: str) -> BlockSizes:
@@ -149,7 +149,7 @@ def blocks_of(chip: str, passes: str, rows: int) -> tuple[Any, np.ndarray]:
   )
   of_chip = sizes_of(chip)
   block = of_chip.forward if passes == "forward" else of_chip.backward
-  blocks, steps = schedule(where, of_chip.cores, block.rows, passes == "backward")
+  blocks, steps = schedule(where, of_chip.cores, block.stride, block.rows, passes == "backward")
   return type(blocks)(*(np.asarray(x)[:, : int(steps)] for x in blocks)), tiles
 
 

@@ -180,7 +180,7 @@ class TestXla(ExpertsSuite):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_blocks_cover_each_row_once(case, cores, empty_experts):
   where = dispatch(jnp.asarray(indices(*case)), EXPERTS, 16)
-  blocks, steps = schedule(where, cores, 32, empty_experts)
+  blocks, steps = schedule(where, cores, 32, 48, empty_experts)
   blocks = Blocks(*map(np.asarray, blocks))
   assert (
     blocks.expert.shape == (cores, bound(where.row.size, EXPERTS, cores, 32)) and int(steps) <= blocks.expert.shape[1]
@@ -190,7 +190,10 @@ def test_blocks_cover_each_row_once(case, cores, empty_experts):
   for e in range(EXPERTS):
     own = [(c, b) for c, b in np.ndindex(blocks.expert.shape) if blocks.expert[c, b] == e]
     real = [at for at in own if blocks.tiles[at] or blocks.first[at]]
-    assert len(real) == max(-(-sizes[e] // 32), int(empty_experts))
+    assert len(real) == (max(-(-(sizes[e] - 16) // 32), 1) if sizes[e] else int(empty_experts))
+    assert [int(blocks.tiles[at]) for at in real[:-1]] == [2] * (len(real) - 1) and all(
+      blocks.tiles[at] <= 3 for at in real
+    )
     assert len({c for c, _ in own}) <= 1 and [b for _, b in own] == list(range(own[0][1], own[-1][1] + 1) if own else [])
     assert [int(blocks.first[at]) for at in real] == [1, *[0] * (len(real) - 1)][: len(real)]
     assert [int(blocks.last[at]) for at in real] == [1, *[0] * (len(real) - 1)][: len(real)][::-1]
@@ -201,7 +204,7 @@ def test_blocks_cover_each_row_once(case, cores, empty_experts):
 def test_two_cores_get_as_much():
   sizes = np.random.default_rng(0).multinomial(4096, np.full(64, 1 / 64)).astype(np.int32)
   chosen = np.repeat(np.arange(64, dtype=np.int32), sizes)[:, None]
-  blocks, _ = schedule(dispatch(jnp.asarray(chosen), 64, 16), 2, 64, True)
+  blocks, _ = schedule(dispatch(jnp.asarray(chosen), 64, 16), 2, 64, 64, True)
   tiles = np.asarray(blocks.tiles).sum(axis=1)
   assert tiles.sum() == (-(-sizes // 16)).sum() and abs(int(tiles[0]) - int(tiles[1])) <= 2
 
@@ -244,7 +247,7 @@ def test_the_kernels_are_refused_by_name():
 @pytest.fixture
 def interpreted(monkeypatch):
   """Kernels on two cores, in an interpreter that fills memory with NaN and looks for races; blocks of few rows."""
-  monkeypatch.setattr(block_sizes, "_OTHER", Chip(2, 64 * 2**20, (32, 64), (16, 48)))
+  monkeypatch.setattr(block_sizes, "_OTHER", Chip(2, 64 * 2**20, (32, 64), (16, 48), 32))
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
     yield
   assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found

@@ -76,7 +76,7 @@ def experts(
 
 def _passes(backend: str, inputs: ExpertsInputs) -> tuple[Forward, Backward]:
   """Forward and backward pass of a backend."""
-  reason = why_not_kernel(*inputs.w_gate.shape[1:], inputs.x.dtype.itemsize)
+  reason = why_not_kernel(inputs.w_gate.shape[1], inputs.w_gate.shape[2], inputs.x.dtype.itemsize)
   if backend == "pallas" and reason:
     raise ValueError(f"experts: backend is 'pallas', but {reason}; use 'xla', or 'auto', which then takes it.")
   if backend == "xla" or reason or (backend == "auto" and not device_kind().startswith("TPU")):

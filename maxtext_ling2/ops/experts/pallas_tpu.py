@@ -17,7 +17,7 @@ def _forward(*inputs: jax.Array, activation_in_float32: bool) -> jax.Array:
   x, indices, weights, *matrices = inputs
   where = dispatching.dispatch(indices, matrices[0].shape[0], ALIGNMENT)
   sizes = _block_sizes(x, indices, matrices)
-  blocks, steps = schedule(where, _cores(sizes, matrices), sizes.forward.rows, empty_experts=False)
+  blocks, steps = schedule(where, _cores(sizes, matrices), sizes.forward.stride, sizes.forward.rows, empty_experts=False)
   of_row = _to_blocks(dispatching.gather_weights(weights, where), blocks, sizes.forward.rows)
   rows = _tiles(dispatching.gather_tokens(x, where))
   y = pallas_kernels.forward(
@@ -36,7 +36,7 @@ def _backward(*inputs: jax.Array, activation_in_float32: bool) -> Gradients:
   x, indices, weights, *matrices, dy = inputs
   where = dispatching.dispatch(indices, matrices[0].shape[0], ALIGNMENT)
   sizes = _block_sizes(x, indices, matrices)
-  blocks, steps = schedule(where, _cores(sizes, matrices), sizes.backward.rows, empty_experts=True)
+  blocks, steps = schedule(where, _cores(sizes, matrices), sizes.backward.stride, sizes.backward.rows, empty_experts=True)
   of_row = _to_blocks(dispatching.gather_weights(weights, where), blocks, sizes.backward.rows)
   rows, dy_rows = (_tiles(dispatching.gather_tokens(a, where)) for a in (x, dy))
   gradients = pallas_kernels.backward(

@@ -1,8 +1,9 @@
 """Which core computes which rows, in which order: the blocks of the kernels' grid.
 
-A block is up to `block_rows` rows of one expert. An expert's blocks follow each other on one core, so that its weights
-are read once and its gradients summed there. Experts are dealt to the cores by their number of rows, the largest first,
-to and fro; the number of blocks per core, the grid's second dimension, is known only when the program runs.
+A block is rows of one expert: `stride` rows each, and the last one up to `most`. An expert's blocks follow each other on
+one core, so that its weights are read once and its gradients summed there. Experts are dealt to the cores by their number
+of rows, the largest first, to and fro; the number of blocks per core, the grid's second dimension, is known only when the
+program runs.
 """
 
 from typing import NamedTuple
@@ -23,40 +24,43 @@ class Blocks(NamedTuple):
   last: jax.Array  # 1: the last one
 
 
-def bound(choices: int, experts: int, cores: int, block_rows: int) -> int:
+def bound(choices: int, experts: int, cores: int, stride: int) -> int:
   """Blocks of a core that suffice for any distribution of the choices."""
-  return choices // block_rows + -(-experts // cores)
+  return choices // stride + -(-experts // cores)
 
 
-def schedule(where: Dispatch, cores: int, block_rows: int, empty_experts: bool) -> tuple[Blocks, jax.Array]:
+def schedule(where: Dispatch, cores: int, stride: int, most: int, empty_experts: bool) -> tuple[Blocks, jax.Array]:
   """The blocks of each core, and the number of blocks of the core that has most of them.
 
   Args:
     where: with ALIGNMENT.
     cores: at most the number of experts.
-    block_rows: a multiple of ALIGNMENT.
+    stride: rows of each block of an expert but its last one; a multiple of ALIGNMENT.
+    most: rows of an expert's last block; at least `stride`, so that a few rows more are no block of their own.
     empty_experts: whether an expert without rows has a block, of no tiles, in which to write its gradients.
   """
   experts = where.sizes.size
   of_core = _deal(where.sizes, cores)  # [cores, ceil(E / cores)], E where there is none
-  number = jnp.append(jnp.maximum(-(-where.sizes // block_rows), int(empty_experts)), 0)[of_core]
+  number = jnp.maximum(-(-(where.sizes - (most - stride)) // stride), 1)
+  number = jnp.append(jnp.where((where.sizes > 0) | empty_experts, number, 0), 0)[of_core]
   ends = jnp.cumsum(number, axis=1)
   total = ends[:, -1:]  # [cores, 1]
-  index = jnp.arange(bound(where.row.size, experts, cores, block_rows), dtype=jnp.int32)
+  index = jnp.arange(bound(where.row.size, experts, cores, stride), dtype=jnp.int32)
   at = jnp.clip(index, 0, jnp.maximum(total - 1, 0))  # [cores, bound]: the last block again, where there are no more
   slot = jnp.sum(ends[:, None, :] <= at[:, :, None], axis=2)  # [cores, bound]
   slot = jnp.minimum(slot, of_core.shape[1] - 1)
   expert = jnp.minimum(jnp.take_along_axis(of_core, slot, axis=1), experts - 1)
   own = at - jnp.take_along_axis(ends - number, slot, axis=1)  # index among the blocks of its expert
-  per_block = block_rows // ALIGNMENT
-  left = -(-where.sizes[expert] // ALIGNMENT) - own * per_block
+  before = own * (stride // ALIGNMENT)
+  left = -(-where.sizes[expert] // ALIGNMENT) - before
   real = index < total
+  last = own == jnp.take_along_axis(number, slot, axis=1) - 1
   blocks = Blocks(
     expert,
-    where.starts[expert] // ALIGNMENT + own * per_block,
-    jnp.where(real, jnp.clip(left, 0, per_block), 0),
+    where.starts[expert] // ALIGNMENT + before,
+    jnp.where(real, jnp.where(last, left, stride // ALIGNMENT), 0),
     real & (own == 0),
-    real & (own == jnp.take_along_axis(number, slot, axis=1) - 1),
+    real & last,
   )
   return Blocks(*(x.astype(jnp.int32) for x in blocks)), jnp.maximum(jnp.max(total), 1)
 
