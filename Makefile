@@ -75,6 +75,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gla_chunked.py
 	$(BIN)/python benchmarks/gla_tpu_static.py --quick
 	$(BIN)/python benchmarks/layer_tpu_static.py --chip v6e
+	$(BIN)/python benchmarks/experts_tpu_static.py
 	$(BIN)/python benchmarks/scan_compile.py
 
 clean:
