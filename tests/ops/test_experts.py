@@ -227,11 +227,11 @@ def test_tiers_beyond_all_choices_are_left_out():
   def tiers(choices):
     return block_sizes.block_sizes_for(2048, 512, 2, choices, "TPU v6 lite").forward.tiers
 
-  assert {n: tiers(n) for n in (1, 128, 129, 4096)} == {
+  assert {n: tiers(n) for n in (1, 128, 129, 400)} == {
     1: (128,),
     128: (128,),
     129: (128, 256),
-    4096: (128, 256, 384, 512),
+    400: (128, 256, 384, 512),
   }
 
 
@@ -247,7 +247,7 @@ def test_the_kernels_are_refused_by_name():
 @pytest.fixture
 def interpreted(monkeypatch):
   """Kernels on two cores, in an interpreter that fills memory with NaN and looks for races; blocks of few rows."""
-  monkeypatch.setattr(block_sizes, "_OTHER", Chip(2, 64 * 2**20, (32, 64), (16, 48), 32))
+  monkeypatch.setattr(block_sizes, "_OTHER", Chip(2, 64 * 2**20, (32, 64), (16, 48), (32, 32)))
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
     yield
   assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found

@@ -1,9 +1,11 @@
 """Rows per grid step of the experts' kernels, by TPU generation, and whether a chip takes them.
 
 Chosen by counting cycles (`benchmarks/experts_tpu_static.py`). The kernels have a program for each of a few numbers of
-rows (`tiers`) and run the next one, so that an expert with few rows does not pay for a whole block. Large blocks suit
-v6e, whose MXU takes longer to load; on the others 256 rows are nearly as good as 512, and compile in half the time. A
-contraction over rows costs as if they were the next multiple of the MXU's side (256 on v6e), and a block of few rows as
+rows (`tiers`) and run the next one, so that an expert with few rows does not pay for a whole block. On most chips 256
+rows are nearly as good as 512, and compile in half the time. v6e is different: its MXU takes longer to load, and its forward
+kernel waits for HBM, as a small block is done before the next expert's matrices, which are fetched meanwhile, are there.
+
+A contraction over rows costs as if they were the next multiple of the MXU's side (256 on v6e), and a block of few rows as
 much as one of 128; so on v6e an expert's last block takes up to 128 rows more than the others.
 """
 
@@ -51,21 +53,23 @@ class Chip(NamedTuple):
   vmem: int  # bytes of a core's VMEM
   forward: tuple[int, ...]  # tiers; the last one is taken as the rows of a block, if they fit
   backward: tuple[int, ...]
-  stride: int
+  strides: tuple[int, int]  # of forward and backward
 
 
 _BY_64: Final = (64, 128, 192, 256)
 
 _CHIPS: Final = {
-  "TPU v4": Chip(2, 16 * _MIB, _BY_64, _BY_64, 256),
-  "TPU v5 lite": Chip(1, 128 * _MIB, _BY_64, _BY_64, 256),
-  "TPU v5": Chip(2, 64 * _MIB, _BY_64, (64, 128, 160, 192, 256), 256),
-  "TPU v6 lite": Chip(1, 128 * _MIB, (128, 256, 384, 512), (128, 256, 384, 512, 576, 640), 512),
-  "TPU7x": Chip(1, 64 * _MIB, (128, 192, 256), (128, 192, 256), 256),
+  "TPU v4": Chip(2, 16 * _MIB, _BY_64, _BY_64, (256, 256)),
+  "TPU v5 lite": Chip(1, 128 * _MIB, _BY_64, _BY_64, (256, 256)),
+  "TPU v5": Chip(2, 64 * _MIB, _BY_64, (64, 128, 160, 192, 256), (256, 256)),
+  "TPU v6 lite": Chip(
+    1, 128 * _MIB, (128, 256, 384, 512, 640, 768, 1024, 1152), (128, 256, 384, 512, 576, 640), (1024, 512)
+  ),
+  "TPU7x": Chip(1, 64 * _MIB, (128, 192, 256), (128, 192, 256), (256, 256)),
 }
 """By `device_kind`, the name JAX gives a generation. VMEM: Google's published figures."""
 
-_OTHER: Final = Chip(1, 16 * _MIB, _BY_64, _BY_64, 256)
+_OTHER: Final = Chip(1, 16 * _MIB, _BY_64, _BY_64, (256, 256))
 
 _LEAST: Final = 128
 """Rows of a block at least: with fewer, loading matrices into the MXU takes longer than the products."""
@@ -105,12 +109,15 @@ def block_sizes_for(width: int, hidden: int, itemsize: int, choices: int, kind: 
   """
   chip = _CHIPS.get(kind or device_kind(), _OTHER)
 
-  def block(tiers: tuple[int, ...], gradients: bool) -> Block:
+  def block(tiers: tuple[int, ...], stride: int, gradients: bool) -> Block:
     fitting = [rows for rows in tiers if vmem(rows, width, hidden, itemsize, gradients) <= _room(chip)]
     useful = [rows for i, rows in enumerate(fitting) if i == 0 or fitting[i - 1] < choices]
-    return Block(useful[-1], min(chip.stride, useful[-1]), tuple(useful), _room(chip))
+    return Block(useful[-1], min(stride, useful[-1]), tuple(useful), _room(chip))
 
-  return BlockSizes(block(chip.forward, gradients=False), block(chip.backward, gradients=True), chip.cores)
+  forward, backward = chip.strides
+  return BlockSizes(
+    block(chip.forward, forward, gradients=False), block(chip.backward, backward, gradients=True), chip.cores
+  )
 
 
 def _room(chip: Chip) -> int:
