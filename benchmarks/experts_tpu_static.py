@@ -254,11 +254,13 @@ def show(parts: Sequence[Part]) -> None:
 
 
 def save(cycles: Cycles) -> None:
-  """Writes the counted cycles, and the tables and the picture of all chips that are counted."""
+  """Writes the counted cycles of today's tiers, and the summary and the picture of all chips that are counted."""
+  current = {case for chip in TARGETS for case in cases(chip)}
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
   records = [
     {"chip": chip, "pass": passes, "rows": rows, "experts": experts, "cycles": value}
     for (chip, passes, rows, experts), value in sorted(cycles.items())
+    if (chip, passes, rows, experts) in current
   ]
   parts = [part for chip in TARGETS if set(cases(chip)) <= set(cycles) for part in all_parts(chip, ROWS, cycles)]
   text = json.dumps({"versions": versions, "cycles": records, "summary": summary(parts)}, indent=1)

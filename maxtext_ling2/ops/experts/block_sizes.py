@@ -2,8 +2,8 @@
 
 Chosen by counting cycles (`benchmarks/experts_tpu_static.py`). The kernels have a program for each of a few numbers of
 rows (`tiers`) and run the next one, so that an expert with few rows does not pay for a whole block. On most chips 256
-rows are nearly as good as 512, and compile in half the time. v6e is different: its MXU takes longer to load, and its forward
-kernel waits for HBM, as a small block is done before the next expert's matrices, which are fetched meanwhile, are there.
+rows are nearly as good as 512, and compile in half the time. v6e is different: its MXU takes longer to load, and its
+forward kernel waits for HBM, as a small block is done before the next expert's matrices, fetched meanwhile, are there.
 
 A contraction over rows costs as if they were the next multiple of the MXU's side (256 on v6e), and a block of few rows as
 much as one of 128; so on v6e an expert's last block takes up to 128 rows more than the others.
