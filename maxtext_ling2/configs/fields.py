@@ -1,7 +1,7 @@
 """The config fields that LING2 adds to MaxText.
 
 Those are the 16 of the RFC "Refactor PR1 - Ling2 config extension", with its names, owners, types and defaults; the decay
-offset, on which LING2's sources disagree; GLA's backend; YaRN's two scales; and the switch of the XLA flags. A field that
+offset, on which LING2's sources disagree; the backends of GLA and of the experts; YaRN's two scales; and the switch of the XLA flags. A field that
 the installed MaxText already defines remains MaxText's.
 """
 
@@ -113,6 +113,14 @@ FIELDS = (
     "auto",
     "What computes linear attention: pallas (a TPU kernel), chunked (plain JAX), reference (its recurrence, slow), or "
     "auto: pallas on TPU, chunked elsewhere.",
+  ),
+  Field(
+    "experts_backend",
+    "MoEKernels",
+    "str",
+    "auto",
+    "What computes the routed experts: pallas (TPU kernels), xla (the same in plain JAX), reference (slow), maxtext (its "
+    "grouped products), or auto: pallas on a TPU where the settings and the shapes allow it, else maxtext.",
   ),
   Field(
     "tuned_xla_flags",

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from maxtext_ling2.configs import documents, numbers, tiles, unsupported, without_effect
+from maxtext_ling2.configs import documents, experts, numbers, tiles, unsupported, without_effect
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.unsupported import rope_type
 from maxtext_ling2.ops.backends import GLA_BACKENDS
@@ -249,6 +249,7 @@ _RULES = (
   numbers.problems,
   documents.problems,
   tiles.problems,
+  experts.problems,
   unsupported.problems,
   without_effect.problems,
 )

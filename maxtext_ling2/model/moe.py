@@ -22,7 +22,9 @@ from maxtext.layers.initializers import nd_dense_init
 from maxtext.utils import maxtext_utils
 
 from maxtext_ling2.host.seams.weight_variables import MARK
-from maxtext_ling2.model.moe_view import DeepSeekRoutingView
+from maxtext_ling2.configs import experts as experts_config
+from maxtext_ling2.model import fused_experts
+from maxtext_ling2.model.moe_view import DeepSeekRoutingView, placement
 from maxtext_ling2.model.precision import matmul_precision
 
 Z_LOSS_NAME = "moe_z_loss"
@@ -164,6 +166,28 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
       rngs=rngs,
     )
     self.gate = Router(config, rngs)
+    self.only_maxtext = experts_config.only_maxtext(config)
+
+  def sparse_matmul(
+    self,
+    inputs: jax.Array,
+    gate_logits: jax.Array,
+    pre_bias_logits: jax.Array,
+    w0_kernel: Any,
+    w1_kernel: Any,
+    wo_kernel: Any,
+    *biases: Any,
+    input_ids: Any = None,
+    forced_routed_experts: jax.Array | None = None,
+  ) -> Any:
+    """The experts of inputs [B, T, C], by `ops.experts` or by MaxText's own path (`fused_experts.why_maxtext`)."""
+    matrices = fused_experts.Matrices(w0_kernel, w1_kernel, wo_kernel)
+    scores = gate_logits, pre_bias_logits
+    if fused_experts.why_maxtext(self, inputs, matrices, placement(self.mesh).kind) is None:
+      return fused_experts.apply(self, inputs, scores, matrices, forced_routed_experts)
+    return super().sparse_matmul(
+      inputs, *scores, *matrices, *biases, input_ids=input_ids, forced_routed_experts=forced_routed_experts
+    )
 
   def should_update_load_balance(self) -> bool:
     """True if MaxText counts the tokens of each expert and returns the counts."""

@@ -345,6 +345,7 @@ VALUES = {
   "context_parallel_strategy": ["ring"],
   "custom_mesh": ["hybrid_ring_64x4"],
   "engram_layers": [[1]],
+  "experts_backend": ["maxtext"],
   "gla_backend": ["chunked", "reference", "pallas"],
   "ici_parallelism": [[2, *11 * [1]]],
   "logical_axis_rules": [[]],

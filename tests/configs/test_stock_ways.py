@@ -10,7 +10,7 @@ import pytest
 import tiny
 from maxtext_ling2.maxtext_api import session
 
-# Name, class, type, default: the RFC's table, the decay offset and GLA's backend.
+# Name, class, type, default: the RFC's table, the decay offset and two backends.
 RFC_FIELDS = [
   ("moe_z_loss_weight", "MoEGeneral", float, 0.0),
   ("moe_shared_expert_dim", "DeepSeekMoE", int, 0),
@@ -22,6 +22,7 @@ RFC_FIELDS = [
   ("use_linear_silu", "Qwen3Next", bool, False),
   ("gla_decay_layer_offset", "Qwen3Next", int, 0),
   ("gla_backend", "Qwen3Next", str, "auto"),
+  ("experts_backend", "MoEKernels", str, "auto"),
   ("blend_cache_dir", "GrainDataset", str, ""),
   ("blend_index_dir", "GrainDataset", str, ""),
   ("reset_attention_mask", "GrainDataset", bool, True),

@@ -48,6 +48,7 @@ MESHES = {
   "data 2, expert 4": {"data": 2, "expert": 4},
   "fsdp 2, tensor 2, expert 2": {"fsdp": 2, "tensor": 2, "expert": 2},
   "fsdp 2, context 2, expert 2": {"fsdp": 2, "context": 2, "expert": 2},
+  "fsdp 2, context 4": {"fsdp": 2, "context": 4},
 }
 
 pytestmark = pytest.mark.mesh
@@ -73,6 +74,18 @@ SLOW = {
   ("fsdp 2, tensor 2, expert 2", "unscanned", 1): DROPLESS | LOCAL_TOP_K,
   ("fsdp 2, context 2, expert 2", "unscanned", 1): DROPLESS | LOCAL_TOP_K,
   ("fsdp 2, expert 4", "unscanned", 1): RING | TILES | {"defer_small_all_reduces": True},
+}
+
+# The same layers by ops.experts.
+FUSED = {name: value for name, value in DROPLESS.items() if name not in TILES} | {"experts_backend": "xla"}
+FUSED_QUICK = ("fsdp 2, expert 4", "unscanned", 1)
+FUSED_CASES = {
+  FUSED_QUICK: FUSED | {"num_moe_token_chunks": 2, "ragged_buffer_factor": SOME},
+  ("expert 8", "unscanned", 1): FUSED | {"ragged_buffer_factor": NONE, "moe_chunk_barrier": True},
+  ("fsdp 2, expert 4", "scanned", 2): FUSED | {"ragged_buffer_factor": SOME},
+  ("data 2, expert 4", "scanned", 2): FUSED | {"ragged_buffer_factor": -1.0, "moe_dropless_fallback": ""},
+  ("fsdp 2, context 2, expert 2", "unscanned", 1): FUSED,
+  ("fsdp 2, context 4", "unscanned", 1): {"sparse_matmul": True, "experts_backend": "xla"},  # no ring
 }
 
 SWITCHES = {
@@ -117,6 +130,19 @@ def meshes(tmp_path_factory):
 def other_meshes(tmp_path_factory):
   cases = {key: case(*key, **settings) for key, settings in SLOW.items()}
   return runs(tmp_path_factory.mktemp("other_meshes"), DEVICES, cases)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+  """A function: (mesh, layers, accumulation) -> arrays of ops.experts."""
+
+  @functools.cache
+  def arrays(quickly):
+    keys = [key for key in FUSED_CASES if (key == FUSED_QUICK) == quickly]
+    folder = tmp_path_factory.mktemp("fused")
+    return runs(folder, DEVICES, {key: case(*key, **FUSED_CASES[key]) for key in keys})
+
+  return lambda key: arrays(key == FUSED_QUICK)[key]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +220,17 @@ def counts(arrays, routing):
 )
 def test_equal_to_one_device(meshes, one_device, key, routing):
   assert_equal(meshes(key), one_device(*key[1:]), routing)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+  "key",
+  [pytest.param(key, id=str(key), marks=() if key == FUSED_QUICK else pytest.mark.slow) for key in FUSED_CASES],
+)
+def test_fused_experts_equal_one_device(fused, one_device, key, routing):
+  """Every routing, those that overflow a device's buffer included; the fallback is taken where MaxText's path takes it."""
+  arrays = fused(key)
+  assert_equal(arrays, one_device(*key[1:]), routing)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def experts(
   w_down: jax.Array,
   *,
   activation_in_float32: bool = False,
+  max_choices: int | None = None,
   backend: str = "auto",
 ) -> jax.Array:
   """Experts with SwiGLU, each applied to the tokens that chose it:
@@ -51,6 +52,8 @@ def experts(
     w_down: [E, F, C] in x's dtype.
     activation_in_float32: whether x w_gate and x w_up are left in float32 until h; otherwise they and silu are
       rounded to x's dtype, as in a layer of that dtype.
+    max_choices: how many of the N * k choices are local at most, for smaller buffers; the caller sees to it, since a
+      surplus would be left out. None: all may be.
     backend: "reference" (every expert on every token, in float32), "xla" (`jax.lax.ragged_dot`), "pallas" (TPU
       kernels), or "auto": "pallas" where the program is traced for a TPU (`devices.device_kind`) and the kernels
       support the shapes (`block_sizes.why_not_kernel`), else "xla".
@@ -68,7 +71,7 @@ def experts(
   if backend == "reference":
     return reference(inputs)
   forward, backward = _passes(backend, inputs)
-  static = {"activation_in_float32": activation_in_float32}
+  static = {"activation_in_float32": activation_in_float32, "max_choices": max_choices}
   return _differentiable(functools.partial(forward, **static), functools.partial(backward, **static))(
     *vary_alike(tuple(inputs))
   )

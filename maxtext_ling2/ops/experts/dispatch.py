@@ -18,12 +18,12 @@ ALIGNMENT: Final = 16
 
 
 class Dispatch(NamedTuple):
-  """Where each choice goes; R rows."""
+  """Where each choice goes; R rows, the first of K >= R places in the order of the experts."""
 
   choice: jax.Array  # [R] int32: flat index of the choice in each row, or ABSENT
   row: jax.Array  # [N, k] int32: row of each choice, or ABSENT
-  order: jax.Array  # [R] int32: as `choice`, with padding numbered from N * k on, so that it is a permutation
-  inverse: jax.Array  # [R] int32: the inverse permutation, as `row`
+  order: jax.Array  # [K] int32: as `choice`, with padding numbered from N * k on, so that it is a permutation
+  inverse: jax.Array  # [K] int32: the inverse permutation, as `row`
   starts: jax.Array  # [E] int32: first row of each expert, a multiple of the alignment
   sizes: jax.Array  # [E] int32: choices of each expert
 
@@ -38,32 +38,35 @@ def round_up(x: int, multiple: int) -> int:
   return -(-x // multiple) * multiple
 
 
-def dispatch(indices: jax.Array, experts: int, alignment: int = 1) -> Dispatch:
+def dispatch(indices: jax.Array, experts: int, alignment: int = 1, max_choices: int | None = None) -> Dispatch:
   """Sorts choices by expert.
 
   Args:
     indices: [N, k] int32; entries outside 0 .. experts - 1 are not local.
     experts: number of local experts, E.
     alignment: of the first row of each expert.
+    max_choices: how many choices are local at most; None: all may be. Rows of a surplus are missing.
   """
   expert = indices.reshape(-1)  # [N * k]
   local = (expert >= 0) & (expert < experts)
   expert = jnp.where(local, expert, experts)
   sizes = jnp.sum(expert[:, None] == jnp.arange(experts, dtype=expert.dtype), axis=0, dtype=jnp.int32)  # [E]
   aligned = -(-sizes // alignment) * alignment
-  rows = num_rows(expert.size, experts, alignment)
+  keys = num_rows(expert.size, experts, alignment)  # K
+  rows = min(keys, num_rows(max_choices or expert.size, experts, alignment))  # R
   # Padding is sorted with the choices, so that one sort yields the rows.
-  keys = jnp.concatenate([expert, _padding_keys(aligned - sizes, rows - expert.size, alignment)])  # [R]
-  numbers = jax.lax.iota(jnp.int32, rows)
-  sorted_keys, order = jax.lax.sort((keys, numbers), num_keys=1, is_stable=True)
+  unsorted = jnp.concatenate([expert, _padding_keys(aligned - sizes, keys - expert.size, alignment)])  # [K]
+  numbers = jax.lax.iota(jnp.int32, keys)
+  sorted_keys, order = jax.lax.sort((unsorted, numbers), num_keys=1, is_stable=True)
   inverse = _permuted(numbers, order)
-  choice = jnp.where((order < expert.size) & (sorted_keys < experts), order, ABSENT)
-  row = jnp.where(local, inverse[: expert.size], ABSENT).reshape(indices.shape)
+  choice = jnp.where((order < expert.size) & (sorted_keys < experts), order, ABSENT)[:rows]
+  row = inverse[: expert.size]
+  row = jnp.where(local & (row < rows), row, ABSENT).reshape(indices.shape)
   return Dispatch(choice, row, order, inverse, jnp.cumsum(aligned) - aligned, sizes)
 
 
 def _permuted(values: jax.Array, to: jax.Array) -> jax.Array:
-  """Values [R], each at the place `to` [R]. A sort: gathers and scatters of single numbers are slow on a TPU."""
+  """Values [K], each at the place `to` [K]. A sort: gathers and scatters of single numbers are slow on a TPU."""
   return jax.lax.sort((to, values), num_keys=1, is_stable=False)[1]
 
 
@@ -84,8 +87,8 @@ def gather_tokens(x: jax.Array, where: Dispatch) -> jax.Array:
 
 def gather_weights(weights: jax.Array, where: Dispatch) -> jax.Array:
   """Routing weights [N, k] as rows [R]; 0 at padding."""
-  padded = jnp.pad(weights.reshape(-1), (0, where.choice.size - weights.size))
-  return jnp.where(where.choice == ABSENT, 0.0, _permuted(padded, where.inverse))
+  padded = jnp.pad(weights.reshape(-1), (0, where.inverse.size - weights.size))  # [K]
+  return jnp.where(where.choice == ABSENT, 0.0, _permuted(padded, where.inverse)[: where.choice.size])
 
 
 def combine(rows: jax.Array, where: Dispatch) -> jax.Array:
@@ -97,5 +100,6 @@ def combine(rows: jax.Array, where: Dispatch) -> jax.Array:
 
 def choice_values(rows: jax.Array, where: Dispatch) -> jax.Array:
   """One value per row [R] as one per choice [N, k]; 0 for choices that are not local."""
-  of_choice = _permuted(rows, where.order)[: where.row.size].reshape(where.row.shape)
+  padded = jnp.pad(rows, (0, where.order.size - rows.size))  # [K]
+  of_choice = _permuted(padded, where.order)[: where.row.size].reshape(where.row.shape)
   return jnp.where(where.row == ABSENT, 0.0, of_choice)

@@ -11,10 +11,10 @@ from maxtext_ling2.ops.experts.activation import activate, activate_bwd
 from maxtext_ling2.ops.experts.base import Gradients
 
 
-def forward(*inputs: jax.Array, activation_in_float32: bool) -> jax.Array:
+def forward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None = None) -> jax.Array:
   """y [N, C] of the arrays of `ExpertsInputs`."""
   x, indices, weights, w_gate, w_up, w_down = inputs
-  where = dispatching.dispatch(indices, w_gate.shape[0])
+  where = dispatching.dispatch(indices, w_gate.shape[0], max_choices=max_choices)
   rows, of_row = dispatching.gather_tokens(x, where), dispatching.gather_weights(weights, where)  # [R, C], [R]
   gate, up = (_dot(rows, w, where.sizes) for w in (w_gate, w_up))  # [R, F]
   h = activate(gate, up, x.dtype, activation_in_float32)
@@ -22,10 +22,10 @@ def forward(*inputs: jax.Array, activation_in_float32: bool) -> jax.Array:
   return dispatching.combine(y.astype(x.dtype), where)
 
 
-def backward(*inputs: jax.Array, activation_in_float32: bool) -> Gradients:
+def backward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None = None) -> Gradients:
   """All gradients, of the arrays of `ExpertsInputs` and dy [N, C]."""
   x, indices, weights, w_gate, w_up, w_down, dy = inputs
-  where = dispatching.dispatch(indices, w_gate.shape[0])
+  where = dispatching.dispatch(indices, w_gate.shape[0], max_choices=max_choices)
   rows, dy_rows = (dispatching.gather_tokens(a, where) for a in (x, dy))  # [R, C]
   of_row = dispatching.gather_weights(weights, where)[:, None]  # [R, 1]
   gate, up = (_dot(rows, w, where.sizes) for w in (w_gate, w_up))  # [R, F]
