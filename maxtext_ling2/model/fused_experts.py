@@ -18,15 +18,13 @@ from maxtext.utils import sharding
 
 from maxtext_ling2.configs import experts as experts_config
 from maxtext_ling2.ops.experts import experts
+from maxtext_ling2.ops.experts.block_sizes import why_not_kernel
+from maxtext_ling2.ops.experts.dispatch import ALIGNMENT
 
 _EXPERT = "expert"
 """The mesh axis of the experts. Custom rules that shard them over others take MaxText's path."""
 
 _FSDP = ("fsdp",)
-
-
-def why_not_kernel(kind, choices, shape, dtype):  # TODO ops
-  return "no kernel yet"
 
 
 class Matrices(NamedTuple):
@@ -69,8 +67,9 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return None
   if not kind.startswith("TPU"):
     return f"a {kind} device"
-  tokens = x.size // x.shape[-1] * layer.get_expert_parallelism_size() // _devices_of_tokens(layer, x)
-  return why_not_kernel(kind, tokens * config.num_experts_per_tok, matrices.gate.shape, x.dtype)
+  if rows_per_expert(layer, x) < ALIGNMENT:
+    return f"fewer than {ALIGNMENT} tokens per expert, the rows of a tile"
+  return why_not_kernel(*matrices.gate.shape[1:], x.dtype.itemsize, kind)
 
 
 def _drops_tokens(layer: Any, x: jax.Array) -> bool:
@@ -80,9 +79,11 @@ def _drops_tokens(layer: Any, x: jax.Array) -> bool:
   return layer.get_dropless_fallback_num_chunks(x.shape[1], 1) is not None
 
 
-def _devices_of_tokens(layer: Any, x: jax.Array) -> int:
-  axes = [axis for dim in _specs(layer, x).tokens[:2] for axis in sharding.mesh_axes_for_dim(dim)]
-  return math.prod(layer.mesh.shape[axis] for axis in axes)
+def rows_per_expert(layer: Any, x: jax.Array) -> float:
+  """Tokens per expert on a device, on average; in a ring of experts those of all its devices."""
+  devices = math.prod(layer.mesh.shape[axis] for axis in _batch_axes(_specs(layer, x).tokens))
+  choices = math.prod(x.shape[:2]) * layer.config.num_experts_per_tok / devices
+  return float(choices * layer.get_expert_parallelism_size() / layer.num_experts)
 
 
 def apply(
@@ -209,7 +210,7 @@ def _specs(layer: Any, x: jax.Array) -> Specs:
   return Specs(tokens, tokens, Matrices(*matrices))
 
 
-def _batch_axes(spec: jax.P) -> tuple[str, ...] | None:
+def _batch_axes(spec: jax.P) -> tuple[str, ...]:
   """Mesh axes over which batch and sequence are sharded."""
   axes = [axis for dim in spec[:2] for axis in sharding.mesh_axes_for_dim(dim)]
-  return tuple(dict.fromkeys(axes)) or None
+  return tuple(dict.fromkeys(axes))

@@ -146,11 +146,11 @@ class _Step:
     self, hbm: Sequence[Ref], vmem: Sequence[Ref], semaphores: Sequence[Ref], index: Any, out: bool
   ) -> list[RowCopy]:
     start, tiles = self.blocks.start[self.core, index], self.blocks.tiles[self.core, index]
-    copies = []
-    for there, here, semaphore in zip(hbm, vmem, semaphores, strict=True):
-      ends = there.at[pl.ds(start, self.block.rows // ALIGNMENT)], here.at[index % 2]
-      copies.append(RowCopy(*(ends[::-1] if out else ends), tiles, self.block.rows // ALIGNMENT, semaphore.at[index % 2]))
-    return copies
+    slot = index % 2
+    return [
+      RowCopy(there, start, here.at[slot], tiles, semaphore.at[slot], out)
+      for there, here, semaphore in zip(hbm, vmem, semaphores, strict=True)
+    ]
 
   def read(self, hbm: Sequence[Ref], vmem: Sequence[Ref], semaphores: Sequence[Ref]) -> None:
     """Waits for the rows of this block; those of the next one are on their way."""

@@ -15,11 +15,13 @@ from maxtext_ling2.ops.pallas_utils import Ref
 
 
 class RowCopy:
-  """The copy of `tiles` tiles of rows from source to target; start it, then wait for it."""
+  """The copy of a block's rows from the array of all rows to the block's own buffer, or back; start it, then wait for it."""
 
-  def __init__(self, source: Ref, target: Ref, tiles: jax.Array, most: int, semaphore: Any):
-    """Source and target begin with the first tile; `most` is a power of two."""
-    self._source, self._target, self._tiles, self._semaphore = source, target, tiles, semaphore
+  def __init__(self, rows: Ref, start: jax.Array, buffer: Ref, tiles: jax.Array, semaphore: Any, out: bool):
+    """Copies `tiles` tiles, which in `rows` begin at `start`; `out`: from the buffer, whose tiles are a power of two."""
+    self._rows, self._start, self._buffer, self._tiles = rows, start, buffer, tiles
+    self._semaphore, self._out = semaphore, out
+    most = buffer.shape[0]
     self._sizes = [1 << i for i in reversed(range(most.bit_length()))]
 
   def start(self) -> None:
@@ -35,5 +37,7 @@ class RowCopy:
 
       @pl.when(self._tiles & size != 0)
       def _(size: int = size) -> None:
-        piece = pl.ds(self._tiles & -2 * size, size)
-        act(pltpu.make_async_copy(self._source.at[piece], self._target.at[piece], self._semaphore))
+        done = self._tiles & -2 * size
+        # One slice each, since a block's last rows may be beyond the end of the array.
+        ends = self._rows.at[pl.ds(self._start + done, size)], self._buffer.at[pl.ds(done, size)]
+        act(pltpu.make_async_copy(*(ends[::-1] if self._out else ends), self._semaphore))

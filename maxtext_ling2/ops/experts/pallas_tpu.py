@@ -13,10 +13,10 @@ from maxtext_ling2.ops.experts.schedule import Blocks, schedule
 from maxtext_ling2.ops.pallas_utils import differentiable
 
 
-def _forward(*inputs: jax.Array, activation_in_float32: bool) -> jax.Array:
+def _forward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None) -> jax.Array:
   x, indices, weights, *matrices = inputs
-  where = dispatching.dispatch(indices, matrices[0].shape[0], ALIGNMENT)
-  sizes = _block_sizes(x, indices, matrices)
+  where = dispatching.dispatch(indices, matrices[0].shape[0], ALIGNMENT, max_choices)
+  sizes = _block_sizes(x, max_choices or indices.size, matrices)
   blocks, steps = schedule(where, _cores(sizes, matrices), sizes.forward.stride, sizes.forward.rows, empty_experts=False)
   of_row = _to_blocks(dispatching.gather_weights(weights, where), blocks, sizes.forward.rows)
   rows = _tiles(dispatching.gather_tokens(x, where))
@@ -32,10 +32,10 @@ def _forward(*inputs: jax.Array, activation_in_float32: bool) -> jax.Array:
   return dispatching.combine(_flat(y), where)
 
 
-def _backward(*inputs: jax.Array, activation_in_float32: bool) -> Gradients:
+def _backward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None) -> Gradients:
   x, indices, weights, *matrices, dy = inputs
-  where = dispatching.dispatch(indices, matrices[0].shape[0], ALIGNMENT)
-  sizes = _block_sizes(x, indices, matrices)
+  where = dispatching.dispatch(indices, matrices[0].shape[0], ALIGNMENT, max_choices)
+  sizes = _block_sizes(x, max_choices or indices.size, matrices)
   blocks, steps = schedule(where, _cores(sizes, matrices), sizes.backward.stride, sizes.backward.rows, empty_experts=True)
   of_row = _to_blocks(dispatching.gather_weights(weights, where), blocks, sizes.backward.rows)
   rows, dy_rows = (_tiles(dispatching.gather_tokens(a, where)) for a in (x, dy))
@@ -57,9 +57,9 @@ forward = differentiable(_forward, xla.forward)
 backward = differentiable(_backward, xla.backward)
 
 
-def _block_sizes(x: jax.Array, indices: jax.Array, matrices: list[jax.Array]) -> BlockSizes:
+def _block_sizes(x: jax.Array, choices: int, matrices: list[jax.Array]) -> BlockSizes:
   _, width, hidden = matrices[0].shape
-  return block_sizes_for(width, hidden, x.dtype.itemsize, indices.size)
+  return block_sizes_for(width, hidden, x.dtype.itemsize, choices)
 
 
 def _cores(sizes: BlockSizes, matrices: list[jax.Array]) -> int:

@@ -11,7 +11,7 @@ from maxtext_ling2.ops.experts.activation import activate, activate_bwd
 from maxtext_ling2.ops.experts.base import Gradients
 
 
-def forward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None = None) -> jax.Array:
+def forward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None) -> jax.Array:
   """y [N, C] of the arrays of `ExpertsInputs`."""
   x, indices, weights, w_gate, w_up, w_down = inputs
   where = dispatching.dispatch(indices, w_gate.shape[0], max_choices=max_choices)
@@ -22,7 +22,7 @@ def forward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | 
   return dispatching.combine(y.astype(x.dtype), where)
 
 
-def backward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None = None) -> Gradients:
+def backward(*inputs: jax.Array, activation_in_float32: bool, max_choices: int | None) -> Gradients:
   """All gradients, of the arrays of `ExpertsInputs` and dy [N, C]."""
   x, indices, weights, w_gate, w_up, w_down, dy = inputs
   where = dispatching.dispatch(indices, w_gate.shape[0], max_choices=max_choices)
