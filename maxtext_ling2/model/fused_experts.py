@@ -62,7 +62,9 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
   if layer.get_expert_parallelism_size() > 1 and (not config.use_ring_of_experts or x.shape[0] == 1):
     return "experts on several devices without a ring of experts"
   if _drops_tokens(layer, x):
-    return f"ragged_buffer_factor={layer.get_ragged_buffer_factor()}, which drops tokens, without moe_dropless_fallback=layer"
+    return (
+      f"ragged_buffer_factor={layer.get_ragged_buffer_factor()}, which drops tokens, without moe_dropless_fallback=layer"
+    )
   if backend != "auto":
     return None
   if not kind.startswith("TPU"):
