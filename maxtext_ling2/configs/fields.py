@@ -1,8 +1,8 @@
 """The config fields that LING2 adds to MaxText.
 
-Those are the 16 of the RFC "Refactor PR1 - Ling2 config extension", with its names, owners, types and defaults; the decay
-offset, on which LING2's sources disagree; the backends of GLA and of the experts; YaRN's two scales; and the switch of the XLA flags. A field that
-the installed MaxText already defines remains MaxText's.
+Those are the 16 of the RFC "Refactor PR1 - Ling2 config extension", with its names, owners, types and defaults; the
+decay offset, on which LING2's sources disagree; the backends of GLA and of the experts; YaRN's two scales; and the
+switch of the XLA flags. A field that the installed MaxText already defines remains MaxText's.
 """
 
 import dataclasses

@@ -16,7 +16,6 @@ from flax import nnx
 from maxtext.layers import moe
 from maxtext.utils import sharding
 
-from maxtext_ling2.configs import experts as experts_config
 from maxtext_ling2.ops.experts import experts
 from maxtext_ling2.ops.experts.block_sizes import why_not_kernel
 from maxtext_ling2.ops.experts.dispatch import ALIGNMENT
@@ -71,7 +70,8 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return f"a {kind} device"
   if rows_per_expert(layer, x) < ALIGNMENT:
     return f"fewer than {ALIGNMENT} tokens per expert, the rows of a tile"
-  return why_not_kernel(*matrices.gate.shape[1:], x.dtype.itemsize, kind)
+  _, width, hidden = matrices.gate.shape
+  return why_not_kernel(width, hidden, x.dtype.itemsize, kind)
 
 
 def _drops_tokens(layer: Any, x: jax.Array) -> bool:
@@ -177,18 +177,18 @@ class _Device:
     """y [b, T, C], in equal chunks of the sequences, one after the other with a barrier."""
     barrier = barrier or self.layer.config.moe_chunk_barrier
     pieces: list[jax.Array] = []
-    for part in zip(*(jnp.split(a, number, axis=1) for a in (x, weights, chosen)), strict=True):
+    for tokens, scales, experts_of in zip(*(jnp.split(a, number, axis=1) for a in (x, weights, chosen)), strict=True):
       if barrier and pieces:
-        part, pieces[-1] = jax.lax.optimization_barrier((part, pieces[-1]))
-      pieces.append(self._chunk(rows, *part, matrices))
+        tokens, pieces[-1] = jax.lax.optimization_barrier((tokens, pieces[-1]))
+      pieces.append(self._chunk(rows, tokens, scales, experts_of, matrices))
     return jnp.concatenate(pieces, axis=1) if number > 1 else pieces[0]
 
   def _chunk(self, rows: int | None, x: Any, weights: Any, chosen: Any, matrices: Matrices) -> jax.Array:
     """y [b, t, C] of x [b, t, C], weights and chosen [b, t, k]."""
     if self.devices == 1:
       return self._local(None, x, weights, chosen, matrices)
-    everyone = (jax.lax.all_gather(a, _EXPERT, axis=0, tiled=True) for a in (x, weights, chosen))  # [devices * b, t, ...]
-    x, weights, chosen = everyone
+    gather = functools.partial(jax.lax.all_gather, axis_name=_EXPERT, axis=0, tiled=True)
+    x, weights, chosen = map(gather, (x, weights, chosen))  # [devices * b, t, ...]
     first = jax.lax.axis_index(_EXPERT) * matrices.gate.shape[0]
     y = self._local(rows, x, weights, chosen - first, matrices)
     return jax.lax.psum_scatter(y, _EXPERT, scatter_dimension=0, tiled=True)

@@ -21,8 +21,8 @@ from maxtext.layers import linears, moe
 from maxtext.layers.initializers import nd_dense_init
 from maxtext.utils import maxtext_utils
 
-from maxtext_ling2.host.seams.weight_variables import MARK
 from maxtext_ling2.configs import experts as experts_config
+from maxtext_ling2.host.seams.weight_variables import MARK
 from maxtext_ling2.model import fused_experts
 from maxtext_ling2.model.moe_view import DeepSeekRoutingView, placement
 from maxtext_ling2.model.precision import matmul_precision

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from maxtext_ling2.plan.chips import Chip
+from maxtext_ling2.plan.fused_experts import experts_seconds, is_experts
 from maxtext_ling2.plan.operations import Operation, is_gla
 from maxtext_ling2.plan.parts import part_of_operation
 
@@ -101,6 +102,8 @@ def compute_seconds(one: Operation, chip: Chip) -> float:
     return one.grouped.seconds(chip)[0]
   if is_gla(one):
     return chip.gla_time_ratio * one.memory / chip.memory_bandwidth
+  if is_experts(one.kernel):
+    return experts_seconds(one.flops, one.memory, chip)
   return one.flops / chip.flops
 
 

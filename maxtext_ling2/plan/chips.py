@@ -33,6 +33,9 @@ class Chip:
     cores: that share a kernel's parallel grid dimensions.
     gla_time_ratio: time of GLA's kernels over that of their bytes, from counted cycles (docs/kernels.md; the larger of
       the ratios of packed and plain rows).
+    experts_time_ratio: time of the experts' kernels over the longer of their operations at peak and their bytes, from
+      counted cycles (docs/kernels.md; the largest of 128, 512 and 1024 rows per expert and of both passes). Assumed
+      where none was counted.
   """
 
   name: str
@@ -44,6 +47,7 @@ class Chip:
   clock: float
   cores: int = 1
   gla_time_ratio: float = 1.0
+  experts_time_ratio: float = 1.35
 
   def edge_bandwidth(self, grid: Sequence[int], wrap: Sequence[bool]) -> float:
     """Link bandwidth of a device at a corner of a slice: what a collective over the whole slice ends at.
@@ -60,8 +64,8 @@ CHIPS = {
   for chip in (
     Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, 6, 1.05e9, cores=2),
     Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 4, 1.503e9),
-    Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 6, 1.751e9, cores=2),
-    Chip("v6e", 918e12, 32 * 2**30, 1640e9, 400e9, 4, 1.751e9),
+    Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 6, 1.751e9, cores=2, experts_time_ratio=1.32),
+    Chip("v6e", 918e12, 32 * 2**30, 1640e9, 400e9, 4, 1.751e9, experts_time_ratio=1.31),
     Chip("tpu7x", 1153.5e12, 96 * 2**30, 3690e9, 300e9, 6, 2.2e9, gla_time_ratio=1.34),
   )
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from maxtext_ling2.plan.collectives import Collective, collectives_of, is_collective
 from maxtext_ling2.plan.flops import flops, splash_flops
+from maxtext_ling2.plan.fused_experts import experts_flops
 from maxtext_ling2.plan.grouped import GroupedProduct, grouped_product
 from maxtext_ling2.plan.hlo import Instruction, Module, Table, arrays, bits, branches, called, size
 
@@ -206,7 +207,7 @@ class _Walk:
     if kernel and (cost := _COST.search(one.rest)):
       products = float(cost[1])
     elif kernel and grouped is None:
-      products = splash_flops(kernel, one) or 0.0
+      products = splash_flops(kernel, one) or experts_flops(kernel, one, self.routed_rows) or 0.0
     sources = self.module.sources(one)
     return Operation(one.name, sources, run_count, memory + reread, products, kernel, grouped, reread, sent)
 

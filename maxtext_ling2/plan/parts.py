@@ -9,6 +9,7 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   ("router", ("model/moe.py:Router",)),
   ("shared expert", ("model/moe.py:Ling2MoE", "linears.py:MlpBlock")),
   ("experts", ("layers/moe.py",)),
+  ("experts", ("ops/experts/",)),
   ("GLA", ("model/gla.py",)),
   ("MLA", ("attention_mla.py",)),
   ("dense MLP", ("linears.py:MlpBlock",)),
@@ -21,7 +22,11 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   ("scan over layers", ("_apply_layers_sequentially",)),
 )
 # What the compiler names so and gives no source.
-NAMES = {"experts": ("gmm", "tgmm"), "MLA": ("splash",), "copies to the chip's memory": ("copy-start", "slice-start")}
+NAMES = {
+  "experts": ("gmm", "tgmm", "experts_"),
+  "MLA": ("splash",),
+  "copies to the chip's memory": ("copy-start", "slice-start"),
+}
 COLLECTIVES, OTHER = "collectives", "other"
 
 PartOf = Callable[[str, Sequence[str]], str]

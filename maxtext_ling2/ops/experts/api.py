@@ -71,7 +71,7 @@ def experts(
   if backend == "reference":
     return reference(inputs)
   forward, backward = _passes(backend, inputs)
-  static = {"activation_in_float32": activation_in_float32, "max_choices": max_choices}
+  static: dict[str, Any] = {"activation_in_float32": activation_in_float32, "max_choices": max_choices}
   return _differentiable(functools.partial(forward, **static), functools.partial(backward, **static))(
     *vary_alike(tuple(inputs))
   )

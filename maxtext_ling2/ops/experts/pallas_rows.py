@@ -15,7 +15,7 @@ from maxtext_ling2.ops.pallas_utils import Ref
 
 
 class RowCopy:
-  """The copy of a block's rows from the array of all rows to the block's own buffer, or back; start it, then wait for it."""
+  """The copy of a block's rows from the array of all rows to the block's buffer, or back; start it, then wait for it."""
 
   def __init__(self, rows: Ref, start: jax.Array, buffer: Ref, tiles: jax.Array, semaphore: Any, out: bool):
     """Copies `tiles` tiles, which in `rows` begin at `start`; `out`: from the buffer, whose tiles are a power of two."""
