@@ -45,6 +45,9 @@ EXPECTATIONS = (
     "get_logical_axis_rules()",
     "logical_to_mesh_axes(logical_names, mesh, rules)",
     "maybe_shard_with_logical(inputs, logical_axes, mesh, shard_mode)",
+    "mesh_axes_for_dim(axis_names)",
+    "remove_incompatible_mesh_axes_from_partition_spec(pspec, shape, mesh, dims, allow_remove_axes)",
+    "remove_mesh_axes_from_partition_spec(pspec, axes_to_remove)",
   ),
   # MLA and its rotary embedding
   Expectation(
@@ -87,6 +90,16 @@ EXPECTATIONS = (
     "RoutedMoE.get_topk(gate_logits, pre_bias_logits)",
     "RoutedMoE.apply_ffn_activation(layer_w0, layer_w1)",
     "RoutedMoE.load_balance_loss(top_k_indices, logits)",
+    "RoutedMoE.sparse_matmul(inputs, gate_logits, pre_bias_logits, w0_kernel, w1_kernel, wo_kernel, w0_bias, w1_bias, wo_bias, "
+    "input_ids, forced_routed_experts)",
+    "RoutedMoE.get_expert_parallelism_size()",
+    "RoutedMoE.get_tensor_parallelism_size()",
+    "RoutedMoE.get_dropless_fallback_num_chunks(seq_len, n_chunks)",
+    "RoutedMoE.get_ragged_buffer_factor()",
+    "RoutedMoE.get_ragged_buffer_size(local_batch, ep_degree, global_experts, top_k, ragged_buffer_factor)",
+    "RoutedMoE._check_ragged_overflow(logits, pre_bias_logits, rngs, input_ids, forced_routed_experts, n_chunks)",
+    "RoutedMoE._logical_to_mesh_axes(logical_name)",
+    "RoutedMoE._maybe_shard_with_pspec(inputs, pspec)",
     "calculate_expert_counts(top_k_indices, num_experts)",
     "megatron_aux_loss_inputs(scores, num_experts_per_tok)",
     "uses_megatron_seq_aux_loss(config)",
