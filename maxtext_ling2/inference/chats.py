@@ -34,7 +34,7 @@ class ChatTemplate:
         "tokenizer files"
       )
     self._template = None if file is None else file.read_text(encoding="utf-8")
-    if self._template is None and not self._tokenizer.chat_template:
+    if self._template is None and not getattr(self._tokenizer, "chat_template", None):
       raise SavedModelError(
         "--chat: the tokenizer has no chat template; pass --chat-template with a Jinja file, or --tokenizer with the "
         "folder of a chat model"
