@@ -1,6 +1,8 @@
 """Text from a trained model, and the loss of a text, on a golden Hugging Face folder with a stand-in tokenizer."""
 
+import dataclasses
 import functools
+import io
 import json
 import math
 import shutil
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 from inference import chat_tokenizer
 from maxtext_ling2.cli import app
 from maxtext_ling2.demo.data import tokenizer_file
-from maxtext_ling2.inference import chat_loop, evaluate, generate, saved_model
+from maxtext_ling2.inference import chat_loop, command, evaluate, generate, saved_model
 from maxtext_ling2.inference.generate import Generator, Options, in_order
 from maxtext_ling2.inference.saved_model import SavedModelError
 from maxtext_ling2.maxtext_api.engine import Engine
@@ -334,6 +336,21 @@ def test_commands_of_chats(engines, chat_folder, tmp_path):
   assert json.loads(done.stdout)["prompt"] == "Hi"
   done = CliRunner().invoke(app, [*words, "--prompt", "Hi"])
   assert done.stdout == "Hi" + answers(made(["Hi"], folder=chat_folder))[0][0] + "\n"
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_typed_command(engines, chat_folder, capsys):
+  request = command.Request(chat_folder, SIZES, (), "-", None, None, None, OPTIONS, as_json=False)
+  shown = io.StringIO()
+  command.run(request, Terminal("Hi\n"), shown)  # the end of the input is that of the conversation
+  assert shown.getvalue() == answers(chat_of(chat_folder))[0][0] + "\n"
+  assert chat_loop.HELP in capsys.readouterr().err
+  with pytest.raises(command.OptionError, match="--json: a typed conversation is printed as it comes"):
+    command.run(dataclasses.replace(request, as_json=True), Terminal(""), shown)
 
 
 def test_chat_settings_of_maxtext_act_or_are_refused(engines, chat_folder):
