@@ -131,7 +131,7 @@ class Engine:
     self._left.pop(slot, None)
 
   def decode(self, prompts: Sequence[Sequence[int]], ends: Callable[[int, int], bool]) -> Iterator[tuple[int, int, bool]]:
-    """Decodes prompts together, as many as slots are free; the others follow as slots become free, in their order.
+    """Decodes prompts together, one per slot, whose content is replaced; the others follow as slots become free.
 
     Args:
       prompts: each as for `prefill`.
@@ -141,11 +141,10 @@ class Engine:
       The prompt's index, the token, and whether it is the last one.
 
     Raises:
-      EngineError: see `prefill` and `step`; or no slot is free.
+      EngineError: see `prefill` and `step`.
     """
-    free = [slot for slot in range(self.slots) if slot not in self._left]
-    if prompts and not free:
-      raise EngineError(f"all {self.slots} slots are in use; `free` one")
+    self._left.clear()
+    free = list(range(self.slots))
     waiting = collections.deque(enumerate(prompts))
     running: dict[int, int] = {}  # slot -> index of its prompt
     try:
