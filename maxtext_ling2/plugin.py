@@ -9,6 +9,7 @@ from pathlib import Path
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.lazy import Lazy
 from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.host.seams.chats import ChatErrorsSeam, GrainChatsSeam, HfChatsSeam
 from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
@@ -54,6 +55,9 @@ REGISTRY: Registry = Registry(
     CompilerOptionsSeam(Lazy("maxtext_ling2.training.xla_flags:compiler_options")),
     MmapDocumentsSeam(),
     MmapPipelineSeam(),
+    GrainChatsSeam(),
+    HfChatsSeam(),
+    ChatErrorsSeam(),
     EvalMetricsSeam(),
     MfuSeam(Lazy("maxtext_ling2.plan.chips:peak_flops")),
     ModelClassesSeam(Lazy("maxtext_ling2.model.decoder:Ling2Decoder"), Lazy("maxtext_ling2.model.mtp:mtp_block")),

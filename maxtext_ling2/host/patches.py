@@ -1,9 +1,10 @@
 """Replacing attributes so that it can be undone, and noticing when somebody else replaced them too."""
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -140,6 +141,19 @@ class Patches:
       if conflict:
         conflicts.append(conflict)
     return conflicts
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+  """Lets a function of MaxText that is called meanwhile find other values of attributes that `owner` has."""
+  originals = {name: getattr(owner, name) for name in values}
+  try:
+    for name, value in values.items():
+      setattr(owner, name, value)
+    yield
+  finally:
+    for name, value in originals.items():
+      setattr(owner, name, value)
 
 
 def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:

@@ -29,12 +29,16 @@ class Case:
 
 
 MMAP = {"dataset_type": "grain", "grain_file_type": "mmap", "grain_train_files": "a", "mmap_eod_id": 2}
+CHATS = {"use_sft": True, "dataset_type": "hf", "hf_path": "json"}
 USES = {
   "DiLoCo": {"enable_diloco": True},
   "DiLoCo checkpoint": {"enable_diloco": True},
   "compiler options": {},  # tuned_xla_flags is true
   "mmap documents": MMAP | {"add_bos": True, "packing": True, "grain_packing_type": "concat_then_split", "bos_id": 1},
   "mmap pipelines": MMAP | {"add_bos": False},
+  "chats of grain": CHATS | {"dataset_type": "grain", "grain_file_type": "parquet", "grain_train_files": "a"},
+  "chats of hf": CHATS,
+  "errors in chats": CHATS,
   "eval metrics": {"eval_interval": 1, "eval_steps": 1},
   "MFU": {},
   "quantization rules": {"use_qwix_quantization": True, "quantization": "fp8_full"},
