@@ -107,6 +107,9 @@ RULES = [
   ({"pad_id": -1}, "choose one from 0 to"),
   ({"pad_id": 1 << 20}, "choose one from 0 to"),
   ({"bos_id": 2}, "leave it at 1"),
+  ({"dataset_type": "tfds", "use_sft": True}, "set dataset_type=hf or grain"),
+  ({"chat_template_path": "ours.jinja", "use_sft": True, "dataset_type": "hf"}, "pass the absolute path"),
+  ({"chat_template_path": "/ours.jinja", "use_sft": True, "dataset_type": "grain"}, "set chat_template"),
 ]
 FINITE = "be positive and finite"
 
