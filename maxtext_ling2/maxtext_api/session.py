@@ -63,6 +63,30 @@ def make_config(*, overrides: Sequence[str] = (), **settings: Any) -> Any:
     return pyconfig.initialize(["", base, *overrides], **others)
 
 
+def trainer_config(overrides: Sequence[str], yml: str | None = None) -> Any:
+  """Makes the MaxText config that its trainer would have, in one process that writes nothing.
+
+  Args:
+    overrides: KEY=VALUE of the user.
+    yml: base YAML file; None: MaxText's base.yml.
+
+  Raises:
+    OverrideError: an override is not KEY=VALUE.
+    ConfigError: MaxText refuses the settings; it has printed why.
+  """
+  given = parse(overrides)
+  start.set_environment()
+  from maxtext.configs import pyconfig
+
+  base = yml or os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
+  with start.refusals():
+    return pyconfig.initialize(["", base, *overrides], **{key: TOOL_SETTINGS[key] for key in _SILENT if key not in given})
+
+
+_SILENT = ("run_name", "base_output_directory", "enable_goodput_recording", "skip_jax_distributed_system", "log_config")
+"""Those of `TOOL_SETTINGS` that change nothing of what a trainer reads or computes."""
+
+
 def platform_settings(platform: str) -> dict[str, Any]:
   """Settings that a platform ("cpu", "gpu" or "tpu") needs: `CPU_SETTINGS` or none."""
   return dict(CPU_SETTINGS) if platform == "cpu" else {}

@@ -99,6 +99,19 @@ COMMANDS = {
   "config hf -o nowhere/x.yml": (CONTENT, ["-o nowhere/x.yml", "no folder nowhere", "name a file"]),
   "config hf -o file/x.yml": (CONTENT, ["-o file/x.yml", "no folder file", "name a file"]),
   "config hf -o /proc/x.yml": (CONTENT, ["/proc/x.yml", "name a path"]),
+  # batch
+  "batch": (USAGE, ["missing argument 'settings...'", UNDERSTOOD]),
+  "batch nowhere.yml": (CONTENT, ["nowhere.yml", "pass a base yaml file"]),
+  "batch nonsense": (CONTENT, ["'nonsense': not a setting of maxtext", "write key=value"]),
+  "batch steps=3 --rows 0": (USAGE, ["--rows", "greater than or equal to 1"]),
+  "batch model_name=ling2-tiny override_model_config=true group_norm_size=3": (
+    CONTENT,
+    ["group_norm_size=3", "choose a divisor"],
+  ),
+  "batch model_name=ling2-tiny dataset_type=grain grain_file_type=parquet grain_train_files=nowhere": (
+    CONTENT,
+    ["dataset_type=grain", "nowhere", "correct the settings of the data"],
+  ),
   # verify: options
   "verify": (USAGE, ["missing argument 'hf_dir'", UNDERSTOOD]),
   "verify hf": (USAGE, ["pass --reference"]),
