@@ -17,6 +17,7 @@ from maxtext_ling2.host.seams.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.seams.flops import FlopsSeam
 from maxtext_ling2.host.seams.former_names import FormerNamesErrorSeam, FormerNamesSeam
 from maxtext_ling2.host.seams.hf_tables import HfTablesSeam
+from maxtext_ling2.host.seams.lora import LoraSeam
 from maxtext_ling2.host.seams.mfu import MfuSeam
 from maxtext_ling2.host.seams.mmap_documents import MmapDocumentsSeam
 from maxtext_ling2.host.seams.mmap_pipeline import MmapPipelineSeam
@@ -58,6 +59,7 @@ REGISTRY: Registry = Registry(
     MfuSeam(Lazy("maxtext_ling2.plan.chips:peak_flops")),
     ModelClassesSeam(Lazy("maxtext_ling2.model.decoder:Ling2Decoder"), Lazy("maxtext_ling2.model.mtp:mtp_block")),
     QuantizationRulesSeam(),
+    LoraSeam(),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
     FormerNamesSeam(FORMER_NAMES),

@@ -9,6 +9,9 @@ from typing import Any
 
 from maxtext_ling2.configs.validation import is_ling2
 
+_CONFIGS = ("config", "mt_config")
+"""MaxText's names of the parameter that is a config."""
+
 
 class Call:
   """A call of a function of MaxText, whose arguments are read and set by the names of MaxText's parameters.
@@ -38,9 +41,10 @@ class Call:
 
   @property
   def config(self) -> Any:
-    """The argument `config`, or that of `self`; None if there is neither."""
+    """The argument `config` or `mt_config`, or the `config` of `self`; None if there is none."""
     arguments = self._bound.arguments
-    return arguments["config"] if "config" in arguments else getattr(arguments.get("self"), "config", None)
+    found = next((arguments[name] for name in _CONFIGS if name in arguments), None)
+    return found if found is not None else getattr(arguments.get("self"), "config", None)
 
   def to(self, function: Callable[..., Any]) -> Any:
     """Calls another function with these arguments."""
