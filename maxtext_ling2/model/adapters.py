@@ -1,4 +1,4 @@
-"""Which modules of a LING2 model LoRA adapts: the pattern for MaxText's `lora.lora_module_path`, and the kinds in words."""
+"""Which modules of a LING2 model LoRA adapts: the pattern for MaxText's `lora.lora_module_path`, and kinds in words."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -162,8 +162,8 @@ class GatedLinearAttention(nnx.Module):
     """x [B, T, C] times a kernel [C, H, D] or [C, n, H, D] -> 1 or n arrays [B, T, H * D].
 
     One matmul per array, since slices of a single matmul's output are copies. With one token slices of the kernel would
-    be the larger copies. An adapter (LoRA, also with a quantised kernel) is a part of the module's own product: Qwix finds
-    a kernel by the module whose method is running.
+    be the larger copies. An adapter (LoRA, also with a quantised kernel) is a part of the module's own product: Qwix
+    finds a kernel by the module whose method is running.
     """
     if dense.quant is not None or dense.kernel_scale is not None or x.shape[1] == 1 or self.has_adapters:
       y = dense(x)  # [B, T, n, H, D] or [B, T, H, D]

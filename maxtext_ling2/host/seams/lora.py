@@ -50,8 +50,8 @@ def _apply(call: Call) -> Any:
   missed = matched - adapted
   if missed:
     raise ValueError(
-      f"lora.lora_module_path={pattern!r}: {_shown(adapters.kind(path, modules) for path in missed)} match, but Qwix finds "
-      "no product in them that it can adapt; leave them out of the pattern"
+      f"lora.lora_module_path={pattern!r}: {_shown(adapters.kind(path, modules) for path in missed)} match, but Qwix "
+      "finds no product in them that it can adapt; leave them out of the pattern"
     )
   size = sum(variable.get_value().size for variable in arrays.values())
   max_logging.log(
