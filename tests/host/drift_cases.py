@@ -41,6 +41,8 @@ USES = {
   "pretrained weights": {"load_parameters_path": "/nowhere/0/items"},
   "former names in from_pretrained": {"load_parameters_path": "/nowhere/0/items"},
   "muon": {"opt_type": "muon"},
+  "LoRA": {"lora": {"enable_lora": True, "lora_rank": 2, "lora_alpha": 4.0}},
+  "post-training": {"load_parameters_path": "/nowhere/0/items"},
 }
 """Settings of a run that uses a seam which others can do without."""
 UNUSED = {"compiler options": {"tuned_xla_flags": False}}

@@ -35,7 +35,7 @@ class Request:
 
   folder: str
   save_dtype: str
-  adapter: str
+  adapter: str = ""
 
 
 class ToMaxTextSeam(Seam):
