@@ -3,6 +3,7 @@
 A trainer is named by its module below `maxtext.trainers`, such as `post_train.sft.train_sft`.
 """
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,12 @@ def check(config: Any, trainer: str | None) -> None:
   if found:
     raise ValueError("\n".join(found))
   for text in warnings(config, trainer):
-    logger.warning(text)
+    _warn_once(text)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  logger.warning(text)
 
 
 def problems(c: Any, trainer: str | None) -> Iterator[str]:
