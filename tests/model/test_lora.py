@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from etils import epath
 from flax import nnx
 from maxtext.utils import lora_utils, max_logging
 
+import tiny
 from maxtext_ling2.checkpoint import lora, stacking
 from maxtext_ling2.checkpoint.orbax_store import Storage
 from maxtext_ling2.maxtext_api import session
