@@ -76,7 +76,7 @@ def _train_step_function(trainer: Any) -> Callable[..., Any]:
   from flax import nnx
 
   def loss(params: Any, rest: Any, graph: Any, inputs: Any) -> Any:
-    model = nnx.merge(graph, params, rest)
+    model = nnx.merge(graph, params, rest, copy=True)  # variables of this trace
     value, aux = trainer.loss_fn(model, **inputs)
     nnx.pop(model, nnx.Intermediate)
     return value, (aux, nnx.state(model, nnx.Not(nnx.Param)))
