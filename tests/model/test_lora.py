@@ -67,6 +67,7 @@ class Case:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(max_logging, "log", self.lines.append)
       self.model = adapted(self.config, self.base, self.mesh)
+    nnx.pop(self.model, nnx.Intermediate)
     rng = np.random.default_rng(0)
     shapes = {path: value.shape for path, value in nnx.to_flat_state(nnx.state(self.model, nnx.LoRAParam))}
     self.values = {path: (rng.standard_normal(shape) * 0.2).astype(np.float32) for path, shape in shapes.items()}
@@ -76,8 +77,18 @@ class Case:
     """The adapted model with the base's weights and these adapters."""
     graph, state = nnx.split(self.model)
     known = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(self.base))} | values
-    flat = [(path, variable.replace(jnp.asarray(known[path]))) for path, variable in nnx.to_flat_state(state)]
+    flat = [(path, variable.replace(_value(variable, known.get(path)))) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _value(variable, known):
+  """The value of a variable; random streams, which no forward pass without dropout reads, start anew."""
+  if not isinstance(variable, nnx.RngState):
+    return jnp.asarray(known)
+  shape, dtype = variable.get_value().shape, variable.get_value().dtype
+  if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    return jax.random.split(jax.random.key(0), shape) if shape else jax.random.key(0)
+  return jnp.zeros(shape, dtype)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unscanned", "scanned"])
