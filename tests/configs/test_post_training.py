@@ -14,9 +14,10 @@ from maxtext_ling2.host.trainer import running_trainer
 pytestmark = pytest.mark.unit
 
 
-def config(lora=False, z_loss=0.0, balancing=0.0, mtp=0):
+def config(lora=False, z_loss=0.0, balancing=0.0, mtp=0, qtype=None, scan=True):
   return SimpleNamespace(
-    lora=SimpleNamespace(enable_lora=lora),
+    lora=SimpleNamespace(enable_lora=lora, lora_weight_qtype=qtype),
+    scan_layers=scan,
     moe_z_loss_weight=z_loss,
     routed_bias=True,
     routed_bias_update_rate=balancing,
@@ -42,6 +43,12 @@ def test_lora_is_refused_where_nobody_creates_adapters(trainer, instead):
   (text,) = problems(trainer, lora=True)
   assert text.startswith("lora.enable_lora=true: ") and f"{trainer} would train {instead}" in text
   assert problems(SFT, lora=True) == [] == problems(None, lora=True)
+
+
+def test_quantised_kernels_are_not_stacked():
+  (text,) = problems(SFT, lora=True, qtype="nf4")
+  assert text.startswith("lora.lora_weight_qtype='nf4', scan_layers=true: ")
+  assert problems(SFT, lora=True, qtype="nf4", scan=False) == [] == problems(SFT, lora=False, qtype="nf4")
 
 
 def test_reinforcement_learning_is_refused():
