@@ -56,8 +56,8 @@ def problems(c: Any, trainer: str | None) -> Iterator[str]:
     )
   elif c.lora.enable_lora and c.lora.lora_weight_qtype and c.scan_layers:
     yield (
-      f"lora.lora_weight_qtype={c.lora.lora_weight_qtype!r}, scan_layers=true: MaxText 0.2.5 cannot stack quantised kernels; "
-      "set scan_layers=false (to_huggingface and to_maxtext change a checkpoint's layout), or leave lora_weight_qtype out"
+      f"lora.lora_weight_qtype={c.lora.lora_weight_qtype!r}, scan_layers=true: MaxText 0.2.5 cannot stack quantised "
+      "kernels; set scan_layers=false (to_huggingface and to_maxtext change a checkpoint's layout), or leave it out"
     )
 
 
