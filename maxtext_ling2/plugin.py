@@ -15,6 +15,7 @@ from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.seams.diloco import DilocoCheckpointSeam, DilocoSeam
+from maxtext_ling2.host.seams.engine_quantization import EngineQuantizationSeam
 from maxtext_ling2.host.seams.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.seams.flops import FlopsSeam
 from maxtext_ling2.host.seams.former_names import FormerNamesErrorSeam, FormerNamesSeam
@@ -73,6 +74,7 @@ REGISTRY: Registry = Registry(
     PostTrainingSeam(),
     MuonSeam(),
     ResultTokensSeam(),
+    EngineQuantizationSeam(),
     HfTablesSeam(Lazy("maxtext_ling2.checkpoint.stock_tables:tables"), MODEL_YMLS),
     StackedAxesSeam(GLA_LAYERS),
     ToMaxTextSeam(Lazy(f"{_IMPORT}:check"), Lazy(f"{_IMPORT}:run")),

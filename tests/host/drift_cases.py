@@ -51,6 +51,7 @@ UNUSED = {"compiler options": {"tuned_xla_flags": False}}
 
 COMMANDS = {
   "result tokens": "maxtext.inference.decode_multi",
+  "engine quantization": "maxtext.inference.decode_multi",
   "Hugging Face tables": "maxtext.checkpoint_conversion.to_maxtext",
   "stacked axes": "maxtext.checkpoint_conversion.to_maxtext",
   "to_maxtext": "maxtext.checkpoint_conversion.to_maxtext",

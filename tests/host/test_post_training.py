@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from handlers import wrapped
 
 from maxtext_ling2.configs.post_training import DPO
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.host.seams import post_training
+from maxtext_ling2.host.seams import engine_quantization, post_training
 from maxtext_ling2.host.seams.post_training import PostTrainingSeam
 
 
@@ -98,6 +99,21 @@ def test_another_tunix_is_named(tunix):
   del tunix.DPOTrainer._prepare_inputs
   with pytest.raises(Ling2Error, match="DPOTrainer has no _prepare_inputs, .*; install google-tunix 0.1.7"):
     PostTrainingSeam()._replace_step()
+
+
+def engine(**settings):
+  """What MaxEngine's constructor answers for a LING2 config with these settings."""
+  defaults = {"quantization": "", "use_qwix_quantization": False, "save_quantized_params_path": ""}
+  config = types.SimpleNamespace(**{"decoder_block": "ling2"} | defaults | settings)
+  return wrapped(engine_quantization._check, lambda config: "an engine")(config)
+
+
+def test_maxengine_takes_no_weights_of_aqt():
+  with pytest.raises(ValueError, match=r"quantization='int8': MaxEngine of MaxText .* quant_einsum_wi_0"):
+    engine(quantization="int8")
+  assert engine() == "an engine" == engine(quantization="int8", decoder_block="mixtral")
+  assert engine(quantization="int8", save_quantized_params_path="/out") == "an engine"
+  assert engine(quantization="int8", use_qwix_quantization=True) == "an engine"
 
 
 @pytest.mark.parametrize("trainer", [DPO, None])
