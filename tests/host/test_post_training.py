@@ -109,7 +109,7 @@ def engine(**settings):
 
 
 def test_maxengine_takes_no_weights_of_aqt():
-  with pytest.raises(ValueError, match=r"quantization='int8': MaxEngine of MaxText .* quant_einsum_wi_0"):
+  with pytest.raises(ValueError, match=r"quantization='int8': MaxEngine of MaxText .*'quant_einsum_wi_0'"):
     engine(quantization="int8")
   assert engine() == "an engine" == engine(quantization="int8", decoder_block="mixtral")
   assert engine(quantization="int8", save_quantized_params_path="/out") == "an engine"

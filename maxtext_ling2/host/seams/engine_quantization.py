@@ -1,7 +1,7 @@
 """Seam: MaxEngine with weights quantised by AQT, which MaxText 0.2.5 cannot trace in a model with experts, LING2 or not.
 
-Flax refuses AQT's variables that MaxText's `RoutedMoE` keeps in a static attribute, `quant_einsum_wi_0`. Commands that make
-a quantised checkpoint (`save_quantized_params_path`) load weights and trace nothing.
+Flax refuses AQT's variables that MaxText's `RoutedMoE` keeps in a static attribute, `quant_einsum_wi_0`. Commands that
+make a quantised checkpoint (`save_quantized_params_path`) load weights and trace nothing.
 """
 
 from typing import Any
