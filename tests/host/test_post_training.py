@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from handlers import wrapped
 
-from maxtext_ling2.configs.post_training import DPO
+from maxtext_ling2.configs.post_training import DISTILLATION, DPO
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host.seams import engine_quantization, post_training
 from maxtext_ling2.host.seams.post_training import PostTrainingSeam
@@ -99,6 +99,32 @@ def test_another_tunix_is_named(tunix):
   del tunix.DPOTrainer._prepare_inputs
   with pytest.raises(Ling2Error, match="DPOTrainer has no _prepare_inputs, .*; install google-tunix 0.1.7"):
     PostTrainingSeam()._replace_step()
+
+
+class OldManager:
+  def __init__(self):
+    self._checkpoint_manager = None
+
+
+class NewManager:
+  def __init__(self):
+    self._checkpointer = None
+
+
+def test_distillation_needs_another_tunix_before_weights_are_loaded(tunix, monkeypatch):
+  module = types.ModuleType("tunix.sft.checkpoint_manager")
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  monkeypatch.setattr(post_training, "running_trainer", lambda: DISTILLATION)
+  monkeypatch.setattr(post_training.post_training, "check", lambda config, trainer: None)
+  loaded = []
+  call = types.SimpleNamespace(config=None, original=lambda: loaded.append(1))
+  module.CheckpointManager = OldManager
+  with pytest.raises(Ling2Error, match="distillation: tunix's CheckpointManager sets no _checkpointer"):
+    PostTrainingSeam()._load(call)
+  assert not loaded
+  module.CheckpointManager = NewManager
+  PostTrainingSeam()._load(call)
+  assert loaded
 
 
 def engine(**settings):

@@ -29,7 +29,7 @@ def _check(call: Call) -> Any:
     quantization = getattr(config.quantization, "value", config.quantization)
     if config.save_quantized_params_path:
       raise ValueError(
-        f"save_quantized_params_path={config.save_quantized_params_path}: MaxEngine of MaxText 0.2.5 loads the weights and "
+        f"save_quantized_params_path={config.save_quantized_params_path}: MaxEngine of MaxText 0.2.5 loads weights and "
         "saves nothing there; leave it and quantization empty"
       )
     raise ValueError(

@@ -19,6 +19,8 @@ from maxtext_ling2.host.patches import Call
 from maxtext_ling2.host.seam import Handlers, Seam, Use
 from maxtext_ling2.host.trainer import running_trainer
 
+_CHECKPOINTER = "_checkpointer"
+
 
 class PostTrainingSeam(Seam):
   """Refuses what such a trainer would not compute, and lets DPO run."""
@@ -36,6 +38,8 @@ class PostTrainingSeam(Seam):
     post_training.check(call.config, trainer)
     if trainer == post_training.DPO:
       self._replace_step()
+    if trainer == post_training.DISTILLATION:
+      _check_checkpoint_manager()
     return call.original()
 
   def _replace_step(self) -> None:
@@ -53,6 +57,17 @@ class PostTrainingSeam(Seam):
     self.patches.attribute(cls, "create_train_step_fn", _train_step_function)
     self.patches.wrap(cls, "train", _train)
     self.patches.wrap(cls, "_prepare_inputs", _prepare_inputs)
+
+
+def _check_checkpoint_manager() -> None:
+  """Raises Ling2Error for a tunix whose checkpoint manager is not the one that MaxText's distillation extends."""
+  manager: Any = importlib.import_module("tunix.sft.checkpoint_manager").CheckpointManager
+  if _CHECKPOINTER not in manager.__init__.__code__.co_names:
+    raise Ling2Error(
+      f"distillation: tunix's CheckpointManager sets no {_CHECKPOINTER}, which MaxText 0.2.5's reads once the models are "
+      f"loaded ('MaxTextCheckpointManager' object has no attribute '{_CHECKPOINTER}', of any model; so with google-tunix "
+      "0.1.7); install a tunix that has it"
+    )
 
 
 def _train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
