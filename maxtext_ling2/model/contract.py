@@ -98,7 +98,6 @@ EXPECTATIONS = (
     "MultiTokenPredictionBlock.__init__(config, mesh, transformer_layer_module, decoder, rngs)",
     "MultiTokenPredictionBlock.__call__(shared_embedding, main_hidden_state)",
     "MultiTokenPredictionLayer.__call__(prev_hidden_state, target_token_embedding)",
-    "_cross_entropy_with_integer_labels(logits, labels)",
     "mtp_acceptance",
     "mtp_losses",
     "roll_and_mask(x)",
