@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy_with_logits(
-  logits: jax.Array, targets: jax.Array, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
+def cross_entropy_with_logits(logits: jax.Array, targets: jax.Array, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
   """MaxText's `max_utils.cross_entropy_with_logits`: the same numbers from fewer bytes.
 
   The loss is log Z * sum(targets) - sum(targets * logits), differentiated by JAX. Both terms need the logits only as the

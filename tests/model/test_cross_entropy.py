@@ -111,13 +111,13 @@ def test_a_step_has_the_losses_and_gradients_of_maxtexts_functions(monkeypatch):
   metrics, gradient = step()
   assert not calls and train.max_utils is max_utils and train.max_utils.cross_entropy_with_logits is counted
   monkeypatch.setattr("maxtext_ling2.training.step.cross_entropy_with_logits", counted)
-  monkeypatch.setattr(
-    "maxtext_ling2.model.mtp.token_losses", multi_token_prediction._cross_entropy_with_integer_labels
-  )
+  monkeypatch.setattr("maxtext_ling2.model.mtp.token_losses", multi_token_prediction._cross_entropy_with_integer_labels)
   expected, expected_gradient = step()
   assert len(calls) == 1
   assert expected["learning/z_loss"] > 0 and expected["learning/mtp_loss"] > 0
   for name in ("learning/loss", "learning/lm_loss", "learning/mtp_loss", "learning/z_loss", "learning/total_weights"):
     assert metrics[name] == pytest.approx(expected[name], rel=1e-6), name
   for path, value in expected_gradient.items():
-    np.testing.assert_allclose(gradient[path], value, rtol=0, atol=1e-6 * max(np.abs(value).max(), 1.0), err_msg=str(path))
+    np.testing.assert_allclose(
+      gradient[path], value, rtol=0, atol=1e-6 * max(np.abs(value).max(), 1.0), err_msg=str(path)
+    )
