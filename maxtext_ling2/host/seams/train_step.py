@@ -53,8 +53,8 @@ class TrainStepSeam(Seam):
     CommandExpectation(
       f"{_TRAIN}:loss_fn",
       parameters=("model", "config", "data", "dropout_rng", "params"),
-      holds=_calls("max_utils", "cross_entropy_with_logits"),
-      meaning="which calls max_utils.cross_entropy_with_logits",
+      holds=_calls("cross_entropy_with_logits"),
+      meaning="which calls cross_entropy_with_logits",
     ),
     *expect("maxtext.utils.max_utils", "cross_entropy_with_logits(logits, targets, z_loss)"),
   )
