@@ -133,13 +133,11 @@ def _logits(model: Any, hidden: jax.Array) -> jax.Array:
   return logits
 
 
-FORMS: dict[str, tuple[Form, dict[str, Any]]] = {
-  "here": (one_hot(cross_entropy_with_logits), {}),
-  "MaxText's loss": (one_hot(max_utils.cross_entropy_with_logits), {}),
-  "MaxText's MTP loss": (gathered, {}),
-  "num_vocab_tiling": (tiled, {}),
-  "num_vocab_tiling, ag_once": (tiled, {"vocab_tiling_ag_once": True}),
-  "tokamax": (kernels, {}),
-  "gradients at once": (at_once, {}),
+FORMS: dict[str, Form] = {
+  "here": one_hot(cross_entropy_with_logits),
+  "MaxText's loss": one_hot(max_utils.cross_entropy_with_logits),
+  "MaxText's MTP loss": gathered,
+  "num_vocab_tiling": tiled,
+  "tokamax": kernels,
+  "gradients at once": at_once,
 }
-"""Form, and MaxText's settings for it."""

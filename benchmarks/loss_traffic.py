@@ -8,8 +8,8 @@ The program: final norm, logits, loss, and the gradients of hidden states, norm 
 mesh (FSDP over all devices), 4096 tokens per sequence, bfloat16, weights float32, with LING2's XLA flags. Compiled ahead
 of time and counted as `maxtext-ling2 plan` does (`maxtext_ling2/plan/operations.py`). Milliseconds: each instruction for
 the longer of its computing and its bytes, one after the other, without collectives. "kept" are the temporaries at the
-peak, GiB. `num_vocab_tiling` is the number of sequences per device. Bytes and operations of tokamax's kernels are
-calculated from their grids; the rest of its program is counted.
+peak, GiB. `num_vocab_tiling` is the number of sequences per device, 2 at least. Bytes and operations of tokamax's kernels
+are calculated from their grids; the rest of its program is counted.
 """
 
 import argparse
@@ -62,9 +62,8 @@ def count(topology: str, rows: int, form: str, extra: Sequence[str] = ()) -> Row
   from maxtext_ling2.plan.chips import chip_of
   from maxtext_ling2.plan.operations import read_program
 
-  function, settings = loss_forms.FORMS[form]
-  if function is loss_forms.tiled:
-    settings = settings | {"num_vocab_tiling": rows}
+  function = loss_forms.FORMS[form]
+  settings = {"num_vocab_tiling": max(rows, 2)} if function is loss_forms.tiled else {}
   config = _config(topology, rows, settings, extra)
   compiled = _compile(function, config)
   chip = chip_of(topology)
