@@ -171,6 +171,7 @@ def main() -> None:
   parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of MaxText")
   parser.add_argument("--rows", type=int, default=4, help="sequences per device")
   parser.add_argument("--form", action="append", choices=loss_forms.FORMS, help="only this (may be given more than once)")
+  parser.add_argument("--json", action="store_true", help="prints JSON in place of a table")
   options = parser.parse_args()
   cases = [(options.topology, options.rows)] if options.topology else CASES
   found = []
@@ -180,7 +181,7 @@ def main() -> None:
         found.append(count(topology, rows, form, options.settings))
       except Exception as error:  # compilers raise what they like
         print(f"{topology}, {form}: {str(error).splitlines()[0][:300]}", file=sys.stderr)
-  print(table(found))
+  print(json.dumps([dataclasses.asdict(row) for row in found]) if options.json else table(found))
   if not options.topology and not options.form:
     versions = {name: importlib.metadata.version(name) for name in ("maxtext", "jax", "libtpu", "tokamax")}
     kept = {"versions": versions, "rows": [dataclasses.asdict(row) for row in found]}
