@@ -22,6 +22,8 @@ Form = Callable[[Any, jax.Array, dict[str, jax.Array], Any], jax.Array]
 AXIS = "fsdp"
 FORWARD, BACKWARD = (4096, 2048, 512), (2048, 2048, 512)
 """Tiles of tokamax's kernels: tokens, hidden width, vocabulary."""
+KERNELS = "lce_"
+"""How their names begin in a program."""
 
 
 def one_hot(function: Callable[..., Any]) -> Form:
