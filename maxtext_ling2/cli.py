@@ -1,8 +1,7 @@
-"""The command `maxtext-ling2`: doctor, verify, config, generate, eval, plan, recipe, demo, run."""
+"""The command `maxtext-ling2`: doctor, verify, config, batch, generate, eval, plan, recipe, demo, run."""
 
 import contextlib
 import enum
-import itertools
 import json
 import os
 import sys
@@ -109,44 +108,93 @@ def config(
     _fail(error)
 
 
+@app.command()
+def batch(
+  settings: Annotated[
+    list[str], typer.Argument(metavar="SETTINGS...", help="As for MaxText's trainer: a base YAML file, KEY=VALUE.")
+  ],
+  step: Annotated[int, typer.Option(min=0, help="Which batch, counted from 0.")] = 0,
+  rows: Annotated[int, typer.Option(min=1, help="Number of rows to print.")] = 4,
+  ids: Annotated[bool, typer.Option("--ids", help="Print a line per token: id, segment, position, target.")] = False,
+  evaluation: Annotated[bool, typer.Option("--eval", help="Read the data of evaluation.")] = False,
+  tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer for the text; the default is the settings'.")] = None,
+  as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+  """Print a training batch as text with its loss marked, read by MaxText's data pipeline with these settings.
+
+  For fine-tuning pass use_sft=true, which MaxText's trainers for it set themselves. The batch is that of this machine's
+  devices.
+  """
+  from maxtext_ling2.batch import read, show
+
+  try:
+    with contextlib.redirect_stdout(sys.stderr):  # MaxText prints; stdout is for the batch
+      found = read.read(settings, step, evaluation, tokenizer)
+  except (ValueError, OSError) as error:
+    _fail(error)
+  if as_json:
+    print(json.dumps(show.to_json(found, rows)))
+  else:
+    show.print_lines(Console(soft_wrap=True, highlight=False), found, rows, ids)
+
+
 _CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="MaxText checkpoint or Hugging Face folder.")
-_MODEL = typer.Option("--model", help="MaxText's model_name, for a MaxText checkpoint; the default is ling2.")
+_MODEL = typer.Option(
+  "--model", help="model_name, or a YAML file written by `config`, for a MaxText checkpoint; the default is ling2."
+)
 _OFFSET_HELP = (
   "gla_decay_layer_offset; `both` tells which one the weights were trained with. The default is what the folder's "
   "config.json says, else 0."
 )
-_TOKENIZER = typer.Option(help="sentencepiece model or folder of a tokenizer; the default is the Hugging Face folder's.")
+_TOKENIZER = typer.Option(
+  help="sentencepiece model or folder of a tokenizer; the default is the Hugging Face folder's, or ling2-tiny's."
+)
+
+
+_PROMPT_HELP = "Text to continue; - reads it from standard input; may be repeated."
+_CHAT_HELP = (
+  "JSON file of messages, or of several conversations, to answer; - reads it from standard input, which in a terminal is "
+  "what you type."
+)
 
 
 @app.command()
 def generate(
   checkpoint: Annotated[Path, _CHECKPOINT],
-  prompt: Annotated[str, typer.Option(help="Text to continue.")],
   overrides: Annotated[list[str] | None, _OVERRIDES] = None,
+  prompt: Annotated[list[str] | None, typer.Option(help=_PROMPT_HELP)] = None,
+  chat: Annotated[str | None, typer.Option(metavar="FILE", help=_CHAT_HELP)] = None,
+  system_prompt: Annotated[str | None, typer.Option(help="System prompt of the conversation.")] = None,
+  chat_template: Annotated[Path | None, typer.Option(help="Jinja file; the default is the tokenizer's.")] = None,
   model: Annotated[str | None, _MODEL] = None,
   tokenizer: Annotated[Path | None, _TOKENIZER] = None,
-  tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 100,
+  tokens: Annotated[int, typer.Option("--tokens", "--max-tokens", help="Maximum number of tokens per answer.")] = 100,
+  stop: Annotated[list[str] | None, typer.Option(help="Text before which an answer ends; may be repeated.")] = None,
   temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
+  top_k: Annotated[int, typer.Option(help="Sample among so many most likely tokens; 0: among all.")] = 0,
   top_p: Annotated[
     float, typer.Option(help="Sample among the most likely tokens that together have this probability.")
   ] = 1.0,
   seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
+  batch_size: Annotated[int, typer.Option(help="Prompts that decode together; the others wait.")] = 8,
+  as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
 ) -> None:
-  """Continue a text with a trained model; prints it as it is generated."""
-  from maxtext_ling2.inference import generate as generation
+  """Continue texts, or answer conversations, with a trained model; prints the text as it is generated."""
+  from maxtext_ling2.inference import command
+  from maxtext_ling2.inference.generate import Options
 
+  options = Options(tokens, temperature, top_k, top_p, seed, stop or (), batch_size, chat_template)
+  request = command.Request(
+    checkpoint, overrides or (), prompt or (), chat, system_prompt, model, tokenizer, options, as_json
+  )
   try:
-    with contextlib.redirect_stdout(sys.stderr):  # MaxText prints; stdout is for the text
-      pieces = generation.generate(
-        checkpoint, prompt, tokens, model_name=model, tokenizer=tokenizer, temperature=temperature, nucleus=top_p,
-        seed=seed, overrides=overrides or (),
-      )  # fmt: skip
-      first = next(pieces, "")  # errors are raised here, before the prompt is printed
-      for piece in itertools.chain([prompt, first], pieces):
-        print(piece, end="", flush=True, file=sys.__stdout__)
-    print()
+    command.run(request, sys.stdin, sys.stdout)
+  except command.OptionError as error:
+    raise typer.BadParameter(str(error)) from error
   except (ValueError, OSError) as error:
     _fail(error)
+  except KeyboardInterrupt:
+    raise typer.Exit(130) from None
 
 
 @app.command("eval")
@@ -165,10 +213,11 @@ def evaluate(
   """
   from maxtext_ling2.inference import compare_offsets as offsets
   from maxtext_ling2.inference import evaluate as evaluation
+  from maxtext_ling2.inference.command import read_text
 
   try:
     with contextlib.redirect_stdout(sys.stderr):
-      content = _read(text)
+      content = read_text(text)
       arguments: dict[str, Any] = {"model_name": model, "tokenizer": tokenizer, "length": length}
       arguments["overrides"] = overrides or ()
       if decay_offset is DecayOffset.both:
@@ -251,13 +300,6 @@ def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As f
   from maxtext_ling2.run_module import run as run_module
 
   run_module([module, *context.args])
-
-
-def _read(path: Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: not a text in UTF-8 ({error}); convert it, or name another file") from error
 
 
 def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()) -> None:

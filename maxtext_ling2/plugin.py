@@ -5,24 +5,30 @@ imported, and what they call of ours is imported when it is first called.
 """
 
 from pathlib import Path
+from typing import Any
 
+from maxtext_ling2.configs import post_training
 from maxtext_ling2.configs.validation import DECODER_BLOCK
 from maxtext_ling2.host.lazy import Lazy
 from maxtext_ling2.host.registry import Registry
+from maxtext_ling2.host.seams.chats import ChatErrorsSeam, GrainChatsSeam, HfChatsSeam
 from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.seams.diloco import DilocoCheckpointSeam, DilocoSeam
+from maxtext_ling2.host.seams.engine_quantization import EngineQuantizationSeam
 from maxtext_ling2.host.seams.eval_metrics import EvalMetricsSeam
 from maxtext_ling2.host.seams.flops import FlopsSeam
 from maxtext_ling2.host.seams.former_names import FormerNamesErrorSeam, FormerNamesSeam
 from maxtext_ling2.host.seams.hf_tables import HfTablesSeam
+from maxtext_ling2.host.seams.lora import LoraSeam
 from maxtext_ling2.host.seams.mfu import MfuSeam
 from maxtext_ling2.host.seams.mmap_documents import MmapDocumentsSeam
 from maxtext_ling2.host.seams.mmap_pipeline import MmapPipelineSeam
 from maxtext_ling2.host.seams.model_classes import ModelClassesSeam
 from maxtext_ling2.host.seams.model_yml import ModelYmlSeam
 from maxtext_ling2.host.seams.muon import MuonSeam
+from maxtext_ling2.host.seams.post_training import PostTrainingSeam
 from maxtext_ling2.host.seams.quantization_rules import QuantizationRulesSeam
 from maxtext_ling2.host.seams.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.seams.shared_expert import SharedExpertSeam
@@ -31,6 +37,7 @@ from maxtext_ling2.host.seams.to_huggingface import ToHuggingFaceSeam
 from maxtext_ling2.host.seams.to_maxtext import ToMaxTextSeam
 from maxtext_ling2.host.seams.train_step import TrainStepSeam
 from maxtext_ling2.host.seams.weight_variables import PretrainedWeightsSeam, WeightLoadingSeam, WeightVariablesSeam
+from maxtext_ling2.host.trainer import running_trainer
 from maxtext_ling2.model.layer_layout import FORMER_NAMES, GLA_LAYERS, ROUTER_BIAS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -38,14 +45,14 @@ MODEL_YMLS = {path.stem: path for path in sorted((CONFIGS / "models").glob("*.ym
 MODEL_NAMES = tuple(MODEL_YMLS)
 TESTED_MAXTEXT = ("0.2.5",)
 
-_IMPORT = "maxtext_ling2.checkpoint.import_hf"
+_IMPORT = "maxtext_ling2.checkpoint.conversion"
 _TRAIN_STEP = Lazy("maxtext_ling2.training.step:wrap_train_step")
 
 REGISTRY: Registry = Registry(
   "maxtext-ling2",
   seams=(
     DecoderBlockSeam(),
-    ConfigFieldsSeam(MODEL_NAMES, lambda config: REGISTRY.require_for(config)),
+    ConfigFieldsSeam(MODEL_NAMES, lambda config: _on_config(config)),
     ModelYmlSeam(CONFIGS, MODEL_NAMES),
     SharedExpertSeam(),
     FlopsSeam(Lazy("maxtext_ling2.training.flops:training_tflops_per_device")),
@@ -54,26 +61,38 @@ REGISTRY: Registry = Registry(
     CompilerOptionsSeam(Lazy("maxtext_ling2.training.xla_flags:compiler_options")),
     MmapDocumentsSeam(),
     MmapPipelineSeam(),
+    GrainChatsSeam(),
+    HfChatsSeam(),
+    ChatErrorsSeam(),
     EvalMetricsSeam(),
     MfuSeam(Lazy("maxtext_ling2.plan.chips:peak_flops")),
     ModelClassesSeam(Lazy("maxtext_ling2.model.decoder:Ling2Decoder"), Lazy("maxtext_ling2.model.mtp:mtp_block")),
     QuantizationRulesSeam(),
+    LoraSeam(),
     WeightVariablesSeam(),
     WeightLoadingSeam(),
     FormerNamesSeam(FORMER_NAMES),
     DilocoCheckpointSeam(ROUTER_BIAS),
     PretrainedWeightsSeam(ROUTER_BIAS),
     FormerNamesErrorSeam(FORMER_NAMES),
+    PostTrainingSeam(),
     MuonSeam(),
     ResultTokensSeam(),
+    EngineQuantizationSeam(),
     HfTablesSeam(Lazy("maxtext_ling2.checkpoint.stock_tables:tables"), MODEL_YMLS),
     StackedAxesSeam(GLA_LAYERS),
-    ToMaxTextSeam(Lazy(f"{_IMPORT}:check_import"), Lazy(f"{_IMPORT}:run_import")),
-    ToHuggingFaceSeam(Lazy("maxtext_ling2.checkpoint.export_hf:Export")),
+    ToMaxTextSeam(Lazy(f"{_IMPORT}:check"), Lazy(f"{_IMPORT}:run")),
+    ToHuggingFaceSeam(Lazy("maxtext_ling2.checkpoint.lora:exporter")),
   ),
   names=(*MODEL_NAMES, DECODER_BLOCK),
   tested=TESTED_MAXTEXT,
 )
+
+
+def _on_config(config: Any) -> None:
+  """What is asked of a LING2 config that keeps LING2's rules: that its seams are there and its trainer can do it."""
+  REGISTRY.require_for(config)
+  post_training.check(config, running_trainer())
 
 
 def register() -> None:

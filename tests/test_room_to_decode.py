@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import tiny
 from maxtext_ling2.cli import app
+from maxtext_ling2.inference import saved_model
 from maxtext_ling2.maxtext_api import session
 from test_generate import GOLDEN
 
@@ -49,6 +52,35 @@ def converted(tmp_path_factory):
 def test_written_yml(converted):
   text = converted[0].read_text()
   assert "max_target_length: 256\nmax_prefill_predict_length: 128\n" in text
+
+
+def test_own_model_by_its_yml(converted):
+  """`generate` and `eval` open a MaxText checkpoint with `--model my.yml`: the config and the weights of the folder."""
+  yml, checkpoint = converted
+  sizes = {"max_prefill_predict_length": 16, "max_target_length": 24}
+  source = saved_model.locate(Path(checkpoint), str(yml))
+  config, stated = saved_model.make_config(source, sizes)
+  assert (config.model_name, config.scan_layers, stated) == ("ling2-custom", False, None)
+  assert (config.emb_dim, config.vocab_size, config.max_target_length) == (64, 384, 24)
+  found = saved_model.read_weights(source, config)
+  folder = saved_model.locate(GOLDEN / "one_cycle", None)
+  expected = saved_model.read_weights(folder, saved_model.make_config(folder, sizes)[0])
+  assert found.keys() == expected.keys() and len(found) > 30
+  for path, value in expected.items():
+    np.testing.assert_array_equal(found[path], value, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+  ("model", "message"),
+  [
+    ("ling2-custom", "--model ling2-custom: this name has no sizes of its own; .* --model my.yml"),
+    ("nowhere.yml", "nowhere.yml: no such file; pass a model_name such as ling2, or the yml"),
+    ("my.yaml", "my.yaml: MaxText takes a base yml only under a name that ends in .yml; rename it"),
+  ],
+)
+def test_what_is_no_own_model(converted, model, message):
+  with pytest.raises(ValueError, match=message):
+    saved_model.locate(Path(converted[1]), model)
 
 
 @pytest.mark.parametrize("prompt", [(), ("max_prefill_predict_length=256",)])

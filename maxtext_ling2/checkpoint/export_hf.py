@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from maxtext_ling2.model import yarn
 
 logger = logging.getLogger("maxtext_ling2")
 Array = NDArray[Any]
+type Change = Callable[[Leaf, blocks.Slices, Array], Array]
 
 SHARD_BYTES = 4 * 2**30
 _WRITERS = 2  # threads; writing takes most of the time
@@ -60,13 +61,14 @@ class Export:
   Args:
     checkpoint: a MaxText checkpoint, the folder of a step or its `items`; a path or a URL.
     config: MaxText config of the model, in the layout of the checkpoint (`scan_layers`).
+    change: gets each block (leaf, its slices, its values) and returns the values to write; None: as they are.
 
   Raises:
     CheckpointError: the checkpoint is not of this model, or Hugging Face's code cannot represent the model.
   """
 
-  def __init__(self, checkpoint: epath.PathLike, config: Any):
-    self.checkpoint, self.config = epath.Path(checkpoint), config
+  def __init__(self, checkpoint: epath.PathLike, config: Any, change: Change | None = None):
+    self.checkpoint, self.config, self.change = epath.Path(checkpoint), config, change
     self.hf_config = hf_config.from_maxtext(config)
     self.leaves, self.stores = stored_weights.open_weights(self.checkpoint, config)
 
@@ -145,6 +147,7 @@ class Export:
     itemsize = new[leaf.first.names[0]].array.dtype.itemsize
 
     def write(block: blocks.Slices, values: Array) -> bool:
+      values = self.change(leaf, block, values) if self.change else values
       blocks.write_block(leaf, block, values, new.__getitem__)
       advance(values.size * itemsize, 0)
       return blocks.all_finite(values)

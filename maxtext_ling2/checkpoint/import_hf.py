@@ -7,8 +7,8 @@ without reading the weights is checked before anything is written.
 import collections
 import logging
 import math
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,23 @@ class Import:
     config: MaxText config (HyperParameters) of the model, in the layout to write (`scan_layers`).
     output: folder of the step to write, such as DIR/0.
     save_dtype: dtype of all weights but router biases, which are float32 on both sides.
+    change: gets the name and values of each Hugging Face tensor and returns those to write; None: as they are.
 
   Raises:
     CheckpointError: the folder is not a checkpoint of this model, the output exists, or the disk is too small.
   """
 
-  def __init__(self, folder: Path, config: Any, output: epath.Path, save_dtype: str):
+  def __init__(
+    self,
+    folder: Path,
+    config: Any,
+    output: epath.Path,
+    save_dtype: str,
+    change: Callable[[str, Array], Array] | None = None,
+  ):
     if save_dtype not in SAVE_DTYPES:
       raise CheckpointError(f"save_dtype={save_dtype}: not one of {', '.join(SAVE_DTYPES)}, which LING2 has; choose one")
-    self.folder, self.config, self.output = Path(folder), config, output
+    self.folder, self.config, self.output, self.change = Path(folder), config, output, change
     self.dtype = safetensors_file.dtype(save_dtype)
     self.leaves = stacking.leaves(config)
     self._check_target()
@@ -114,8 +122,11 @@ class Import:
       name for block in blocks.block_slices(leaf.shape, shape) for _, name, _, _ in blocks.hf_slices(leaf, block)
     )
 
+    def get(name: str) -> Array:
+      return self.change(name, self._source[name]) if self.change else self._source[name]
+
     def read(block: blocks.Slices) -> Array:
-      values = blocks.read_block(leaf, block, self._source.__getitem__, dtype)
+      values = blocks.read_block(leaf, block, get, dtype)
       if not blocks.all_finite(values):
         self._warn_of_non_finite(leaf, block)
       finished = 0
@@ -192,14 +203,3 @@ def check_same_model(folder: Path, config: Any) -> dict[str, Any]:
       "override_model_config=true, or use the YAML file that `maxtext-ling2 config` writes for the folder"
     )
   return settings
-
-
-def check_import(folder: str, config: Any, target: str, save_dtype: str) -> Import:
-  """The conversion that `to_maxtext` is asked for, checked; `Import` describes arguments and errors."""
-  return Import(Path(folder), config, epath.Path(target), save_dtype)
-
-
-def run_import(folder: str, config: Any, target: str, save_dtype: str, ocdbt: bool, zarr3: bool) -> None:
-  """Converts a Hugging Face folder to a MaxText checkpoint, stored as `Storage` says."""
-  storage = Storage(ocdbt, zarr3, compress=os.environ.get(COMPRESS, "0") == "1")
-  check_import(folder, config, target, save_dtype).run(storage, progress.console())

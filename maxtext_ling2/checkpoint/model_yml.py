@@ -18,6 +18,7 @@ _TRAINING: dict[str, Any] = {
   "routed_bias_zero_mean_update": True,
   "calculate_per_token_loss": False,
   "add_bos": False,
+  "sft_train_on_completion_only": True,  # read by fine-tuning alone
 }
 
 

@@ -52,7 +52,7 @@ def open_weights(checkpoint: epath.Path, config: Any) -> tuple[list[Leaf], dict[
     elif tuple(store.shape) != leaf.shape:
       problems.append(f"{'/'.join(leaf.path)} is {tuple(store.shape)}, expected {leaf.shape}")
     stores[leaf.path] = store
-  left_over = sorted({path for path in map(_in_model, arrays) if "rngs" not in path} - set(stores))
+  left_over = sorted({path for path in map(in_model, arrays) if "rngs" not in path} - set(stores))
   mtp = [path for path in left_over if path[0] == "mtp_block"]
   if mtp and len(mtp) < len(left_over) or not config.mtp_num_layers < _mtp_layers(mtp):
     mtp = []
@@ -76,7 +76,7 @@ def _mtp_layers(paths: list[mapping.Path]) -> int:
   return max(numbers, default=0)
 
 
-def _in_model(path: tuple[str, ...]) -> mapping.Path:
+def in_model(path: tuple[str, ...]) -> mapping.Path:
   """Path of an array in the model: without the checkpoint's root, and without "value" at its end."""
   root = next(root for root in _ROOTS if path[: len(root)] == root)
   rest = path[len(root) :]

@@ -50,6 +50,8 @@ def only_maxtext(config: Any) -> str | None:
 def _reasons(config: Any) -> Iterator[str]:
   if not config.sparse_matmul:
     yield "sparse_matmul=False, which is a product of every token with every expert"
+  if getattr(config, "enable_diloco", False):
+    yield "enable_diloco=True, under which layers are mapped over the replicas"
   for field, plain in _READ_BY_MAXTEXT.items():
     value = getattr(config, field, plain)
     value = getattr(value, "value", value)
@@ -67,4 +69,4 @@ def problems(config: Any) -> Iterator[str]:
   if backend not in BACKENDS:
     yield f"experts_backend={backend!r}: use one of {', '.join(BACKENDS)}; auto picks the fastest for the platform"
   elif backend not in ("auto", MAXTEXT) and (reason := only_maxtext(config)):
-    yield f"experts_backend={backend}: it cannot be had with {reason}; use experts_backend=auto or change that"
+    yield f"experts_backend={backend!r}: it cannot be had with {reason}; use experts_backend=auto or change that"

@@ -119,6 +119,11 @@ def _of_layers(c: Any) -> Iterator[str]:
     )
   if rope_type(c) not in ("default", "yarn"):
     yield f"rope_type={rope_type(c)!r}: LING2 supports rope_type=default and yarn only; use one of them"
+  if adapters := getattr(c, "lora_input_adapters_path", ""):
+    yield (
+      f"lora_input_adapters_path={adapters!r}: MaxEngine's own adapters are of q_proj, k_proj, v_proj and o_proj, which "
+      "LING2 does not have; merge the adapter with to_huggingface or to_maxtext, and leave this empty"
+    )
   for field, off in OFF.items():
     if getattr(c, field, off) != off:
       yield f"{field}={getattr(c, field)!r}: LING2 does not have this; leave it at {off!r}"

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from maxtext_ling2.configs import documents, experts, numbers, tiles, unsupported, without_effect
+from maxtext_ling2.configs import documents, experts, fine_tuning, numbers, tiles, unsupported, without_effect
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.unsupported import rope_type
 from maxtext_ling2.ops.backends import GLA_BACKENDS
@@ -48,7 +48,7 @@ def validate(config: Any) -> None:
     raise ValueError("\n".join(problems))
   if is_ling2(config):
     _warn_of_lost_softmax_factor(config)
-    for text in without_effect.warnings(config):
+    for text in (*without_effect.warnings(config), *fine_tuning.warnings(config)):
       _warn_once(text)
 
 
@@ -248,6 +248,7 @@ _RULES = (
   _dtypes,
   numbers.problems,
   documents.problems,
+  fine_tuning.problems,
   tiles.problems,
   experts.problems,
   unsupported.problems,

@@ -1,13 +1,17 @@
 """Replacing attributes so that it can be undone, and noticing when somebody else replaced them too."""
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
 from maxtext_ling2.configs.validation import is_ling2
+
+_CONFIGS = ("config", "mt_config")
+"""MaxText's names of the parameter that is a config."""
 
 
 class Call:
@@ -38,9 +42,10 @@ class Call:
 
   @property
   def config(self) -> Any:
-    """The argument `config`, or that of `self`; None if there is neither."""
+    """The argument `config` or `mt_config`, or the `config` of `self`; None if there is none."""
     arguments = self._bound.arguments
-    return arguments["config"] if "config" in arguments else getattr(arguments.get("self"), "config", None)
+    found = next((arguments[name] for name in _CONFIGS if name in arguments), None)
+    return found if found is not None else getattr(arguments.get("self"), "config", None)
 
   def to(self, function: Callable[..., Any]) -> Any:
     """Calls another function with these arguments."""
@@ -140,6 +145,19 @@ class Patches:
       if conflict:
         conflicts.append(conflict)
     return conflicts
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+  """Lets a function of MaxText that is called meanwhile find other values of attributes that `owner` has."""
+  originals = {name: getattr(owner, name) for name in values}
+  try:
+    for name, value in values.items():
+      setattr(owner, name, value)
+    yield
+  finally:
+    for name, value in originals.items():
+      setattr(owner, name, value)
 
 
 def running(function: str, names: Sequence[str]) -> dict[str, Any] | None:

@@ -117,7 +117,7 @@ def open_with_text(
   ids = np.asarray(opened.tokenizer.encode(text), np.int32)
   if ids.size < 2:
     raise SavedModelError(f"the text has {ids.size} token(s); a loss needs at least two")
-  saved_model.check_vocabulary(opened, ids)
+  saved_model.check_vocabulary(opened.config, ids)
   return opened, ids
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,16 @@ from typing import Any
 from maxtext_ling2.checkpoint import decay_offset as offsets
 from maxtext_ling2.checkpoint import hf_config
 from maxtext_ling2.errors import Ling2Error
-from maxtext_ling2.maxtext_api import start
+from maxtext_ling2.maxtext_api import own_model, start
 from maxtext_ling2.maxtext_api.overrides import parse
 
+logger = logging.getLogger("maxtext_ling2")
+
 DEFAULT_MODEL = "ling2"
+DEMO_MODEL = "ling2-tiny"
+
+NO_WEIGHTS = {"load_parameters_path": "", "load_full_state_path": ""}
+"""A run's yml may name others; here the checkpoint is given."""
 
 _EOS = "eos_token_id"
 _EOS_FILES = ("generation_config.json", "config.json")
@@ -39,6 +46,83 @@ class SavedModel:
   stated_offset: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a model comes from; nothing of it is read yet.
+
+  Attributes:
+    checkpoint: as given.
+    items: the `items` of a MaxText checkpoint; None: a Hugging Face folder.
+    model: the model of a MaxText checkpoint.
+    overrides: KEY=VALUE settings of the user.
+  """
+
+  checkpoint: Path
+  items: Path | None
+  model: own_model.Model
+  overrides: Sequence[str]
+
+
+def locate(checkpoint: Path, model_name: str | None, overrides: Sequence[str] = ()) -> Source:
+  """Finds out what a checkpoint is; for the arguments and errors see `open_model`."""
+  start.set_environment()
+  if not own_model.is_yml(model_name or ""):
+    model_name = parse(overrides).get("model_name", model_name)
+  items = None if is_hugging_face(checkpoint) else _step(checkpoint)
+  if items is None and model_name is not None:
+    raise SavedModelError(
+      f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is; leave it out"
+    )
+  return Source(checkpoint, items, own_model.read(model_name or DEFAULT_MODEL), overrides)
+
+
+def make_config(source: Source, sizes: Mapping[str, Any]) -> tuple[Any, int | None]:
+  """MaxText's config of a model, and the decay offset that a Hugging Face folder states.
+
+  Args:
+    source: the model.
+    sizes: settings of the caller, over which the user's overrides win.
+
+  Raises:
+    ValueError: see `open_model`.
+  """
+  import jax
+
+  from maxtext_ling2.maxtext_api import session
+
+  settings = {**session.platform_settings(jax.default_backend()), **sizes}
+  if source.items is None:
+    return _config_of(source.checkpoint, settings, source.overrides)
+  scanned = session.is_scanned(str(source.items))
+  layout = {} if scanned is None else {"scan_layers": scanned}
+  model = source.model
+  config = session.make_config(
+    base_yml=model.yml, **{"model_name": model.name, **NO_WEIGHTS, **layout, **settings}, overrides=source.overrides
+  )
+  return config, None
+
+
+def read_weights(source: Source, config: Any) -> dict[Any, Any]:
+  """Arrays for all parameters and router biases by path in the model; for errors see `open_model`."""
+  if source.items is None:
+    return _weights_of(source.checkpoint, config)
+  return _from_maxtext(source.items, source.model, config)
+
+
+def read_tokenizer(source: Source, tokenizer: Path | None) -> Any:
+  """The tokenizer that is given, else that of the Hugging Face folder, or for `ling2-tiny` the demo's.
+
+  Raises:
+    SavedModelError: there is none, or it cannot be read.
+  """
+  if tokenizer is None and source.items is not None and source.model.name == DEMO_MODEL:
+    from maxtext_ling2.demo.data import tokenizer_file
+
+    tokenizer = tokenizer_file()
+    logger.warning("--tokenizer: the Llama 2 tokenizer that the demo trains %s with (%s)", DEMO_MODEL, tokenizer)
+  return _tokenizer(tokenizer or source.checkpoint)
+
+
 def open_model(
   checkpoint: Path,
   model_name: str | None,
@@ -52,8 +136,9 @@ def open_model(
   Args:
     checkpoint: a MaxText checkpoint (the folder of a step, its `items`, or a run's `checkpoints`, of which the last step
       is taken), or a Hugging Face folder.
-    model_name: MaxText's model_name, which a MaxText checkpoint does not record; None: `ling2`.
-    tokenizer: a sentencepiece model, or a folder with a Hugging Face tokenizer; None: that of the Hugging Face folder.
+    model_name: MaxText's model_name, which a MaxText checkpoint does not record, or the yml of a model, such as
+      `maxtext-ling2 config` writes; None: `ling2`.
+    tokenizer: a sentencepiece model, or a folder with a Hugging Face tokenizer; None: see `read_tokenizer`.
     sizes: settings of the caller, such as max_target_length.
     overrides: KEY=VALUE settings of the user, which win over all others.
     offset_matters: whether to check that the config's gla_decay_layer_offset is that of the folder.
@@ -64,26 +149,18 @@ def open_model(
     CheckpointError: the Hugging Face folder is not a complete LING2 checkpoint, or states another decay offset.
     ValueError: MaxText refuses the settings, or does not find the weights in the checkpoint.
   """
-  import jax
-
-  from maxtext_ling2.maxtext_api import session
-
-  start.set_environment()
-  settings = {**session.platform_settings(jax.default_backend()), **sizes}
-  model_name = parse(overrides).get("model_name", model_name)
-  items = None if is_hugging_face(checkpoint) else _step(checkpoint)
-  if items is None and model_name is not None:
-    raise SavedModelError(
-      f"--model {model_name}: {checkpoint} is a Hugging Face folder, which says itself what it is; leave it out"
-    )
-  built = _tokenizer(tokenizer or checkpoint)  # before the weights, which take longer
-  if items is not None:
-    config, weights = _from_maxtext(items, model_name or DEFAULT_MODEL, settings, overrides)
-    return SavedModel(config, weights, built)
-  config, stated = _config_of(checkpoint, settings, overrides)
+  source = locate(checkpoint, model_name, overrides)
+  built = read_tokenizer(source, tokenizer)  # before the weights, which take longer
+  config, stated = make_config(source, sizes)
   if offset_matters:
-    offsets.check(checkpoint, stated, config.gla_decay_layer_offset)
-  return SavedModel(config, _weights_of(checkpoint, config), built, stated)
+    check_offset(source, config, stated)
+  return SavedModel(config, read_weights(source, config), built, stated)
+
+
+def check_offset(source: Source, config: Any, stated: int | None) -> None:
+  """Raises CheckpointError if a Hugging Face folder states another decay offset than the config's."""
+  if source.items is None:
+    offsets.check(source.checkpoint, stated, config.gla_decay_layer_offset)
 
 
 def is_hugging_face(checkpoint: Path) -> bool:
@@ -91,31 +168,32 @@ def is_hugging_face(checkpoint: Path) -> bool:
   return (checkpoint / "config.json").is_file()
 
 
-def check_vocabulary(model: SavedModel, ids: Any) -> None:
+def check_vocabulary(config: Any, ids: Any) -> None:
   """Raises SavedModelError if token ids exceed the model's vocabulary."""
-  if max(ids) >= model.config.vocab_size:
+  if max(ids) >= config.vocab_size:
     raise SavedModelError(
-      f"the tokenizer gives token {max(ids)}, but vocab_size={model.config.vocab_size}: it is not this model's "
+      f"the tokenizer gives token {max(ids)}, but vocab_size={config.vocab_size}: it is not this model's "
       "tokenizer; pass --tokenizer"
     )
 
 
-def end_tokens(model: SavedModel, *folders: Path | None) -> frozenset[int]:
+def end_tokens(tokenizer: Any, vocab_size: int, *folders: Path | None) -> frozenset[int]:
   """Collects all end-of-sequence ids: the tokenizer's, and those of generation_config.json and config.json.
 
   Chat models list several in these files (end of a turn, end of a text), where a tokenizer has one.
 
   Args:
-    model: has the tokenizer and the size of the vocabulary.
+    tokenizer: MaxText's tokenizer.
+    vocab_size: the ids' bound.
     folders: folders with these files; others are ignored.
 
   Raises:
     SavedModelError: `eos_token_id` is not a token id, a list of token ids, or null.
   """
-  ids = set() if model.tokenizer.eos_id is None else {int(model.tokenizer.eos_id)}
+  ids = set() if tokenizer.eos_id is None else {int(tokenizer.eos_id)}
   for file in (folder / name for folder in folders if folder is not None for name in _EOS_FILES):
     if file.is_file():
-      ids |= _end_tokens_of(file, model.config.vocab_size)
+      ids |= _end_tokens_of(file, vocab_size)
   return frozenset(ids)
 
 
@@ -149,19 +227,14 @@ def _weights_of(folder: Path, config: Any) -> dict[Any, Any]:
     return {leaf.path: blocks.stack(leaf, tensors.__getitem__) for leaf in stacking.leaves(config)}
 
 
-def _from_maxtext(
-  items: Path, model_name: str, settings: Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[Any, dict[Any, Any]]:
+def _from_maxtext(items: Path, model: own_model.Model, config: Any) -> dict[Any, Any]:
   from maxtext_ling2.maxtext_api import session
 
-  scanned = session.is_scanned(str(items))
-  layout = {} if scanned is None else {"scan_layers": scanned}
-  config = session.make_config(**{"model_name": model_name, **layout, **settings}, overrides=overrides)
   try:
-    return config, session.restore(config, session.make_mesh(config), str(items))
+    return session.restore(config, session.make_mesh(config), str(items))
   except (ValueError, KeyError) as error:
     raise SavedModelError(
-      f"{items}: no weights of --model {model_name} can be read ({error}); pass a complete step, and its model"
+      f"{items}: no weights of --model {model.given} can be read ({error}); pass a complete step, and its model"
     ) from error
 
 

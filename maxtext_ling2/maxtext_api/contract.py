@@ -7,6 +7,7 @@ NAME = "MaxText as a library"
 EXPECTATIONS = (
   *expect("maxtext.common.checkpointing", "load_checkpoint_metadata(checkpoint_dir_path)"),
   *expect("maxtext.inference.maxengine.maxengine", "MaxEngine.__init__(config)"),
+  *expect("maxtext.input_pipeline.input_pipeline_interface", "create_data_iterator(config, mesh)"),
   *expect(
     "maxtext.input_pipeline.tokenizer",
     "build_tokenizer(tokenizer_path, tokenizer_type, add_bos, add_eos, hf_access_token)",

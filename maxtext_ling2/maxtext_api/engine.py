@@ -1,6 +1,8 @@
 """MaxText's MaxEngine used by our own commands: prompts are prefilled into slots, and all slots decode together."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,21 @@ from numpy.typing import NDArray
 from maxtext_ling2.errors import Ling2Error
 
 
-class EngineError(Ling2Error):
+class EngineError(Ling2Error, ValueError):
   """A prompt or a number of tokens does not fit the engine."""
+
+
+_SHORTEST, _LONGEST_POWER = 128, 1024
+
+
+def padded_length(tokens: int) -> int:
+  """The length to which a prompt of so many tokens is padded: a power of two from 128 to 1024, then multiples of 1024.
+
+  Each length is a compiled program, so prompts of similar length share one.
+  """
+  if tokens <= _LONGEST_POWER:
+    return max(_SHORTEST, 1 << (tokens - 1).bit_length())
+  return -(-tokens // _LONGEST_POWER) * _LONGEST_POWER
 
 
 class Engine:
@@ -71,7 +86,7 @@ class Engine:
       )
     if not 0 <= slot < self.slots:
       raise EngineError(f"slot {slot}: there are {self.slots}, counted from 0")
-    padded = np.zeros(length, np.int32)
+    padded = np.zeros(min(length, padded_length(len(tokens))), np.int32)
     padded[: len(tokens)] = tokens
     prefix, _ = self._engine.prefill(
       params=self.params, padded_tokens=jnp.asarray(padded), true_length=len(tokens), rng=self._next_key()
@@ -93,6 +108,11 @@ class Engine:
     Raises:
       EngineError: a slot in use has no room for another token; `free` it, or give it a new prompt.
     """
+    sampled = self.advance(tokens)
+    return sampled, np.asarray(self._state["logits"])[:, 0]
+
+  def advance(self, tokens: Mapping[int, int] | None = None) -> NDArray[Any]:
+    """As `step`, without copying the logits from the device: the sampled tokens [slots]."""
     full = [slot for slot, left in self._left.items() if left == 0]
     if full:
       raise EngineError(
@@ -104,24 +124,56 @@ class Engine:
       self._state["tokens"] = self._state["tokens"].at[slot, 0].set(token)
     self._state, _ = self._engine.generate(self.params, self._state, rng=self._next_key())
     self._left = {slot: left - 1 for slot, left in self._left.items()}
-    return np.asarray(self._state["tokens"])[:, 0], np.asarray(self._state["logits"])[:, 0]
+    return np.asarray(self._state["tokens"])[:, 0]
 
   def free(self, slot: int) -> None:
     """Releases a slot; its outputs are undefined until its next prompt."""
     self._left.pop(slot, None)
 
-  def stream(self, prompt: Sequence[int], count: int, stop: Sequence[int] = (), slot: int = 0) -> Iterator[int]:
-    """Yields up to `count` tokens that follow a prompt, ending before one of `stop`."""
-    token, _ = self.prefill(prompt, slot)
+  def decode(self, prompts: Sequence[Sequence[int]], ends: Callable[[int, int], bool]) -> Iterator[tuple[int, int, bool]]:
+    """Decodes prompts together, one per slot, whose content is replaced; the others follow as slots become free.
+
+    Args:
+      prompts: each as for `prefill`.
+      ends: called once for each token with the prompt's index and the token; True: it is the prompt's last one.
+
+    Yields:
+      The prompt's index, the token, and whether it is the last one.
+
+    Raises:
+      EngineError: see `prefill` and `step`.
+    """
+    self._left.clear()
+    free = list(range(self.slots))
+    waiting = collections.deque(enumerate(prompts))
+    running: dict[int, int] = {}  # slot -> index of its prompt
     try:
-      for position in range(count):
-        if token in stop:
-          return
-        yield token
-        if position + 1 < count:
-          token = int(self.step()[0][slot])
+      while waiting or running:
+        fresh = []  # (slot, token)
+        if waiting and free:  # one prompt at a time: it may end with its first token, and leave its slot to the next
+          slot, (index, prompt) = free.pop(0), waiting.popleft()
+          running[slot] = index
+          fresh.append((slot, self.prefill(prompt, slot)[0]))
+        else:
+          tokens = self.advance()
+          fresh = [(slot, int(tokens[slot])) for slot in running]
+        for slot, token in fresh:
+          index = running[slot]
+          if last := ends(index, token):
+            del running[slot]
+            self.free(slot)
+            free.append(slot)
+          yield index, token, last
     finally:
-      self.free(slot)
+      for slot in running:
+        self.free(slot)
+
+  def stream(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> Iterator[int]:
+    """Yields up to `count` tokens that follow a prompt, ending before one of `stop`."""
+    positions = itertools.count(1)
+    for _, token, _ in self.decode([prompt], lambda _, token: token in stop or next(positions) == count):
+      if token not in stop:
+        yield token
 
   def caches(self) -> dict[str, Any]:
     """The arrays of the decoding cache by path."""

@@ -41,10 +41,11 @@ CPU_SETTINGS: dict[str, Any] = {"dtype": "float32", "sparse_matmul": False}
 and a CPU interprets them, at minutes per step."""
 
 
-def make_config(*, overrides: Sequence[str] = (), **settings: Any) -> Any:
-  """Makes a MaxText config (HyperParameters) from base.yml, `TOOL_SETTINGS`, settings and overrides; the last one wins.
+def make_config(*, overrides: Sequence[str] = (), base_yml: str | os.PathLike[str] | None = None, **settings: Any) -> Any:
+  """Makes a MaxText config (HyperParameters) from a base yml, `TOOL_SETTINGS`, settings and overrides; the last one wins.
 
   Args:
+    base_yml: the user's; None: MaxText's base.yml.
     overrides: KEY=VALUE of the user, which MaxText reads as those of its command line.
     settings: Python values.
 
@@ -56,11 +57,35 @@ def make_config(*, overrides: Sequence[str] = (), **settings: Any) -> Any:
   start.set_environment()
   from maxtext.configs import pyconfig
 
-  base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
+  base = os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml") if base_yml is None else os.fspath(base_yml)
   # In MaxText keyword arguments win over those of the command line.
   others = {key: value for key, value in {**TOOL_SETTINGS, **settings}.items() if key not in given}
   with start.refusals():
     return pyconfig.initialize(["", base, *overrides], **others)
+
+
+def trainer_config(overrides: Sequence[str], yml: str | None = None) -> Any:
+  """Makes the MaxText config that its trainer would have, in one process that writes nothing.
+
+  Args:
+    overrides: KEY=VALUE of the user.
+    yml: base YAML file; None: MaxText's base.yml.
+
+  Raises:
+    OverrideError: an override is not KEY=VALUE.
+    ConfigError: MaxText refuses the settings; it has printed why.
+  """
+  given = parse(overrides)
+  start.set_environment()
+  from maxtext.configs import pyconfig
+
+  base = yml or os.path.join(pyconfig.MAXTEXT_CONFIGS_DIR, "base.yml")
+  with start.refusals():
+    return pyconfig.initialize(["", base, *overrides], **{key: TOOL_SETTINGS[key] for key in _SILENT if key not in given})
+
+
+_SILENT = ("run_name", "base_output_directory", "enable_goodput_recording", "skip_jax_distributed_system", "log_config")
+"""Those of `TOOL_SETTINGS` that change nothing of what a trainer reads or computes."""
 
 
 def platform_settings(platform: str) -> dict[str, Any]:

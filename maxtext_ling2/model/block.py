@@ -58,6 +58,8 @@ class Ling2Block(nnx.Module):
       return y, layer_idx + 1
 
     if self.num_gla_layers:
+      # The scan stacks all random streams of its layers. Qwix gives all modules of a model one and the same for LoRA.
+      streams = jax.tree.map(lambda value: value, nnx.state(self.gla_layers, nnx.RngState))  # a copy
       carry = nnx_scan.apply_scanned_layers(
         self.gla_layers,
         carry,
@@ -68,4 +70,5 @@ class Ling2Block(nnx.Module):
         remat_policy=self.remat_policy,
         prevent_cse=remat.prevents_cse(self.config, in_scan=True),
       )
+      nnx.update(self.gla_layers, streams)  # MaxText does not keep them after a scan, either
     return remat.apply_layer(self.mla_layer, carry, apply, self.config, self.remat_policy, in_scan=True), None

@@ -6,6 +6,7 @@ fallback for a device that gets more tokens than `ragged_buffer_factor` provides
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ from flax import nnx
 from maxtext.layers import moe
 from maxtext.utils import sharding
 
+from maxtext_ling2.configs import experts as experts_config
 from maxtext_ling2.ops.experts import experts
 from maxtext_ling2.ops.experts.block_sizes import why_not_kernel
 from maxtext_ling2.ops.experts.dispatch import ALIGNMENT
+
+logger = logging.getLogger("maxtext_ling2")
 
 _EXPERT = "expert"
 """The mesh axis of the experts. Custom rules that shard them over others take MaxText's path."""
@@ -40,6 +44,27 @@ class Specs(NamedTuple):
   tokens: jax.P  # of [B, T, C]
   scores: jax.P  # of [B, T, E] and [B, T, k]
   matrices: Matrices
+
+
+def computes(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> bool:
+  """Whether `apply` computes this call; the log says once if MaxText's path does, and why. Arguments: `why_maxtext`'s.
+
+  Raises:
+    ValueError: MaxText's path would have to, but the settings name another backend.
+  """
+  reason, backend = why_maxtext(layer, x, matrices, kind), layer.config.experts_backend
+  if reason is None:
+    return True
+  if backend not in ("auto", experts_config.MAXTEXT):
+    advice = "use experts_backend=auto or change that"
+    raise ValueError(f"experts_backend={backend!r}: it cannot be had with {reason}; {advice}")
+  _log_once(f"routed experts are computed by MaxText's grouped products: {reason}")
+  return False
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+  logger.info(text)
 
 
 def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str | None:
@@ -68,6 +93,8 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return None
   if not kind.startswith("TPU"):
     return f"a {kind} device"
+  if layer.get_expert_parallelism_size() > 1:
+    return "a ring of experts, whose step was not counted with the kernels; experts_backend=pallas takes them"
   if rows_per_expert(layer, x) < ALIGNMENT:
     return f"fewer than {ALIGNMENT} tokens per expert, the rows of a tile"
   _, width, hidden = matrices.gate.shape
@@ -82,10 +109,9 @@ def _drops_tokens(layer: Any, x: jax.Array) -> bool:
 
 
 def rows_per_expert(layer: Any, x: jax.Array) -> float:
-  """Tokens per expert on a device, on average; in a ring of experts those of all its devices."""
+  """Tokens per expert on a device that has all experts, on average."""
   devices = math.prod(layer.mesh.shape[axis] for axis in _batch_axes(_specs(layer, x).tokens))
-  choices = math.prod(x.shape[:2]) * layer.config.num_experts_per_tok / devices
-  return float(choices * layer.get_expert_parallelism_size() / layer.num_experts)
+  return float(math.prod(x.shape[:2]) * layer.config.num_experts_per_tok / devices / layer.num_experts)
 
 
 def apply(

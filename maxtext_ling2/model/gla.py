@@ -22,6 +22,7 @@ from maxtext.layers.normalizations import RMSNorm
 from maxtext.utils import max_utils
 from maxtext.utils.sharding import maybe_shard_with_logical
 
+from maxtext_ling2.model import adapters
 from maxtext_ling2.model.norms import GatedGroupRMSNorm
 from maxtext_ling2.model.rope import HalfRotaryEmbedding
 from maxtext_ling2.model.sharded_gla import FLAT, sharded_gla, sharded_rotated_norm
@@ -54,6 +55,7 @@ class GatedLinearAttention(nnx.Module):
       weight_dtype=config.weight_dtype,
       kernel_axes=("norm",),
     )
+    self.has_adapters = adapters.enabled(config)
     self.rotary_dims = int(dim * config.partial_rotary_factor)
     self.rotary_embedding = HalfRotaryEmbedding(config, mesh, self.rotary_dims, rngs)
     if model_mode != ct.MODEL_MODE_TRAIN:
@@ -160,9 +162,10 @@ class GatedLinearAttention(nnx.Module):
     """x [B, T, C] times a kernel [C, H, D] or [C, n, H, D] -> 1 or n arrays [B, T, H * D].
 
     One matmul per array, since slices of a single matmul's output are copies. With one token slices of the kernel would
-    be the larger copies.
+    be the larger copies. An adapter (LoRA, also with a quantised kernel) is a part of the module's own product: Qwix
+    finds a kernel by the module whose method is running.
     """
-    if dense.quant is not None or dense.kernel_scale is not None or x.shape[1] == 1:
+    if dense.quant is not None or dense.kernel_scale is not None or x.shape[1] == 1 or self.has_adapters:
       y = dense(x)  # [B, T, n, H, D] or [B, T, H, D]
       return [merge_heads(y[:, :, i]) for i in range(y.shape[2])] if y.ndim == 5 else [merge_heads(y)]
     kernel = jnp.asarray(dense.kernel[...], dense.dtype)  # [C, n, H, D] or [C, H, D]

@@ -183,7 +183,7 @@ class RoutedMoE(moe.RoutedMoE):  # MaxText finds MoE modules by this class name
     """The experts of inputs [B, T, C], by `ops.experts` or by MaxText's own path (`fused_experts.why_maxtext`)."""
     matrices = fused_experts.Matrices(w0_kernel, w1_kernel, wo_kernel)
     scores = gate_logits, pre_bias_logits
-    if fused_experts.why_maxtext(self, inputs, matrices, placement(self.mesh).kind) is None:
+    if fused_experts.computes(self, inputs, matrices, placement(self.mesh).kind):
       return fused_experts.apply(self, inputs, scores, matrices, forced_routed_experts)
     return super().sparse_matmul(
       inputs, *scores, *matrices, *biases, input_ids=input_ids, forced_routed_experts=forced_routed_experts

@@ -15,6 +15,7 @@ from maxtext.utils import sharding
 from maxtext.utils.globals import EPS
 
 from maxtext_ling2.configs.documents import end_of_document
+from maxtext_ling2.model.cross_entropy import cross_entropy_with_logits
 
 _LOGITS_AXES = ("activation_embed_and_logits_batch", "activation_length", "activation_vocab")
 
@@ -78,8 +79,8 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
         )
         hidden = layer.final_norm(output)
         logits = self._logits(shared_embedding, hidden, deterministic, model_mode)  # [B, T, V]
-        losses = stock._cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)  # [B, T]
-        sums.append(jnp.sum(losses * masks[depth - 1]))  # []
+        losses = token_losses(logits.astype(jnp.float32), targets)  # [B, T]
+        sums.append(jnp.sum(jnp.where(masks[depth - 1] != 0, losses, 0.0)))  # []
         predictions.append(jnp.argmax(logits, axis=-1))  # [B, T]
       if model_mode == MODEL_MODE_TRAIN:
         self._set_losses(jnp.stack(sums), jnp.stack([jnp.sum(mask) for mask in masks]))  # [K], [K]
@@ -108,6 +109,13 @@ class Ling2MultiTokenPredictionBlock(stock.MultiTokenPredictionBlock):
       # In float32, because MaxText differentiates the function that returns them.
       self.mtp_preds = stock.mtp_acceptance(predictions[depth - 1].astype(jnp.float32)[None])
       self.mtp_mask = stock.mtp_acceptance(masks[depth - 1][None])
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Cross entropy [B, T] of logits [B, T, V] float32 and ids [B, T]; NaN where an id is none of the vocabulary."""
+  vocabulary = logits.shape[-1]
+  losses, _ = cross_entropy_with_logits(logits, jax.nn.one_hot(targets, vocabulary))
+  return jnp.where((targets >= 0) & (targets < vocabulary), losses, jnp.nan)
 
 
 class NoMultiTokenPrediction(nnx.Module):

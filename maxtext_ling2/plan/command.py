@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.host.base_yml import settings_of_the_user
-from maxtext_ling2.maxtext_api import overrides, recipes
+from maxtext_ling2.maxtext_api import overrides, own_model, recipes
 from maxtext_ling2.maxtext_api.mesh import MeshSpec
 from maxtext_ling2.maxtext_api.start import ConfigError, maxtext_folder
 from maxtext_ling2.plan import cache, report, search
@@ -202,7 +201,7 @@ def _training(yml: str, settings: Mapping[str, str]) -> str:
 def _recipe(model: str, recipe: str) -> tuple[str, dict[str, str]]:
   """(base yml, settings) of a recipe, whose own values stay."""
   file = recipes.file_of(recipe)
-  given = _given(file)
+  given = own_model.settings_of_file(file)
   theirs = given.get("model_name", model)
   if theirs != model:
     raise recipes.RecipeError(
@@ -213,15 +212,9 @@ def _recipe(model: str, recipe: str) -> tuple[str, dict[str, str]]:
 
 def _model(model: str) -> tuple[str, dict[str, str]]:
   """(base yml, settings) of a model's name, or of a yml, whose own values stay."""
-  if model.endswith(".yaml"):
-    raise ValueError(f"{model}: MaxText takes a base yml only under a name that ends in .yml; rename it")
-  if not model.endswith(".yml"):
+  if not own_model.is_yml(model):
     return str(maxtext_folder() / "configs" / "base.yml"), _unless_given(DEFAULTS, {}, model)
-  if not Path(model).is_file():
-    raise ValueError(
-      f"{model}: no such file; pass a model_name such as ling2, or the yml that `maxtext-ling2 config` writes"
-    )
-  given = _given(Path(model))
+  given = own_model.settings(model)
   return model, _unless_given(DEFAULTS, given, str(given.get("model_name", CUSTOM_MODEL)))
 
 
@@ -229,27 +222,13 @@ def _named(model: str) -> str | None:
   """The model_name that a user asks for by name or by YAML file; None: the file names none."""
   if not model.endswith(".yml"):
     return model
-  name = _given(Path(model)).get("model_name")
+  name = own_model.settings(model).get("model_name")
   return None if name is None else str(name)
 
 
 def _unless_given(defaults: Mapping[str, Any], given: Mapping[str, Any], model_name: str) -> dict[str, str]:
   """Defaults, or a yml's own values for them, as text."""
   return overrides.texts({key: given.get(key, value) for key, value in defaults.items()} | {"model_name": model_name})
-
-
-def _given(path: Path) -> dict[str, Any]:
-  """The settings of a user's yml and of those it inherits from; raises ValueError if it has none."""
-  import yaml
-
-  try:
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: not YAML ({error}); write it again with `maxtext-ling2 config`") from error
-  if not isinstance(settings, dict):
-    found = "nothing" if settings is None else f"a {type(settings).__name__}"
-    raise ValueError(f"{path}: holds {found} instead of settings; write it again with `maxtext-ling2 config`")
-  return settings_of_the_user(str(path), str(maxtext_folder() / "configs"))
 
 
 def _mesh(text: str) -> dict[str, str]:

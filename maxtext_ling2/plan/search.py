@@ -117,8 +117,8 @@ def _seconds(floor: Floor, chip: Chip, edge_bandwidth: float) -> float:
 
 
 def memory(config: Any, shares: Shares) -> float:
-  """Bytes of the largest arrays: weights and AdamW's moments, a layer's gathered experts and their gradients, logits in
-  float32 and their gradient in bfloat16, the input of each layer, and two layers' worth of sorted rows. A policy of
+  """Bytes of the largest arrays: weights and AdamW's moments, a layer's gathered experts and their gradients, the logits
+  of one loss as they are computed, the input of each layer, and two layers' worth of sorted rows. A policy of
   rematerialisation other than "full" saves more, which is not calculated.
   """
   c = config
@@ -128,10 +128,16 @@ def memory(config: Any, shares: Shares) -> float:
   layers = c.num_decoder_layers + c.mtp_num_layers
   state = _state_bytes(c) * (layers * expert_weights + 2 * c.emb_dim * c.vocab_size) / shares.shards
   gathered = 4 * expert_weights * 2 / (shares.expert * shares.tensor)
-  logits = 6 * tokens * c.vocab_size / max(c.num_vocab_tiling, 1) / shares.tensor
+  pieces = 1 if c.mtp_num_layers else max(c.num_vocab_tiling, 1)  # MTP's are not computed in pieces
+  logits = _logit_bytes(c) * tokens * c.vocab_size / pieces / shares.tensor
   rows = 4 * routed * (2 * c.emb_dim + 3 * c.moe_mlp_dim) * max(c.ragged_buffer_factor, 1.0)
   inputs = 0 if c.decoder_layer_input == "offload" else 2 * tokens * c.emb_dim * layers
   return float(state + gathered + logits + inputs + rows)
+
+
+def _logit_bytes(config: Any) -> int:
+  """Bytes per logit that are written: XLA fuses the cast to float32 and the gradient with what reads them."""
+  return 4 if config.logits_dot_in_fp32 else jnp.dtype(config.dtype).itemsize
 
 
 def _state_bytes(config: Any) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext_ling2.host.step_globals import patched_globals
+from maxtext_ling2.model.cross_entropy import cross_entropy_with_logits
 from maxtext_ling2.model.moe import weighs_microbatches
 from maxtext_ling2.model.precision import matmul_precision
 from maxtext_ling2.training import metrics as step_metrics
@@ -29,7 +31,7 @@ def wrap_train_step(train_step: Step, config: Any) -> Step:
   ) -> tuple[Any, dict[str, Any]]:
     graph, state = statistics.attach(model, state, config)
     totals = objective.count_totals(data, config) if config.gradient_accumulation_steps > 1 else None
-    replaced = _replaced_by_switch(config) | {"loss_fn": lambda f: objective.with_router_losses(f, config, totals, {})}
+    replaced = _replaced_by_switch(config) | _replaced_in_losses(config, totals, {})
     # The gradients of experts are traced here, outside their layer.
     with patched_globals(train_step, **replaced), matmul_precision(config):
       state, metrics = train_step(graph, cfg, state_shardings, params_shardings, state, data, dropout_rng)
@@ -61,13 +63,25 @@ def wrap_eval_step(eval_step: Step, config: Any) -> Step:
   @functools.wraps(eval_step)
   def ling2_eval_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
     eval_metrics: dict[str, jax.Array] = {}
-    losses = patched_globals(eval_step, loss_fn=lambda f: objective.with_router_losses(f, config, None, eval_metrics))
-    with losses, matmul_precision(config):
+    replaced = _replaced_in_losses(config, None, eval_metrics)
+    with patched_globals(eval_step, **replaced), matmul_precision(config):
       metrics: dict[str, Any] = eval_step(*args, **kwargs)
     metrics["scalar"].update({f"evaluation/{name}": value for name, value in eval_metrics.items()})
     return metrics
 
   return ling2_eval_step
+
+
+def _replaced_in_losses(
+  config: Any, totals: objective.Totals | None, eval_metrics: dict[str, jax.Array]
+) -> dict[str, Callable[[Any], Any]]:
+  """What every LING2 step finds replaced: global name -> wrapper. Arguments: those of `objective.with_router_losses`."""
+  return {
+    "loss_fn": lambda loss_fn: objective.with_router_losses(loss_fn, config, totals, eval_metrics),
+    "max_utils": lambda module: types.SimpleNamespace(
+      **vars(module) | {"cross_entropy_with_logits": cross_entropy_with_logits}
+    ),
+  }
 
 
 def _replaced_by_switch(config: Any) -> dict[str, Callable[[Any], Any]]:

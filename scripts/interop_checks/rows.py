@@ -23,7 +23,7 @@ class Folder:
 
   Attributes:
     path: the folder.
-    case: the export it is, or was made from: offset_0, offset_1, yarn.
+    case: the export it is, or was made from: offset_0, offset_1, yarn, fine_tuned.
     kind: "exported" by MaxText's command, or "saved" again by transformers' save_pretrained.
     work: the folder of the whole run.
   """

@@ -131,7 +131,7 @@ def test_training_starts_at_the_oracles_loss(converted, tmp_path):
     ({"hf_model_path": None}, "--hf_model_path=None: not a local folder"),
     ({"lazy_load_tensors": False}, "--lazy_load_tensors=false: not possible for LING2"),
     ({"save_dtype": "float8_e4m3fn"}, "save_dtype=float8_e4m3fn: not one of float32, bfloat16"),
-    ({"lora": "adapter"}, "hf_lora_adapter_path=adapter: not a part of LING2's conversion"),
+    ({"lora": "adapter"}, "hf_lora_adapter_path=adapter: not a local folder"),
   ],
 )
 def test_the_command_refuses_in_words(tmp_path, options, message):

@@ -41,6 +41,7 @@ def test_maxtext_loads_what_it_prints(tmp_path, case):
   for field, value in hf_config.to_maxtext(hf_config.read(folder)).items():
     found = getattr(config, field)
     assert getattr(found, "value", found) == value, field
+  assert config.sft_train_on_completion_only  # MaxText's base.yml says false
   assert config.routed_bias_zero_mean_update and not config.calculate_per_token_loss
   assert (config.rope_type == "yarn") == (case == "yarn")
 

@@ -29,18 +29,24 @@ class Case:
 
 
 MMAP = {"dataset_type": "grain", "grain_file_type": "mmap", "grain_train_files": "a", "mmap_eod_id": 2}
+CHATS = {"use_sft": True, "dataset_type": "hf", "hf_path": "json"}
 USES = {
   "DiLoCo": {"enable_diloco": True},
   "DiLoCo checkpoint": {"enable_diloco": True},
   "compiler options": {},  # tuned_xla_flags is true
   "mmap documents": MMAP | {"add_bos": True, "packing": True, "grain_packing_type": "concat_then_split", "bos_id": 1},
   "mmap pipelines": MMAP | {"add_bos": False},
+  "chats of grain": CHATS | {"dataset_type": "grain", "grain_file_type": "parquet", "grain_train_files": "a"},
+  "chats of hf": CHATS,
+  "errors in chats": CHATS,
   "eval metrics": {"eval_interval": 1, "eval_steps": 1},
   "MFU": {},
   "quantization rules": {"use_qwix_quantization": True, "quantization": "fp8_full"},
   "pretrained weights": {"load_parameters_path": "/nowhere/0/items"},
   "former names in from_pretrained": {"load_parameters_path": "/nowhere/0/items"},
   "muon": {"opt_type": "muon"},
+  "LoRA": {"lora": {"enable_lora": True, "lora_rank": 2, "lora_alpha": 4.0}},
+  "post-training": {"load_parameters_path": "/nowhere/0/items"},
 }
 """Settings of a run that uses a seam which others can do without."""
 UNUSED = {"compiler options": {"tuned_xla_flags": False}}
@@ -49,6 +55,7 @@ UNUSED = {"compiler options": {"tuned_xla_flags": False}}
 
 COMMANDS = {
   "result tokens": "maxtext.inference.decode_multi",
+  "engine quantization": "maxtext.inference.decode_multi",
   "Hugging Face tables": "maxtext.checkpoint_conversion.to_maxtext",
   "stacked axes": "maxtext.checkpoint_conversion.to_maxtext",
   "to_maxtext": "maxtext.checkpoint_conversion.to_maxtext",
@@ -107,7 +114,7 @@ def refused(text, case):
   if case.kind == "resigned":
     assert f"{case.parameter}{drift_source.NEW}" in text.split("; found ")[1]
   elif case.path.endswith("__"):  # the base class or the metaclass has one
-    assert f"; found {case.module}:{case.path} taking (" in text
+    assert f"; found {case.module}:{case.path} taking (" in text or "which does not satisfy the condition" in text
   else:
     assert "; found nothing of that name" in text
   return True

@@ -40,7 +40,7 @@ def test_ling2_is_saved_by_us_only_for_the_command():
   ours = config("ling2")
   assert saved("/out", {}, 1, True, False, ours) == ("MaxText", "/out", {}, 1, True, False)
   seam.request = Request("folder", "float32")
-  assert saved("/out", {}, 1, True, False, ours) == ("folder", ours, "/out/0", "float32", True, False)
+  assert saved("/out", {}, 1, True, False, ours) == ("folder", ours, "/out/0", "float32", "", True, False)
   assert saved("gs://b/out", {}, 1, True, False, ours)[0] == "MaxText"  # the command saves once
 
 

@@ -255,7 +255,7 @@ def test_each_seam_that_some_runs_need_is_among_the_cases():
 STYLES = ("by keyword", "one inserted", "one appended")
 CONFIG = types.SimpleNamespace(decoder_block="llama2", load_parameters_path="")
 GIVEN = {
-  "config": CONFIG, "metrics": {}, "raw_keys": {}, "argv": ["", "base.yml"], "weight_arrays": {},
+  "config": CONFIG, "mt_config": CONFIG, "metrics": {}, "raw_keys": {}, "argv": ["", "base.yml"], "weight_arrays": {},
   "self": types.SimpleNamespace(config=CONFIG),
 }  # fmt: skip
 """Arguments that a wrapper looks at; any other is just its name."""

@@ -15,7 +15,7 @@ def test_all_that_the_plugin_names_is_there(target):
 
 
 def test_all_that_it_names_is_found():
-  assert {"maxtext_ling2.model.decoder:Ling2Decoder", "maxtext_ling2.checkpoint.export_hf:Export"} < NAMED
+  assert {"maxtext_ling2.model.decoder:Ling2Decoder", "maxtext_ling2.checkpoint.lora:exporter"} < NAMED
 
 
 def test_it_is_called_with_all_arguments():

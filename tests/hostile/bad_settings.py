@@ -4,6 +4,7 @@ from maxtext_ling2.configs.fields import FIELDS
 
 # What is changed in the good config, and what the message holds besides "field=value" of the first of these fields.
 RULES = [
+  ({"lora_input_adapters_path": "/adapters"}, "merge the adapter with to_huggingface or to_maxtext"),
   ({"base_num_kv_heads": 8}, "set it to base_num_query_heads=16"),
   ({"group_norm_size": 3}, "choose a divisor"),
   ({"group_norm_size": 0}, "choose a divisor"),
@@ -112,6 +113,9 @@ RULES = [
   ({"pad_id": -1}, "choose one from 0 to"),
   ({"pad_id": 1 << 20}, "choose one from 0 to"),
   ({"bos_id": 2}, "leave it at 1"),
+  ({"dataset_type": "tfds", "use_sft": True}, "set dataset_type=hf or grain"),
+  ({"chat_template_path": "ours.jinja", "use_sft": True, "dataset_type": "hf"}, "pass the absolute path"),
+  ({"chat_template_path": "/ours.jinja", "use_sft": True, "dataset_type": "grain"}, "set chat_template"),
 ]
 FINITE = "be positive and finite"
 

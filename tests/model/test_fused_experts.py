@@ -147,11 +147,16 @@ def why(layer, tokens=(64, 4096), width=2048, hidden=512, kind=CHIP, dtype=jnp.b
 
 
 @pytest.mark.parametrize("kind", ["TPU v5", CHIP, "TPU7x"])
-@pytest.mark.parametrize(
-  "ring", [{}, {"ring": True, "expert": 4}, {"ring": True, "expert": 4, "factor": 1.5, "fallback": "layer"}]
-)
-def test_where_the_kernels_compute(kind, ring):
-  assert why(layer_of(**ring), kind=kind) is None
+def test_where_the_kernels_compute(kind):
+  assert why(layer_of(), kind=kind) is None
+
+
+@pytest.mark.parametrize("ring", [{}, {"factor": 1.5, "fallback": "layer"}])
+def test_a_ring_has_kernels_where_they_are_named(ring):
+  layer = layer_of(ring=True, expert=4, **ring)
+  assert "a ring of experts" in why(layer)
+  layer.config.experts_backend = "pallas"
+  assert why(layer) is None
 
 
 @pytest.mark.parametrize(
@@ -171,3 +176,21 @@ def test_where_the_kernels_compute(kind, ring):
 )
 def test_where_maxtext_computes(layer, call, reason):
   assert reason in why(layer_of(**layer), **call)
+
+
+def test_a_named_backend_that_cannot_be_had():
+  layer = layer_of(tensor=2)
+  layer.config.experts_backend = "pallas"
+  matrices = fused_experts.Matrices(*[jnp.zeros((1, 1, 1))] * 3)
+  with pytest.raises(
+    ValueError, match="experts_backend='pallas': it cannot be had with an expert's width on several devices"
+  ):
+    fused_experts.computes(layer, jnp.zeros((1, 1, 1)), matrices, CHIP)
+
+
+def test_the_log_says_once_why_maxtext_computes(caplog):
+  layer = layer_of(only_maxtext="float32_weight_sum=False, as this test has it")
+  with caplog.at_level("INFO", "maxtext_ling2"):
+    assert [fused_experts.computes(layer, None, None, CHIP) for _ in range(2)] == [False, False]
+  (message,) = caplog.messages
+  assert message == f"routed experts are computed by MaxText's grouped products: {layer.only_maxtext}"

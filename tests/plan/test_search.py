@@ -3,7 +3,7 @@
 import pytest
 
 from maxtext_ling2.host.compile_step import read_config
-from maxtext_ling2.maxtext_api import overrides, recipes
+from maxtext_ling2.maxtext_api import overrides, recipes, session
 from maxtext_ling2.maxtext_api.start import ConfigError
 from maxtext_ling2.plan import command, search
 from maxtext_ling2.plan.chips import chip_of, slice_of
@@ -72,6 +72,26 @@ def test_memory_follows_the_dtypes_of_the_state(settings, bytes_per_weight):
   yml, words = command._model("ling2")
   config = read_config(yml, overrides.join({**words, "compile_topology": "v5p-64", **overrides.texts(settings)}))
   assert search._state_bytes(config) == bytes_per_weight
+
+
+@pytest.mark.parametrize(
+  ("settings", "bytes_per_logit"),
+  [
+    ({}, 2),
+    ({"logits_dot_in_fp32": True}, 4),
+    ({"num_vocab_tiling": 4}, 2),  # MTP's logits are whole
+    ({"num_vocab_tiling": 4, "mtp_num_layers": 0}, 2 / 4),
+  ],
+)
+def test_memory_of_the_logits(settings, bytes_per_logit):
+  """What a vocabulary of twice the size adds to memory, besides the state of embedding and output."""
+  yml, words = command._model("ling2")
+  words |= {"compile_topology": "v5p-64", "per_device_batch_size": "1", "override_model_config": "true"}
+  config = read_config(yml, overrides.join({**words, **overrides.texts(settings)}))
+  shares = search.Shares.of(config, 32)
+  added = search.memory(session.changed(config, vocab_size=2 * config.vocab_size), shares) - search.memory(config, shares)
+  state = 12 * 2 * config.emb_dim * config.vocab_size / 32
+  assert added - state == pytest.approx(bytes_per_logit * 4096 * config.vocab_size)
 
 
 def test_the_search_is_for_ling2():

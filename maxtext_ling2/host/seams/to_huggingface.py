@@ -51,7 +51,8 @@ class ToHuggingFaceSeam(Seam):
   """Exports LING2 models.
 
   Args:
-    open_checkpoint: `open_checkpoint(path, config)` returns an `Exporter`; raises if the checkpoint does not fit.
+    open_checkpoint: `open_checkpoint(path, config)` returns an `Exporter` of the checkpoint, of its sum with the adapters
+      of `lora.lora_restore_path`, or, with an empty path, of these; raises if they do not fit.
   """
 
   name = "to_huggingface"
@@ -64,6 +65,7 @@ class ToHuggingFaceSeam(Seam):
       "detect_and_extract_checkpoint(checkpoint_dict)",
       "process_maxtext_param(maxtext_param_key, maxtext_param_weight, param_map)",
       "save_model_files(weight_arrays, config, tokenizer, processor, output_dir)",
+      "save_adapter_files(output_dir, weights, config, found_modules, model_id)",
     ),
     CommandExpectation(f"{_COMMAND}:main", parameters=("argv",)),
   )
@@ -71,6 +73,8 @@ class ToHuggingFaceSeam(Seam):
   def __init__(self, open_checkpoint: Callable[[str, Any], Exporter]):
     super().__init__()
     self.open_checkpoint = open_checkpoint
+    self._alone: Exporter | None = None
+    """An adapter that is exported without a checkpoint: MaxText finds no arrays for it and hands over none."""
 
   def apply(self) -> None:
     from maxtext.checkpoint_conversion.utils import utils
@@ -79,20 +83,17 @@ class ToHuggingFaceSeam(Seam):
     self.patches.wrap(utils, "detect_and_extract_checkpoint", self._extract)
     self.patches.wrap(utils, "process_maxtext_param", self._process)
     self.patches.wrap(utils, "save_model_files", self._save)
+    self.patches.wrap(utils, "save_adapter_files", self._save_adapter)
 
   def _load(self, original: Callable[..., Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
     ours = is_ling2(config)
     _replace_tokenizers(ours)
     if not ours:
       return original(config, *rest, **kwargs)
-    if config.lora.lora_restore_path:
-      raise CheckpointError(
-        f"lora.lora_restore_path={config.lora.lora_restore_path}: not a part of LING2's export, which knows no LoRA; "
-        "export without it"
-      )
     exporter = self.open_checkpoint(config.load_parameters_path, config)
     # The command collects garbage after each tensor, of which there is none; without this that takes minutes.
     gc.freeze()
+    self._alone = None if config.load_parameters_path else exporter
     return _Opened(dict.fromkeys(exporter.keys(), _Pending(exporter)))
 
   def _extract(self, original: Callable[..., Any], checkpoint_dict: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -111,13 +112,23 @@ class ToHuggingFaceSeam(Seam):
     if not isinstance(first, _Pending):
       return original(weight_arrays, *args, **kwargs)
     call = Call(original, (weight_arrays, *args), kwargs)
-    output_dir, tokenizer = call["output_dir"], call["tokenizer"]
-    gc.unfreeze()
-    if "://" in output_dir:
-      raise CheckpointError(
-        f"base_output_directory={output_dir}: not a local folder, and LING2 exports into one only; copy it afterwards"
-      )
-    return first.exporter.write(os.path.abspath(output_dir), tokenizer)
+    return _write(first.exporter, call["output_dir"], call["tokenizer"])
+
+  def _save_adapter(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    exporter, self._alone = self._alone, None
+    call = Call(original, args, kwargs)
+    if exporter is None or call["weights"]:
+      return call.original()
+    return _write(exporter, call["output_dir"], call["model_id"])
+
+
+def _write(exporter: Exporter, folder: str, tokenizer: str | None) -> None:
+  gc.unfreeze()
+  if "://" in folder:
+    raise CheckpointError(
+      f"base_output_directory={folder}: not a local folder, and LING2 exports into one only; copy it afterwards"
+    )
+  exporter.write(os.path.abspath(folder), tokenizer)
 
 
 class _Tokenizers:

@@ -28,20 +28,23 @@ class Request:
   """What the command was told beside its config.
 
   Attributes:
-    folder: the Hugging Face folder.
+    folder: the Hugging Face folder; empty: an adapter is converted alone.
     save_dtype: of the weights.
+    adapter: folder of a LoRA adapter, or empty.
   """
 
   folder: str
   save_dtype: str
+  adapter: str = ""
 
 
 class ToMaxTextSeam(Seam):
   """Streams the weights of LING2 models.
 
   Args:
-    check: `check(folder, config, target, save_dtype)` raises if the Hugging Face folder does not fit.
-    convert: `convert(folder, config, target, save_dtype, ocdbt, zarr3)` writes the checkpoint into the folder `target`.
+    check: `check(folder, config, target, save_dtype, adapter)` raises if the Hugging Face folders do not fit.
+    convert: `convert(folder, config, target, save_dtype, adapter, ocdbt, zarr3)` writes the checkpoint into the folder
+      `target`.
   """
 
   name = "to_maxtext"
@@ -51,6 +54,7 @@ class ToMaxTextSeam(Seam):
     *expect(
       _UTILS,
       "save_weights_to_checkpoint(maxtext_model_path, jax_weights, device_count, use_ocdbt, use_zarr3, config)",
+      "load_hf_dict_from_safetensors(model_id_or_path)",
     ),
     *expect("maxtext.configs.pyconfig", "initialize(argv)"),
     CommandExpectation(f"{_COMMAND}:main", parameters=("args", *_ARGUMENTS)),
@@ -71,6 +75,7 @@ class ToMaxTextSeam(Seam):
     from maxtext.configs import pyconfig
 
     self.patches.wrap(pyconfig, "initialize", self._initialize)
+    self.patches.wrap(utils, "load_hf_dict_from_safetensors", self._adapter)
     self.patches.wrap_for_ling2(utils, "save_weights_to_checkpoint", self._save)
 
   def _initialize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -82,33 +87,41 @@ class ToMaxTextSeam(Seam):
     return config
 
   def _requested(self, arguments: dict[str, Any], config: Any) -> Request:
-    folder = arguments["hf_model_path"]
-    if not folder or not os.path.isdir(folder):
+    folder, adapter = arguments["hf_model_path"], config.hf_lora_adapter_path
+    alone = bool(adapter and not config.load_parameters_path)  # MaxText's own rule, as are the folders below
+    if adapter and not os.path.isdir(adapter):
+      raise CheckpointError(
+        f"hf_lora_adapter_path={adapter}: not a local folder, and LING2 is converted from one only; fetch the adapter "
+        "with `hf download REPOSITORY --local-dir DIR` and pass hf_lora_adapter_path=DIR"
+      )
+    if not alone and (not folder or not os.path.isdir(folder)):
       raise CheckpointError(
         f"--hf_model_path={folder}: not a local folder, and LING2 is converted from one only; fetch the model with "
         "`hf download REPOSITORY --local-dir DIR` and pass --hf_model_path=DIR"
       )
-    if not arguments["lazy_load_tensors"]:
+    if not alone and not arguments["lazy_load_tensors"]:
       raise CheckpointError(
         "--lazy_load_tensors=false: not possible for LING2, because MaxText's eager path needs PyTorch and holds the "
         "whole model; leave it out"
       )
-    if config.hf_lora_adapter_path:
-      raise CheckpointError(
-        f"hf_lora_adapter_path={config.hf_lora_adapter_path}: not a part of LING2's conversion, which knows no LoRA; "
-        "merge the adapter into the Hugging Face folder first"
-      )
-    request = Request(folder, arguments["save_dtype"])
-    output = config.base_output_directory or f"tmp/{config.run_name}"  # MaxText's own rule
-    self.check(request.folder, config, _step_folder(output), request.save_dtype)
+    request = Request("" if alone else folder, arguments["save_dtype"], adapter)
+    output = config.base_output_directory or f"tmp/{config.run_name}"
+    if alone:
+      output = os.path.join(output, config.model_name, os.path.basename(os.path.normpath(adapter)))
+    self.check(request.folder, config, _step_folder(output), request.save_dtype, adapter)
     return request
+
+  def _adapter(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The weights of an adapter, which MaxText's command reads with PyTorch; for LING2 none: `convert` reads them."""
+    return {} if self.request is not None else original(*args, **kwargs)
 
   def _save(self, call: Call) -> Any:
     request, self.request = self.request, None
     if request is None:
       return call.original()
     target = _step_folder(call["maxtext_model_path"])
-    return self.convert(request.folder, call.config, target, request.save_dtype, call["use_ocdbt"], call["use_zarr3"])
+    given = (request.folder, call.config, target, request.save_dtype, request.adapter)
+    return self.convert(*given, call["use_ocdbt"], call["use_zarr3"])
 
 
 def _step_folder(output: str) -> str:

@@ -50,7 +50,13 @@ class TrainStepSeam(Seam):
       holds=_calls("loss_fn"),
       meaning="which calls loss_fn",
     ),
-    CommandExpectation(f"{_TRAIN}:loss_fn", parameters=("model", "config", "data", "dropout_rng", "params")),
+    CommandExpectation(
+      f"{_TRAIN}:loss_fn",
+      parameters=("model", "config", "data", "dropout_rng", "params"),
+      holds=_calls("cross_entropy_with_logits"),
+      meaning="which calls cross_entropy_with_logits",
+    ),
+    *expect("maxtext.utils.max_utils", "cross_entropy_with_logits(logits, targets, z_loss)"),
   )
 
   def __init__(self, train: StepWrapper, evaluate: StepWrapper):
