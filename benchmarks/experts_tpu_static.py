@@ -2,7 +2,7 @@
 
     python benchmarks/experts_tpu_static.py --chip v6e                 128, 512 and 1024 rows per expert; with the picture
     python benchmarks/experts_tpu_static.py --chip v5p --rows 128 --json
-    python benchmarks/experts_tpu_static.py --chip v6e --recount       counts cycles anew, not only what is missing
+    python benchmarks/experts_tpu_static.py --chip v6e --recount       counts all cycles, not only the missing ones
 
 Cycles of one block are libtpu's, for each tier of rows (`tpu_static.py`), kept in benchmarks/results. The blocks are
 those of `schedule.py` for random routing: 256 experts, a fixed seed. A step takes as long as its cycles or its bytes,
@@ -300,7 +300,7 @@ def main() -> None:
   parser.add_argument("--chip", choices=TARGETS, action="append", help="may be given more than once; without it all")
   parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows per expert, with commas between")
   parser.add_argument("--json", action="store_true", help="print parts and summary as JSON")
-  parser.add_argument("--recount", action="store_true", help="count all kernels of the chip anew")
+  parser.add_argument("--recount", action="store_true", help="count all kernels of the chip, not only the missing ones")
   args = parser.parse_args()
   names, cycles = args.chip or list(TARGETS), stored()
   for chip in names:

@@ -24,8 +24,8 @@ def predicted(batch: Batch) -> NDArray[np.bool_]:
 
 def stretches(segments: NDArray[np.int32]) -> list[tuple[int, int]]:
   """[start, end) of equal segments in a row [T]."""
-  borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
-  return list(zip(borders[:-1], borders[1:], strict=True))
+  bounds = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+  return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def lines(batch: Batch, rows: int, ids: bool, marks: bool) -> Iterator[Text]:

@@ -359,4 +359,5 @@ def _stacked(leaf: Leaf, adapters: Adapters) -> tuple[Array, Array]:
   front = range(leaf.num_stacked_axes)
   axis = min(leaf.axis, 1)
   moved = [axis + i for i in front]
-  return tuple(np.ascontiguousarray(np.moveaxis(x, front, moved)) for x in (a, b))  # type: ignore[return-value]
+  a, b = (np.ascontiguousarray(np.moveaxis(x, front, moved)) for x in (a, b))
+  return a, b

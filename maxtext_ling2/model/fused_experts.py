@@ -81,8 +81,8 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return str(layer.only_maxtext)
   if not all(isinstance(w, jax.Array) for w in matrices) or layer.quant is not None:
     return "quantised weights"
-  if layer.get_tensor_parallelism_size() > 1:
-    return "an expert's width on several devices"
+  if unsupported := _unsupported_axes(layer, x):
+    return f"an expert's matrices cut over the mesh axes {', '.join(unsupported)}"
   if layer.get_expert_parallelism_size() > 1 and (not config.use_ring_of_experts or x.shape[0] == 1):
     return "experts on several devices without a ring of experts"
   if _drops_tokens(layer, x):
@@ -99,6 +99,12 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return f"fewer than {ALIGNMENT} tokens per expert, the rows of a tile"
   _, width, hidden = matrices.gate.shape
   return why_not_kernel(width, hidden, x.dtype.itemsize, kind)
+
+
+def _unsupported_axes(layer: Any, x: jax.Array) -> list[str]:
+  """Mesh axes of several devices over which the matrices are cut, but for the whole experts on `_EXPERT`."""
+  axes = {axis for spec in _specs(layer, x).matrices for dim in spec for axis in sharding.mesh_axes_for_dim(dim)}
+  return sorted(axis for axis in axes - {_EXPERT} if layer.mesh.shape[axis] > 1)
 
 
 def _drops_tokens(layer: Any, x: jax.Array) -> bool:

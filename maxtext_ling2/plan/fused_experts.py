@@ -21,8 +21,7 @@ def experts_flops(kernel: str, one: Instruction, routed_rows: float | None) -> f
       backward pass, and the matrices, gate's [E, C, F] the first of three.
     routed_rows: rows that a device's experts are given, where that is known; buffers may be larger.
   """
-  layouts = _LAYOUTS.search(one.rest)
-  if kernel not in _PRODUCTS or layouts is None:
+  if kernel not in _PRODUCTS or (layouts := _LAYOUTS.search(one.rest)) is None:
     return None
   operands = [shape for _, shape, _ in arrays(layouts[1]) if len(shape) == 3]
   tiles, rows_of_tile, width = operands[0]

@@ -25,7 +25,7 @@ _FREE = {
 # Run a computation beside the others: the last two are how gathers and collectives are given to the sparse cores.
 _ASYNC = ("async-start", "call-start", "custom-call-start")
 _SLICING = {"dynamic-slice", "slice", "gather"}
-_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)\)?/pallas_call', re.DOTALL)
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)\)*/pallas_call', re.DOTALL)
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 
 

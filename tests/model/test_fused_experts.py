@@ -116,6 +116,7 @@ def test_full_rematerialisation_runs_no_kernel_again():
 # ---- when
 
 CHIP = "TPU v6 lite"
+RULES = {"activation_batch": ("fsdp", "expert"), "exp": "expert", "mlp_no_fsdp": ("tensor",)}
 
 
 def layer_of(ring=False, tensor=1, expert=1, factor=-1.0, fallback=None, only_maxtext=None, quant=None):
@@ -128,12 +129,11 @@ def layer_of(ring=False, tensor=1, expert=1, factor=-1.0, fallback=None, only_ma
     only_maxtext=only_maxtext,
     quant=quant,
     num_experts=256,
-    mesh=SimpleNamespace(shape={"fsdp": 64 // expert, "expert": expert}),
-    get_tensor_parallelism_size=lambda: tensor,
+    mesh=SimpleNamespace(shape={"fsdp": 64 // expert // tensor, "expert": expert, "tensor": tensor}),
     get_expert_parallelism_size=lambda: expert,
     get_ragged_buffer_factor=lambda: factor,
     get_dropless_fallback_num_chunks=lambda length, chunks: None if factor <= 0 else 8,
-    _logical_to_mesh_axes=lambda names: jax.P(("fsdp", "expert"), None, None),
+    _logical_to_mesh_axes=lambda names: jax.P(*map(RULES.get, names)),
   )
 
 
@@ -164,7 +164,7 @@ def test_a_ring_has_kernels_where_they_are_named(ring):
   [
     ({"only_maxtext": "experts_backend=maxtext"}, {}, "experts_backend=maxtext"),
     ({"quant": object()}, {}, "quantised weights"),
-    ({"tensor": 2}, {}, "an expert's width on several devices"),
+    ({"tensor": 2}, {}, "an expert's matrices cut over the mesh axes tensor"),
     ({"expert": 4}, {}, "without a ring of experts"),
     ({"expert": 4, "ring": True, "factor": 1.5}, {}, "ragged_buffer_factor=1.5, which drops tokens"),
     ({}, {"kind": "cpu"}, "a cpu device"),
@@ -183,7 +183,7 @@ def test_a_named_backend_that_cannot_be_had():
   layer.config.experts_backend = "pallas"
   matrices = fused_experts.Matrices(*[jnp.zeros((1, 1, 1))] * 3)
   with pytest.raises(
-    ValueError, match="experts_backend='pallas': it cannot be had with an expert's width on several devices"
+    ValueError, match="experts_backend='pallas': it cannot be had with an expert's matrices cut over the mesh axes tensor"
   ):
     fused_experts.computes(layer, jnp.zeros((1, 1, 1)), matrices, CHIP)
 
