@@ -113,6 +113,14 @@ def test_full_rematerialisation_runs_no_kernel_again():
   assert kernels_of_a_step(remat_policy="full") == dict.fromkeys(KERNELS, 2)
 
 
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_activations_in_float32_reach_the_experts(in_float32):
+  """The setting itself: what `ops.experts` makes of it is tested there."""
+  with mock.patch.object(fused_experts, "experts", wraps=fused_experts.experts) as experts:
+    kernels_of_a_step(activations_in_float32=in_float32, dtype="bfloat16")
+  assert {call.kwargs["activation_in_float32"] for call in experts.call_args_list} == {in_float32}
+
+
 # ---- when
 
 CHIP = "TPU v6 lite"
