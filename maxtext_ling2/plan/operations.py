@@ -27,6 +27,7 @@ _ASYNC = ("async-start", "call-start", "custom-call-start")
 _SLICING = {"dynamic-slice", "slice", "gather"}
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)\)*/pallas_call', re.DOTALL)
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_FALLBACKS = ("layers/moe.py:", "model/fused_experts.py:")  # where the conditionals of moe_dropless_fallback=layer are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +177,13 @@ class _Walk:
   def _branch(self, one: Instruction) -> str:
     """The branch of a conditional that counts.
 
-    MaxText's moe_dropless_fallback=layer is `jax.lax.cond(overflow, dropless, capped)`: 0 is the capped path, which a
-    step takes unless more tokens are routed to a device than its buffer holds. Of others, the one that moves most.
+    moe_dropless_fallback=layer is `jax.lax.cond(overflow, dropless, capped)`, in MaxText's layer and with this package's
+    kernels: 0 is the capped path, which a step takes unless more tokens are routed to a device than its buffer holds.
+    Of others, the one that moves most.
     """
     if one.name not in self.taken:
       names = branches(one)
-      if any("layers/moe.py:" in source for source in self.module.sources(one)[:1]):
+      if any(file in source for source in self.module.sources(one)[:1] for file in _FALLBACKS):
         index, what = 0, "the capped path"
       else:
         index = max(range(len(names)), key=lambda place: self._cost(names[place]))

@@ -193,10 +193,11 @@ INDEXED = "branch_computations={%capped, %dropless}"
 TRUTH = "true_computation=%dropless, false_computation=%capped"
 
 
+@pytest.mark.parametrize("file", ["/m/layers/moe.py", "/p/model/fused_experts.py"])
 @pytest.mark.parametrize("branches", [INDEXED, TRUTH])
-def test_the_capped_path_of_the_experts_counts(branches):
-  """MaxText's cond(overflow, dropless, capped): false, which is 0, is the capped one."""
-  sources = SOURCES.replace("/a/layer.py", "/m/layers/moe.py")
+def test_the_capped_path_of_the_experts_counts(branches, file):
+  """cond(overflow, dropless, capped), MaxText's and ours: false, which is 0, is the capped one."""
+  sources = SOURCES.replace("/a/layer.py", file)
   found = read_program(CONDITIONAL.replace("BRANCHES", branches).replace("HloModule m\n", sources))
   assert found.memory == 2 * ARRAY
   assert found.assumed == ("conditional c: branch 0, the capped path, assumed in 100 % of the steps",)
