@@ -120,7 +120,7 @@ FIELDS = (
     "str",
     "auto",
     "What computes the routed experts: pallas (TPU kernels), xla (the same in plain JAX), reference (slow), maxtext (its "
-    "grouped products), or auto: pallas on a TPU where the settings and the shapes allow it, else maxtext.",
+    "grouped products), or auto: pallas on a TPU and xla on a GPU where settings and shapes allow it, else maxtext.",
   ),
   Field(
     "tuned_xla_flags",

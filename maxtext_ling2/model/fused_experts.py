@@ -18,6 +18,7 @@ from maxtext.layers import moe
 from maxtext.utils import sharding
 
 from maxtext_ling2.configs import experts as experts_config
+from maxtext_ling2.ops.devices import is_gpu
 from maxtext_ling2.ops.experts import experts
 from maxtext_ling2.ops.experts.block_sizes import why_not_kernel
 from maxtext_ling2.ops.experts.dispatch import ALIGNMENT
@@ -28,6 +29,11 @@ _EXPERT = "expert"
 """The mesh axis of the experts. Custom rules that shard them over others take MaxText's path."""
 
 _FSDP = ("fsdp",)
+
+_ON_GPUS = (
+  "On a GPU MaxText interprets their kernel (megablox=true), or XLA multiplies all rows with all experts "
+  "(megablox=false); change that setting, or use sparse_matmul=false"
+)
 
 
 class Matrices(NamedTuple):
@@ -58,13 +64,17 @@ def computes(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> bool:
   if backend not in ("auto", experts_config.MAXTEXT):
     advice = "use experts_backend=auto or change that"
     raise ValueError(f"experts_backend={backend!r}: it cannot be had with {reason}; {advice}")
-  _log_once(f"routed experts are computed by MaxText's grouped products: {reason}")
+  text = f"routed experts are computed by MaxText's grouped products: {reason}"
+  if is_gpu(kind) and layer.config.sparse_matmul:
+    _log_once(logging.WARNING, f"{text}. {_ON_GPUS}")
+  else:
+    _log_once(logging.INFO, text)
   return False
 
 
 @functools.cache
-def _log_once(text: str) -> None:
-  logger.info(text)
+def _log_once(level: int, text: str) -> None:
+  logger.log(level, text)
 
 
 def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str | None:
@@ -89,7 +99,7 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return (
       f"ragged_buffer_factor={layer.get_ragged_buffer_factor()}, which drops tokens, without moe_dropless_fallback=layer"
     )
-  if backend != "auto":
+  if backend != "auto" or is_gpu(kind):
     return None
   if not kind.startswith("TPU"):
     return f"a {kind} device"

@@ -17,3 +17,8 @@ def kind_of(device: Any) -> str:
 def device_kind() -> str:
   """The kind of device that a program is traced for: of the current mesh, else of the first device."""
   return kind_of(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
+
+
+def is_gpu(kind: str) -> bool:
+  """Whether a device of this kind is a GPU, whose kinds are names of products."""
+  return kind != "cpu" and not kind.startswith("TPU")

@@ -27,7 +27,7 @@ _ASYNC = ("async-start", "call-start", "custom-call-start")
 _SLICING = {"dynamic-slice", "slice", "gather"}
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w]+)\)*/pallas_call', re.DOTALL)
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
-_FALLBACKS = ("layers/moe.py:", "model/fused_experts.py:")  # where the conditionals of moe_dropless_fallback=layer are written
+_FALLBACKS = ("layers/moe.py:", "model/fused_experts.py:")  # which write the conditionals of moe_dropless_fallback=layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 import tiny
-from maxtext_ling2.model import fused_experts
+from maxtext_ling2.model import fused_experts, moe_view
+from maxtext_ling2.ops.experts import xla
 
 # Experts that fill registers, so that the kernels take them.
 WIDE = {"base_num_decoder_layers": 2, "base_emb_dim": 128, "base_moe_mlp_dim": 128, "group_norm_size": 1}
@@ -49,6 +50,18 @@ def test_kernels_give_the_step_of_grouped_products():
   found = step("pallas")
   assert found[2] == KERNELS
   assert_equal(found, step("maxtext"))
+
+
+def test_the_program_of_a_gpu_gives_the_step_of_grouped_products():
+  """`auto` there, with the products of a GPU, which a CPU runs as well."""
+  kind = "NVIDIA H100 80GB HBM3"
+  spied = mock.patch.object(xla, "products_for", wraps=xla.products_for)
+  kinds = mock.patch.object(moe_view, "kind_of", lambda _: kind), mock.patch.object(xla, "device_kind", lambda: kind)
+  with kinds[0], kinds[1], spied as products:
+    found = step("auto", activations_in_float32=True)
+  assert {call.args[0] for call in products.call_args_list} == {kind}
+  assert found[2] == set()
+  assert_equal(found, step("maxtext", activations_in_float32=True))
 
 
 @pytest.mark.slow
@@ -159,6 +172,14 @@ def test_where_the_kernels_compute(kind):
   assert why(layer_of(), kind=kind) is None
 
 
+@pytest.mark.parametrize(
+  "call", [{}, {"tokens": (64, 8)}, {"width": 8192, "hidden": 2048}, {"dtype": jnp.float32}], ids=str
+)
+def test_on_a_gpu_the_same_runs_in_plain_jax(call):
+  """Where MaxText's kernel is interpreted. The rules of TPU kernels do not matter there."""
+  assert why(layer_of(), kind="NVIDIA H100 80GB HBM3", **call) is None
+
+
 @pytest.mark.parametrize("ring", [{}, {"factor": 1.5, "fallback": "layer"}])
 def test_a_ring_has_kernels_where_they_are_named(ring):
   layer = layer_of(ring=True, expert=4, **ring)
@@ -202,3 +223,15 @@ def test_the_log_says_once_why_maxtext_computes(caplog):
     assert [fused_experts.computes(layer, None, None, CHIP) for _ in range(2)] == [False, False]
   (message,) = caplog.messages
   assert message == f"routed experts are computed by MaxText's grouped products: {layer.only_maxtext}"
+
+
+@pytest.mark.parametrize(
+  ("sparse", "level", "ends"), [(True, "WARNING", "use sparse_matmul=false"), (False, "INFO", "test")]
+)
+def test_the_log_warns_on_a_gpu(caplog, sparse, level, ends):
+  layer = layer_of(only_maxtext=f"sparse={sparse} in this test")
+  layer.config.sparse_matmul = sparse
+  with caplog.at_level("INFO", "maxtext_ling2"):
+    assert not fused_experts.computes(layer, None, None, "NVIDIA H100 80GB HBM3")
+  (record,) = caplog.records
+  assert (record.levelname, record.getMessage()[-len(ends) :]) == (level, ends)

@@ -1,6 +1,7 @@
 """The experts' backends: one suite for all, against float64; dispatch; errors by name."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from maxtext_ling2.ops.experts import block_sizes, experts
+from maxtext_ling2.ops.experts import block_sizes, experts, xla
 from maxtext_ling2.ops.experts.block_sizes import Chip
 from maxtext_ling2.ops.experts.dispatch import ABSENT, choice_values, combine, dispatch, gather_tokens, gather_weights
 from maxtext_ling2.ops.experts.schedule import Blocks, bound, schedule
@@ -95,6 +96,15 @@ def expected(case, dtype=jnp.float32):
   return dict(zip(NAMES, (y, dx, dweights, dgate, dup, ddown), strict=True))
 
 
+def equations(jaxpr):
+  """All equations, those of inner programs too."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in equation.params.values():
+      if (inner := getattr(value, "jaxpr", value)) is not value or hasattr(value, "eqns"):
+        yield from equations(inner)
+
+
 def assert_close(found, wanted, tolerance):
   """Frobenius norms of the differences, relative; what is zero has to be zero."""
   errors = {}
@@ -173,6 +183,29 @@ class TestReference(ExpertsSuite):
 
 class TestXla(ExpertsSuite):
   backend = "xla"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+  """The program of a GPU, which runs on CPUs, too."""
+  monkeypatch.setattr(xla, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+class TestXlaOnGpus(ExpertsSuite):
+  backend = "xla"
+
+  def test_no_operand_has_all_rows_for_each_expert(self):
+    """XLA for GPUs makes ragged_dot a dense product. The largest array: a matrix for each of the blocks."""
+    x, chosen, weights, *matrices = arguments("uniform", 96, 2)
+    jaxpr = jax.make_jaxpr(lambda *a: values_and_gradients(*a, self.backend))(x, chosen, weights, matrices, x)
+    assert "ragged_dot" not in str(jaxpr)
+    largest = max(math.prod(var.aval.shape) for equation in equations(jaxpr.jaxpr) for var in equation.outvars)
+    blocks = (192 + EXPERTS * 31) // 32 + 1  # of 32 rows: 192 choices of 6 experts
+    assert largest <= blocks * WIDTH * HIDDEN
 
 
 @pytest.mark.parametrize("empty_experts", [False, True])

@@ -54,7 +54,7 @@ def experts(
       rounded to x's dtype, as in a layer of that dtype.
     max_choices: how many of the N * k choices are local at most, for smaller buffers; the caller sees to it, since a
       surplus would be left out. None: all may be.
-    backend: "reference" (every expert on every token, in float32), "xla" (`jax.lax.ragged_dot`), "pallas" (TPU
+    backend: "reference" (every expert on every token, in float32), "xla" (grouped products), "pallas" (TPU
       kernels), or "auto": "pallas" where the program is traced for a TPU (`devices.device_kind`) and the kernels
       support the shapes (`block_sizes.why_not_kernel`), else "xla".
 
