@@ -103,8 +103,6 @@ def why_maxtext(layer: Any, x: jax.Array, matrices: Matrices, kind: str) -> str 
     return None
   if not kind.startswith("TPU"):
     return f"a {kind} device"
-  if layer.get_expert_parallelism_size() > 1:
-    return "a ring of experts, whose step was not counted with the kernels; experts_backend=pallas takes them"
   if rows_per_expert(layer, x) < ALIGNMENT:
     return f"fewer than {ALIGNMENT} tokens per expert, the rows of a tile"
   _, width, hidden = matrices.gate.shape

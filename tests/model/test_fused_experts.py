@@ -181,11 +181,9 @@ def test_on_a_gpu_the_same_runs_in_plain_jax(call):
 
 
 @pytest.mark.parametrize("ring", [{}, {"factor": 1.5, "fallback": "layer"}])
-def test_a_ring_has_kernels_where_they_are_named(ring):
-  layer = layer_of(ring=True, expert=4, **ring)
-  assert "a ring of experts" in why(layer)
-  layer.config.experts_backend = "pallas"
-  assert why(layer) is None
+def test_a_ring_has_kernels(ring):
+  """The recipe of v6e-64 moves 840 GB per step with them and 1067 without (docs/train_step.md)."""
+  assert why(layer_of(ring=True, expert=4, **ring)) is None
 
 
 @pytest.mark.parametrize(
