@@ -240,7 +240,7 @@ class Registry:
           self._apply_once(seam)
 
   def undo(self) -> list[str]:
-    """Takes everything back (tests); returns the conflicts in words. `install` starts anew."""
+    """Takes everything back (tests); returns the conflicts in words. `install` then starts from nothing."""
     conflicts = self._undo(self.seams) + self.request_hook.patches.undo()
     for seam in self.seams:
       seam.state = State.WAITING

@@ -1,7 +1,7 @@
 """Seam: more fields, more model names and more rules in MaxText's pydantic config classes, class identity kept.
 
 `MaxTextConfig` inherits from about 60 mixins and forbids unknown fields. A field is added to the mixin where it belongs
-and to every class that derives from it; then the schemas of these classes are compiled anew (about 10 ms a class).
+and to every class that derives from it; then the schemas of these classes are compiled again (about 10 ms a class).
 """
 
 import contextlib
@@ -145,6 +145,6 @@ def descendants(types: ModuleType, base: Any) -> set[Any]:
 
 
 def rebuild(classes: Iterable[Any]) -> None:
-  """Compiles pydantic schemas anew, bases first."""
+  """Compiles pydantic schemas again, bases first."""
   for cls in sorted(classes, key=lambda cls: len(cls.__mro__)):
     cls.model_rebuild(force=True)
