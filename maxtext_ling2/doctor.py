@@ -8,9 +8,12 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from maxtext_ling2 import discovery, plugin, startup
+from rich.text import Text
+
+from maxtext_ling2 import discovery, plugin, startup, terminal
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.errors import INSTALL
 from maxtext_ling2.host.contract import HINT, Violation
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.maxtext_api import contract as library_contract
@@ -114,8 +117,7 @@ def _maxtext_imports(found: Diagnosis) -> bool:
   try:
     import maxtext.configs.pyconfig  # noqa: F401  the configuration, hence jax, pydantic and omegaconf
   except ImportError as error:
-    remedy = "install the plugin with MaxText's dependencies: pip install 'maxtext-ling2[tpu]' (or [cuda12])"
-    found.faults.append(Issue(f"MaxText does not import: {error}", remedy))
+    found.faults.append(Issue(f"MaxText does not import: {error}", INSTALL))
     return False
   return True
 
@@ -222,21 +224,26 @@ def _backends(found: Diagnosis) -> None:
   }
 
 
-def lines(found: Diagnosis) -> Iterator[str]:
-  """The diagnosis for people, as rich markup."""
-  yield "[bold]versions[/]   " + ", ".join(f"{name} {value or 'not installed'}" for name, value in found.versions.items())
-  yield f"[bold]start-up[/]   found by: {found.start['found_by'] or 'none'}"
+def lines(found: Diagnosis) -> Iterator[Text]:
+  """The diagnosis for people."""
+  yield _line("versions", ", ".join(f"{name} {value or 'not installed'}" for name, value in found.versions.items()))
+  yield _line("start-up", f"found by: {found.start['found_by'] or 'none'}")
   for record in found.start.get("plugins", ()):
-    yield f"             plugin {record['name']}: {record['state']} ({record['distribution']} {record['version']})"
+    yield _line("", f"plugin {record['name']}: {record['state']} ({record['distribution']} {record['version']})")
   set_variables = [f"{name}={value}" for name, value in found.environment.items() if value is not None]
-  yield "[bold]environment[/] " + (", ".join(set_variables) or "nothing set")
+  yield _line("environment", ", ".join(set_variables) or "nothing set")
   for seam in found.seams:
-    yield f"[bold]seam[/]        {seam['name']}: {seam['state']}"
+    yield _line("seam", f"{seam['name']}: {seam['state']}")
   for name, problem in found.models.items():
-    yield f"[bold]model[/]       {name}: {problem or 'fine'}"
+    yield _line("model", f"{name}: {problem or 'fine'}")
   if found.backends:
-    yield f"[bold]backend[/]     {found.backends['platform']}, {len(found.backends['devices'])} device(s)"
-  for kind, findings in (("[red]fault[/]", found.faults), ("[yellow]note[/] ", found.notes)):
+    yield _line("backend", f"{found.backends['platform']}, {len(found.backends['devices'])} device(s)")
+  for kind, style, findings in (("fault", "red", found.faults), ("note", "yellow", found.notes)):
     for finding in findings:
-      yield f"{kind}       {finding.what}\n             remedy: {finding.remedy}"
-  yield "[green]A LING2 run would work.[/]" if found.ok else "[red]A LING2 run would not work.[/]"
+      yield _line(kind, finding.what, style)
+      yield _line("", f"remedy: {finding.remedy}")
+  yield Text("A LING2 run would work.", "green") if found.ok else Text("A LING2 run would not work.", "red")
+
+
+def _line(label: str, text: str, style: str = "bold") -> Text:
+  return terminal.labelled(f"{label:12}", style, text)

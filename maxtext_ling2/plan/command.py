@@ -97,7 +97,7 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   for option, base, words in _options(console, request, maker, yml, settings):
     options.append(option)
     commands.append(_training(base, words))
-    console.print(report.line(option), markup=False)
+    console.print(report.line(option))
   console.print(report.summary(options))
   for option in options:
     if option.fits:
@@ -109,7 +109,7 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
     console.print(
       f"cheapest that fits (pessimistic device seconds per token, no prices): {best.topology}, {best.mesh or 'fsdp'}"
     )
-    console.print(f"its training command: {commands[options.index(best)]}", markup=False)
+    console.print(f"its training command: {commands[options.index(best)]}")
   else:
     console.print("nothing fits: take more chips, another mesh, or remat_policy=full, or weight_dtype=bfloat16")
   if json_file is not None:
@@ -183,7 +183,7 @@ def _searched(
     try:
       option = maker.make(yml, topology, one.name, words)
     except ConfigError as error:  # such as a mesh that these chips cannot form
-      console.print(f"{topology}, {one.name}: {error}", markup=False)
+      console.print(f"{topology}, {one.name}: {error}")
       continue
     yield option, yml, words
     fitting += option.fits
