@@ -41,7 +41,7 @@ class App(typer.Typer):
 
   def __init__(self) -> None:
     super().__init__(
-      cls=Group, no_args_is_help=True, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+      cls=Group, no_args_is_help=True, rich_markup_mode=None, context_settings={"help_option_names": ["--help", "-h"]}
     )
 
   def add(self, function: Callable[..., None], *examples: str, name: str | None = None, **options: Any) -> None:
