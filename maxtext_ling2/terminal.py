@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.progress import TextColumn
 from rich.text import Text
 
 
@@ -26,6 +27,11 @@ def console(*, stderr: bool = False, width: int | None = None, **options: Any) -
 def labelled(label: str, style: str, text: str) -> Text:
   """A text after a label of another style."""
   return Text.assemble((label, style), " ", text)
+
+
+def text_column(form: str) -> TextColumn:
+  """A column of a progress bar with a text as it is, such as `{task.description}`."""
+  return TextColumn(form, markup=False)
 
 
 def print_error(text: str) -> None:

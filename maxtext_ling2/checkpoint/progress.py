@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from maxtext_ling2 import terminal
 
@@ -28,10 +28,10 @@ def bar(console: Console, title: str, size: int, tensors: int) -> Iterator[Advan
     tensors: total number of tensors.
   """
   columns = (
-    TextColumn("{task.description}", markup=False),
+    terminal.text_column("{task.description}"),
     BarColumn(),
     DownloadColumn(binary_units=True),
-    TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors", markup=False),
+    terminal.text_column("{task.fields[done]}/{task.fields[tensors]} tensors"),
     TransferSpeedColumn(),
     TimeRemainingColumn(),
   )

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from maxtext_ling2 import startup
+from maxtext_ling2 import startup, terminal
 from maxtext_ling2.checkpoint.hf_config import MTP_LOSS_SCALING_FACTOR
 from maxtext_ling2.demo import metrics
 from maxtext_ling2.demo.data import EOD, Dataset
@@ -205,8 +205,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _follow(process: subprocess.Popen[bytes], run: Run, console: Console) -> None:
   columns = (
-    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    terminal.text_column("{task.description}"), BarColumn(), MofNCompleteColumn(),
+    terminal.text_column("loss {task.fields[loss]}"), TimeElapsedColumn(),
+    terminal.text_column("left"), TimeRemainingColumn(),
   )  # fmt: skip
   waiting = "starting MaxText, compiling"
   if not console.is_terminal:
