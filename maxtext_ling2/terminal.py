@@ -1,6 +1,10 @@
 """What the commands print: text as it is, in one kind of console."""
 
+import contextlib
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -42,3 +46,22 @@ def print_error(text: str) -> None:
 def say_loading() -> None:
   """Says on standard error what the next seconds are spent on."""
   console(stderr=True).print("loading JAX and MaxText ...", style="dim")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps standard error from the screen, also what libraries in C write; shows it after all if an error is raised."""
+  sys.stderr.flush()
+  screen = os.dup(2)
+  with tempfile.TemporaryFile() as kept:
+    os.dup2(kept.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      kept.seek(0)
+      os.write(screen, kept.read())
+      raise
+    finally:
+      sys.stderr.flush()
+      os.dup2(screen, 2)
+      os.close(screen)

@@ -26,18 +26,25 @@ def version() -> str:
   return f"maxtext-ling2 {maxtext_ling2.__version__}"
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+_VERBOSE = "Check every seam again, list them, and show what MaxText prints meanwhile."
+
+
+def doctor(
+  verbose: Annotated[bool, typer.Option("--verbose", "-v", help=_VERBOSE)] = False,
+  as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every seam.")] = False,
+) -> None:
   """Tell whether a LING2 run would work here; exit 0 only if it would."""
   terminal.say_loading()
   from maxtext_ling2 import doctor as checks
 
-  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints while it is imported; stdout is for the JSON
-    found = checks.diagnose()
+  # MaxText prints while it is imported; stdout is for the diagnosis.
+  with contextlib.redirect_stdout(sys.stderr), contextlib.nullcontext() if verbose else terminal.quiet():
+    found = checks.diagnose(again=verbose or as_json)
   if as_json:
     print(json.dumps(found.to_json(), indent=2))
   else:
     console = terminal.console()
-    for line in checks.lines(found):
+    for line in checks.lines(found, verbose=verbose):
       console.print(line)
   raise typer.Exit(0 if found.ok else 1)
 

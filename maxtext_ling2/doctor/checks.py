@@ -5,14 +5,13 @@ import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from rich.text import Text
-
-from maxtext_ling2 import discovery, plugin, startup, terminal
+from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.doctor import last_check
 from maxtext_ling2.errors import INSTALL
 from maxtext_ling2.host.contract import HINT, Violation
 from maxtext_ling2.host.registry import Registry
@@ -45,7 +44,8 @@ class Diagnosis:
     versions: distribution -> version, None where it is not installed; "tested maxtext" lists what was tested.
     start: how the plugin came into this process, and every entry point of the group.
     environment: the variables that matter, as they are set.
-    seams: name, module, state and violations of each seam.
+    seams: name, module, state and violations of each seam; empty, as models and fields, where `checked` is set.
+    checked: the day of an earlier check of seams, fields and models, since which nothing installed has changed.
     models: model name -> problem with its configuration, None if it is fine.
     fields: field name -> who defines it.
     backends: JAX's platform and devices, and the implementations of linear attention.
@@ -57,6 +57,7 @@ class Diagnosis:
   start: dict[str, Any]
   environment: dict[str, str | None]
   seams: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  checked: str | None = None
   models: dict[str, str | None] = dataclasses.field(default_factory=dict)
   fields: dict[str, str] = dataclasses.field(default_factory=dict)
   backends: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -73,8 +74,12 @@ class Diagnosis:
     return {"ok": self.ok, **dataclasses.asdict(self)}
 
 
-def diagnose() -> Diagnosis:
-  """Looks at everything a LING2 run needs; imports MaxText, trains nothing, writes nothing."""
+def diagnose(*, again: bool = True) -> Diagnosis:
+  """Looks at everything a LING2 run needs; imports MaxText, trains nothing.
+
+  Args:
+    again: check seams, fields and models also where an earlier check found them fine and nothing installed has changed.
+  """
   found = Diagnosis(_versions(), {"found_by": startup.found_by}, {name: os.environ.get(name) for name in _VARIABLES})
   if startup.disabled():
     found.faults.append(
@@ -85,8 +90,9 @@ def diagnose() -> Diagnosis:
     return found
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
   # Where the plugin was not loaded, that is the fault; missing fields and models would only repeat it.
-  details = (_fields, _models) if plugin.REGISTRY.installed else ()
-  for step in (_start, _seams, *details, _backends):
+  installed_parts = (_seams, _fields, _models) if plugin.REGISTRY.installed else (_seams,)
+  found.checked = None if again else last_check.read()
+  for step in (_start, *(() if found.checked else installed_parts), _backends):
     try:
       step(found)
     except Exception as error:
@@ -95,6 +101,8 @@ def diagnose() -> Diagnosis:
           f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "repair what the text names, then run again"
         )
       )
+  if found.seams and not any(seam["breaches"] for seam in found.seams) and found.ok:
+    last_check.write()
   return found
 
 
@@ -222,28 +230,3 @@ def _backends(found: Diagnosis) -> None:
     "devices": [str(device) for device in jax.devices()],
     "gla": list(api.backends()),
   }
-
-
-def lines(found: Diagnosis) -> Iterator[Text]:
-  """The diagnosis for people."""
-  yield _line("versions", ", ".join(f"{name} {value or 'not installed'}" for name, value in found.versions.items()))
-  yield _line("start-up", f"found by: {found.start['found_by'] or 'none'}")
-  for record in found.start.get("plugins", ()):
-    yield _line("", f"plugin {record['name']}: {record['state']} ({record['distribution']} {record['version']})")
-  set_variables = [f"{name}={value}" for name, value in found.environment.items() if value is not None]
-  yield _line("environment", ", ".join(set_variables) or "nothing set")
-  for seam in found.seams:
-    yield _line("seam", f"{seam['name']}: {seam['state']}")
-  for name, problem in found.models.items():
-    yield _line("model", f"{name}: {problem or 'fine'}")
-  if found.backends:
-    yield _line("backend", f"{found.backends['platform']}, {len(found.backends['devices'])} device(s)")
-  for kind, style, findings in (("fault", "red", found.faults), ("note", "yellow", found.notes)):
-    for finding in findings:
-      yield _line(kind, finding.what, style)
-      yield _line("", f"remedy: {finding.remedy}")
-  yield Text("A LING2 run would work.", "green") if found.ok else Text("A LING2 run would not work.", "red")
-
-
-def _line(label: str, text: str, style: str = "bold") -> Text:
-  return terminal.labelled(f"{label:12}", style, text)
