@@ -19,7 +19,7 @@ class Command(TyperCommand):
   """A command whose errors are one line: exit 2 for its options, 1 for what they name, 130 after Ctrl-C."""
 
   def invoke(self, ctx: Any) -> Any:
-    with one_line_errors():
+    with one_line_errors(ctx):
       return super().invoke(ctx)
 
 
@@ -67,12 +67,16 @@ def _epilog(examples: Sequence[str]) -> str:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-  """Turns the errors that a user can mend into a line and an exit code; others keep their traceback."""
+def one_line_errors(ctx: Any) -> Iterator[None]:
+  """Turns the errors that a user can mend into a line and an exit code; others keep their traceback.
+
+  Args:
+    ctx: typer's context of the command, for the usage before errors of options.
+  """
   try:
     yield
   except OptionError as error:
-    raise typer.BadParameter(str(error)) from error
+    raise typer.BadParameter(str(error), ctx=ctx) from error
   except BrokenPipeError:  # the reader, such as `head`, has seen enough
     raise
   except OSError as error:

@@ -8,6 +8,7 @@ import typer
 from maxtext_ling2 import terminal
 from maxtext_ling2.cli import options
 from maxtext_ling2.cli.app import App
+from maxtext_ling2.configs.validation import CUSTOM_MODEL
 
 
 def register(app: App) -> None:
@@ -61,13 +62,18 @@ def verify(
 def config(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder with config.json.")],
   output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; the default prints it.")] = None,
+  force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
   """Print the YAML file of a Hugging Face model, which MaxText takes as its base.yml with model_name=ling2-custom."""
   from maxtext_ling2.checkpoint import model_yml
 
   options.check_output(output, "-o")
+  if output is not None and output.exists() and not force:
+    raise ValueError(f"-o {output}: exists already; pass --force to replace it, or name another file")
   text = model_yml.text(folder)
   if output is None:
     print(text, end="")
-  else:
-    output.write_text(text, encoding="utf-8")
+    return
+  output.write_text(text, encoding="utf-8")
+  use = f"MaxText takes it in place of its base.yml, with model_name={CUSTOM_MODEL}"
+  terminal.console(stderr=True).print(f"wrote {output}, the settings of {folder}; {use}")

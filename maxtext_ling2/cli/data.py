@@ -19,7 +19,7 @@ def register(app: App) -> None:
 
 def batch(
   settings: Annotated[
-    list[str], typer.Argument(metavar="SETTINGS...", help="As for MaxText's trainer: a base YAML file, KEY=VALUE.")
+    list[str], typer.Argument(metavar="SETTINGS", help="As for MaxText's trainer: a base YAML file, KEY=VALUE.")
   ],
   step: Annotated[int, typer.Option(min=0, help="Which batch, counted from 0.")] = 0,
   rows: Annotated[int, typer.Option(min=1, help="Number of rows to print.")] = 4,

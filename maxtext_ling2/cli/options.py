@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-OVERRIDES = typer.Argument(metavar="[KEY=VALUE]...", help="Further settings of MaxText.")
+OVERRIDES = typer.Argument(metavar="KEY=VALUE", help="Further settings of MaxText.")
 CHECKPOINT = typer.Argument(metavar="CHECKPOINT", help="MaxText checkpoint or Hugging Face folder.")
 MODEL = typer.Option(
   "--model", help="model_name, or a YAML file written by `config`, for a MaxText checkpoint; the default is ling2."

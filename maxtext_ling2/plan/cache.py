@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,19 @@ def versions(packages: tuple[str, ...] = REPORTED) -> dict[str, str]:
   return found
 
 
-def key(config: Any, topology: str, mesh: str) -> str:
+def key(config: Any, topology: str, mesh: str, figures: Mapping[str, Any] | None = None) -> str:
   """What an estimate is kept under.
 
   Args:
     config: MaxText's, as `planned_config` returns it.
     topology: as MaxText's compile_topology.
     mesh: its text in the report.
+    figures: of the user's own chip.
   """
   fields = {name: value for name, value in config.get_keys().items() if name not in _NOT_COMPILED}
   # MaxText reads this file while it builds the model.
   quantization = kept.digest(Path(fields.get("quant_cfg_path") or ""))
-  parts = [topology, mesh, fields, quantization, environment(), versions(PACKAGES), _sources()]
+  parts = [topology, mesh, figures or {}, fields, quantization, environment(), versions(PACKAGES), _sources()]
   return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
