@@ -4,6 +4,8 @@ Each module here has the commands of a theme and adds them in its `register`. Wh
 called, so that help costs no start of JAX.
 """
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -35,4 +37,6 @@ for theme in (environment, training, data, checkpoints, inference, planning):
 
 def main() -> None:
   """Entry point of the console script."""
+  if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+    sys.stdout.reconfigure(errors="backslashreplace")  # generated text in a locale that lacks its letters
   app()

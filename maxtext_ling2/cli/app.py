@@ -62,6 +62,11 @@ def first_sentence(text: str) -> str:
   return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())
 
 
+def examples_of(command: Any) -> list[str]:
+  """The examples that a command was added with."""
+  return [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
+
+
 def _epilog(examples: Sequence[str]) -> str:
   return "\b\n" + "\n".join([f"Example{'s' if len(examples) > 1 else ''}:", *(f"  {one}" for one in examples)])
 
