@@ -107,7 +107,7 @@ def test_run_hands_on_all_that_follows_the_module(tmp_path):
     (
       ModuleNotFoundError("No module named 'jax'", name="jax"),
       1,
-      "error: No module named 'jax', which MaxText needs; run",
+      "error: No module named 'jax', which MaxText needs",
     ),
   ],
 )
@@ -144,9 +144,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
   assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-  "variables", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}]
-)
+TERMINALS = ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"NO_COLOR": "1"}, {"TERM": "dumb"})
+
+
+@pytest.mark.parametrize("variables", TERMINALS, ids=str)
 def test_any_terminal_will_do(variables, tmp_path):
   done = run("config", str(tmp_path / "nöwhere"), **variables)
   assert done.returncode == 1 and "Traceback" not in done.stderr
