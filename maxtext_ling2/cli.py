@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from maxtext_ling2.errors import describe
+from maxtext_ling2.stock_command import commands as stock_commands
 
 
 class DecayOffset(enum.StrEnum):
@@ -24,6 +25,9 @@ class DecayOffset(enum.StrEnum):
 
 
 app = typer.Typer(help="LING2 for stock MaxText.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+stock_commands.register(app)
 
 
 def main() -> None:
