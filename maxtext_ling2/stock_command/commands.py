@@ -1,5 +1,6 @@
 """The commands `train`, `sft`, `convert` and `export` of `maxtext-ling2`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,8 @@ from rich.markup import escape
 from maxtext_ling2.errors import describe
 
 _WORDS = typer.Argument(metavar="[BASE_YML] [KEY=VALUE]...", help="As for MaxText's trainer.")
+_CONVERSION_WORDS = typer.Argument(metavar="[BASE_YML] [KEY=VALUE]...", help="As for MaxText's command, its --flags too.")
+_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _DRY_RUN = typer.Option("--dry-run", help="Print the command and check the settings; train nothing.")
 _EXAMPLE = "Example: maxtext-ling2 {} model_name=ling2-tiny "
 
@@ -17,6 +20,38 @@ def register(app: typer.Typer) -> None:
   """Adds the commands to an application."""
   app.command(epilog=_EXAMPLE.format("train") + "dataset_type=synthetic steps=5")(train)
   app.command(epilog="Example: maxtext-ling2 sft tune.yml run_name=chats steps=100")(sft)
+  app.command(epilog="Example: maxtext-ling2 convert HF_DIR OUT scan_layers=true", context_settings=_FLAGS)(convert)
+  app.command(epilog="Example: maxtext-ling2 export OUT/0/items HF_DIR model_name=ling2", context_settings=_FLAGS)(export)
+
+
+def convert(
+  folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json and safetensors.")],
+  output: Annotated[str, typer.Argument(metavar="OUT", help="Folder; the checkpoint is OUT/0/items.")],
+  words: Annotated[list[str] | None, _CONVERSION_WORDS] = None,
+) -> None:
+  """Convert a Hugging Face folder to a MaxText checkpoint with MaxText's command, which is printed.
+
+  Without model_name and BASE_YML the model's sizes are read from the folder and written into OUT/model.yml.
+  """
+  console = _started("convert", "reading the folder")
+  from maxtext_ling2.stock_command import convert as conversion
+
+  raise typer.Exit(_guarded(lambda: conversion.convert(folder, output, words or (), console)))
+
+
+def export(
+  checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="MaxText checkpoint, or a run's checkpoints.")],
+  folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The new folder.")],
+  words: Annotated[list[str] | None, _CONVERSION_WORDS] = None,
+) -> None:
+  """Export a MaxText checkpoint to a Hugging Face folder with MaxText's command, which is printed.
+
+  --hf_model_path=DIR takes the tokenizer's files from DIR.
+  """
+  console = _started("export", "reading the settings")
+  from maxtext_ling2.stock_command import convert as conversion
+
+  raise typer.Exit(_guarded(lambda: conversion.export(checkpoint, folder, words or (), console)))
 
 
 def train(words: Annotated[list[str] | None, _WORDS] = None, dry_run: Annotated[bool, _DRY_RUN] = False) -> None:
@@ -33,12 +68,17 @@ def sft(words: Annotated[list[str] | None, _WORDS] = None, dry_run: Annotated[bo
 
 
 def _train(command: str, words: list[str] | None, dry_run: bool) -> None:
-  console = _console()
-  # At once: importing what follows and finding the devices take seconds.
-  console.print(f"maxtext-ling2 {command}: reading the settings, looking for devices ...")
+  console = _started(command, "reading the settings, looking for devices")
   from maxtext_ling2.stock_command import train as training
 
   raise typer.Exit(_guarded(lambda: training.run(command, words or (), dry_run, console)))
+
+
+def _started(command: str, what: str) -> Console:
+  """Prints a first line: importing what follows, and finding the devices, take seconds."""
+  console = Console(soft_wrap=True, highlight=False, emoji=False)
+  console.print(f"maxtext-ling2 {command}: {what} ...")
+  return console
 
 
 def _guarded(work: Any) -> int:
@@ -59,7 +99,3 @@ def _guarded(work: Any) -> int:
 
 def _print_error(text: str) -> None:
   Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(text)}")
-
-
-def _console() -> Console:
-  return Console(soft_wrap=True, highlight=False, emoji=False)

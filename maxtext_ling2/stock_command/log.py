@@ -61,10 +61,14 @@ class Log:
     # A progress bar writes carriage returns.
     yield from re.split(r"[\r\n]+", whole.decode(errors="replace")) if newline else ()
 
-  def news(self) -> Iterator[str]:
-    """Lines to show, of those that were completed since the last call; notes stage and devices."""
+  def news(self, also: re.Pattern[str] | None = None) -> Iterator[str]:
+    """Lines to show, of those that were completed since the last call; notes stage and devices.
+
+    Args:
+      also: lines to pass on as they are.
+    """
     for line in self.lines():
-      found = self._read(line)
+      found = line if also and also.search(line) else self._read(line)
       if found is not None and found not in self._shown:
         self._shown.add(found)
         yield found
@@ -122,10 +126,11 @@ def _exception(text: str) -> str | None:
   match = _EXCEPTION.match("\n".join(lines[begin:end]).strip())
   if match is None or match["name"] == "KeyboardInterrupt":
     return None
-  message = _readable(match["text"] or "")
-  return message if message and match["name"].startswith(("maxtext_ling2.", "pydantic_core.")) else (
-    f"{match['name'].rpartition('.')[2]}: {message}"
-  )  # fmt: skip
+  given = match["text"] or ""
+  message, name = _readable(given), match["name"]
+  if message and (name.startswith(("maxtext_ling2.", "pydantic_core.")) or _NO_FIELD.match(given)):
+    return message
+  return f"{name.rpartition('.')[2]}: {message}"
 
 
 def _config_error(text: str) -> str | None:

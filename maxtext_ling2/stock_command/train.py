@@ -14,6 +14,7 @@ from maxtext_ling2.stock_command import check, next_commands, plot, shell
 from maxtext_ling2.stock_command.errors import StockCommandError
 from maxtext_ling2.stock_command.run import Outcome, Run, follow
 from maxtext_ling2.stock_command.settings import Settings, model_names, split
+from maxtext_ling2.stock_command.sizes import as_text, size
 
 FOLDER = "maxtext_output"
 """Where runs go unless base_output_directory says otherwise, as in MaxText."""
@@ -64,6 +65,12 @@ def _check(settings: Settings, dry_run: bool) -> None:
       f"model_name: not given, and MaxText would train a model of its own; add one of {names} (ling2-tiny is for CPUs), "
       "or begin with the YAML file of your own model, such as `maxtext-ling2 config` writes"
     )
+  base = str(settings.value("base_output_directory") or "")
+  if base and "://" not in base and not Path(base).is_absolute():
+    raise StockCommandError(
+      f"base_output_directory={base}: MaxText writes no checkpoint below a relative path; write "
+      f"base_output_directory={Path(base).resolve()}"
+    )
   if shell.several_hosts() and not dry_run:
     raise StockCommandError(
       "this process is one of several, as the environment says (JAX_COORDINATOR_ADDRESS, TPU_WORKER_HOSTNAMES): start "
@@ -103,7 +110,7 @@ def _report(
     console.print(escape(f"{learned(outcome)}\nplot: {files.plot}; metrics: {files.metrics}"))
   checkpoint = files.last_checkpoint()
   if checkpoint is not None:
-    console.print(escape(f"checkpoint: {checkpoint} ({size(checkpoint)})"))
+    console.print(escape(f"checkpoint: {checkpoint} ({as_text(size(checkpoint))})"))
   elif "://" in files.output:
     console.print(escape(f"checkpoints: {files.checkpoints}"))
   ended = outcome.ended
@@ -128,13 +135,3 @@ def learned(outcome: Outcome) -> str:
   if rate is None:
     return text
   return f"{text}; {rate * (devices or 1):,.0f} tokens/s" + ("" if devices else " per device")
-
-
-def size(folder: Path) -> str:
-  """The bytes of a folder's files, in decimal units."""
-  count = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-  for unit in ("B", "kB", "MB", "GB"):
-    if count < 1000:
-      return f"{count:.3g} {unit}"
-    count /= 1000
-  return f"{count:.4g} TB"
