@@ -87,11 +87,12 @@ def export(checkpoint: str, folder: Path, words: Sequence[str], console: Console
     StockCommandError: no model is named, or MaxText's command has failed.
   """
   given = split(words, flags=True)
+  folder = folder.resolve()
   items = checkpoint if "://" in checkpoint else str(_items(Path(checkpoint)))
   if given.yml is None and not Settings(given, shell.TO_HUGGING_FACE).given("model_name"):
     given = Words(str(_yml_beside(Path(items))), given.settings, given.flags)
   settings = Settings(given, shell.TO_HUGGING_FACE)
-  needed = {"base_output_directory": folder.resolve(), "load_parameters_path": items, **_layout(Path(items))}
+  needed = {"base_output_directory": folder, "load_parameters_path": items, **_layout(Path(items))}
   added = _named(settings) | settings.unless_given({**needed, **_ON_CPU})
   arguments = [*shell.python_module(shell.TO_HUGGING_FACE), *given.all(added | settings.permission(added))]
   seconds = _run(arguments, str(folder), "exporting", console)
@@ -113,7 +114,7 @@ def _run(arguments: Sequence[str], output: str, title: str, console: Console) ->
   path.parent.mkdir(parents=True, exist_ok=True)
   console.print(escape(f"log: {path}"))
   log, begin = Log(path), time.monotonic()
-  with Shown(console, "starting MaxText", "MB") as shown:
+  with Shown(console, "starting MaxText", "MB", digits=1) as shown:
     ended = process.run(arguments, variables, path, lambda: _watch(log, shown, title), lambda: shown.say("stopping"))
   if ended.code:
     if ended.signals:

@@ -23,7 +23,8 @@ _STAGES = {
 _EVALUATION = re.compile(r"Completed eval after train step (\d+), loss=([\d.naif]+), perplexity=([\d.naif]+)")
 _RESTORED = re.compile(r"restoring from this run's directory step (\d+)")
 _DEVICES = re.compile(r"Num_devices: (\d+)")
-_OWN = "maxtext-ling2: "
+_OWN = ("maxtext-ling2: ", "LING2: ")
+_STOPPED = "maxtext-ling2: stopped by "
 
 _FRAME = "Traceback (most recent call last):"
 _CONFIG_ERROR = "MAXTEXT CONFIG ERROR: "
@@ -41,6 +42,7 @@ class Log:
   Attributes:
     stage: what the command is doing, before it reports steps; None: not known yet.
     devices: number of devices of the run; None: not known.
+    says_stopped: whether the trainer has said that a signal has stopped it, and what was saved.
   """
 
   def __init__(self, path: Path):
@@ -49,6 +51,7 @@ class Log:
     self._shown: set[str] = set()
     self.stage: str | None = None
     self.devices: int | None = None
+    self.says_stopped = False
 
   def lines(self) -> Iterator[str]:
     """The lines that were completed since the last call."""
@@ -77,6 +80,7 @@ class Log:
     match = _PREFIX.match(line)
     text = match["text"] if match else line
     if text.startswith(_OWN):
+      self.says_stopped |= text.startswith(_STOPPED)
       return text
     self.stage = next((stage for opening, stage in _STAGES.items() if opening in text), self.stage)
     if devices := _DEVICES.search(text):

@@ -38,7 +38,7 @@ def after_training(
   places = {field: added[field] for field in ("base_output_directory", "run_name") if field in added}
   words = settings.words.all(places)
   if stopped:
-    return [("go on", own(command, *words))]
+    return [("go on" if checkpoint else "begin again", own(command, *words))]
   kept = [word for word in words if not word.startswith("steps=")]
   found = [("train on, for as many steps again", own(command, *kept, f"steps={2 * run.steps}"))]
   if checkpoint is None:

@@ -34,10 +34,11 @@ class Shown:
     console: where it is shown.
     waiting: what is done before the first count.
     unit: name of what is counted.
+    digits: decimals of the counts.
   """
 
-  def __init__(self, console: Console, waiting: str, unit: str):
-    self.console, self.unit = console, unit
+  def __init__(self, console: Console, waiting: str, unit: str, digits: int = 0):
+    self.console, self.unit, self._digits = console, unit, digits
     columns = (
       TextColumn("{task.description}"),
       BarColumn(bar_width=20),  # the whole fits 80 columns
@@ -80,9 +81,10 @@ class Shown:
     now = time.monotonic()
     self._first = self._first or (now, count)
     left = self._left(now, count, total)
-    self._bar.update(self._task, total=total, completed=count, text=f"{count:,.0f}/{total:,.0f} {text}  {left}")
+    counts = f"{count:,.{self._digits}f}/{total:,.{self._digits}f}"
+    self._bar.update(self._task, total=total, completed=count, text=f"{counts} {text}  {left}")
     if not self.console.is_terminal:
-      self._last_line = f"{self.unit} {count:,.0f}/{total:,.0f}, {text}, {left}"
+      self._last_line = f"{self.unit} {counts}, {text}, {left}"
       if now - self._line >= max(_LINE_SECONDS, (now - self._began) / _LINES):
         self.console.print(self._last_line)
         self._line, self._last_line = now, ""

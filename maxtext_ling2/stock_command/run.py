@@ -12,7 +12,7 @@ from maxtext_ling2.stock_command.metrics import MetricsFile
 from maxtext_ling2.stock_command.process import Ended
 from maxtext_ling2.stock_command.progress import STARTING, Shown, Training
 
-STOPPING = "stopping: the step ends and a checkpoint is saved; again to end at once"
+STOPPING = "stopping: the step ends and a checkpoint is saved, if training has begun; again to end at once"
 
 
 @dataclass(frozen=True)

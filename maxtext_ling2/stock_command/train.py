@@ -116,6 +116,8 @@ def _report(
   ended = outcome.ended
   if ended.code and not ended.signals:
     raise StockCommandError(f"training has failed with exit code {ended.code}: {outcome.log.reason()}", ended.code)
+  if ended.code and not outcome.log.says_stopped:
+    console.print("stopped before its first step had ended: this run has saved nothing")
   for title, text in next_commands.after_training(command, settings, added, files, checkpoint, bool(ended.code)):
     console.print(f"{title}:\n  {escape(text)}")
 
