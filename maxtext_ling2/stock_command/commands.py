@@ -9,8 +9,10 @@ from rich.markup import escape
 
 from maxtext_ling2.errors import describe
 
-_WORDS = typer.Argument(metavar="[BASE_YML] [KEY=VALUE]...", help="As for MaxText's trainer.")
-_CONVERSION_WORDS = typer.Argument(metavar="[BASE_YML] [KEY=VALUE]...", help="As for MaxText's command, its --flags too.")
+_WORDS = typer.Argument(metavar="SETTINGS", help="As for MaxText's trainer: a base YAML file, KEY=VALUE.")
+_CONVERSION_WORDS = typer.Argument(
+  metavar="SETTINGS", help="As for MaxText's command: a base YAML file, KEY=VALUE, --flags."
+)
 _FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _DRY_RUN = typer.Option("--dry-run", help="Print the command and check the settings; train nothing.")
 _EXAMPLE = "Example: maxtext-ling2 {} model_name=ling2-tiny "
@@ -29,9 +31,9 @@ def convert(
   output: Annotated[str, typer.Argument(metavar="OUT", help="Folder; the checkpoint is OUT/0/items.")],
   words: Annotated[list[str] | None, _CONVERSION_WORDS] = None,
 ) -> None:
-  """Convert a Hugging Face folder to a MaxText checkpoint with MaxText's command, which is printed.
+  """Convert a Hugging Face folder to a MaxText checkpoint.
 
-  Without model_name and BASE_YML the model's sizes are read from the folder and written into OUT/model.yml.
+  Prints the command of MaxText that it runs. Without model_name and a base YAML file the model's sizes are read from the folder and written into OUT/model.yml.
   """
   console = _started("convert", "reading the folder")
   from maxtext_ling2.stock_command import convert as conversion
@@ -44,9 +46,9 @@ def export(
   folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The new folder.")],
   words: Annotated[list[str] | None, _CONVERSION_WORDS] = None,
 ) -> None:
-  """Export a MaxText checkpoint to a Hugging Face folder with MaxText's command, which is printed.
+  """Export a MaxText checkpoint to a Hugging Face folder.
 
-  --hf_model_path=DIR takes the tokenizer's files from DIR.
+  Prints the command of MaxText that it runs. --hf_model_path=DIR takes the tokenizer's files from DIR.
   """
   console = _started("export", "reading the settings")
   from maxtext_ling2.stock_command import convert as conversion
@@ -55,7 +57,9 @@ def export(
 
 
 def train(words: Annotated[list[str] | None, _WORDS] = None, dry_run: Annotated[bool, _DRY_RUN] = False) -> None:
-  """Pre-train with MaxText's trainer: prints its command, then progress, and at the end loss, plot and checkpoint.
+  """Pre-train with MaxText's trainer, and follow it.
+
+  Prints the command that it runs, progress, and at the end loss, plot, checkpoint and the next commands.
 
   What this machine needs and you have not set is added, and shown. Ctrl-C saves a checkpoint.
   """
@@ -63,7 +67,7 @@ def train(words: Annotated[list[str] | None, _WORDS] = None, dry_run: Annotated[
 
 
 def sft(words: Annotated[list[str] | None, _WORDS] = None, dry_run: Annotated[bool, _DRY_RUN] = False) -> None:
-  """Fine-tune on conversations with MaxText's native trainer; otherwise as `train`."""
+  """Fine-tune on conversations with MaxText's native trainer, and follow it as `train` does."""
   _train("sft", words, dry_run)
 
 
