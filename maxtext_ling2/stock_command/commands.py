@@ -33,7 +33,8 @@ def convert(
 ) -> None:
   """Convert a Hugging Face folder to a MaxText checkpoint.
 
-  Prints the command of MaxText that it runs. Without model_name and a base YAML file the model's sizes are read from the folder and written into OUT/model.yml.
+  Prints the command of MaxText that it runs. Without model_name and a base YAML file the model's sizes are read from the
+  folder and written into OUT/model.yml.
   """
   console = _started("convert", "reading the folder")
   from maxtext_ling2.stock_command import convert as conversion

@@ -1,4 +1,4 @@
-"""The commands that the summaries print, run as they stand there: train, generate, export, Ctrl-C, go on; convert, verify."""
+"""The commands that the summaries print, run as they stand there; Ctrl-C in between."""
 
 import os
 import re
