@@ -197,6 +197,17 @@ def test_run_prints_the_losses_and_the_places_last(
   assert (folder / "loss.png").is_file()
 
 
+def test_a_run_too_short_for_a_verdict_is_no_failure(
+  tmp_path: Path, stand_in: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+  stand_in.extend([10.5, 10.4, 10.3])
+  assert demo.run(tmp_path / "out", 3) == 0
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last.startswith(
+    "loss 10.500 -> 10.300 nats in 3 steps (first; last): too few to tell whether it learns, 20 are enough"
+  )
+
+
 def test_a_model_that_cannot_write_is_an_error(
   tmp_path: Path, stand_in: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
