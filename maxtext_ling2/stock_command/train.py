@@ -108,6 +108,8 @@ def _report(
   if outcome.metrics.last is not None:
     _draw(settings, files, outcome)
     console.print(escape(f"{learned(outcome)}\nplot: {files.plot}; metrics: {files.metrics}"))
+  elif not outcome.ended.code:
+    console.print(f"no step was left to train: this run has had its {files.steps} steps; add more, or another run_name")
   checkpoint = files.last_checkpoint()
   if checkpoint is not None:
     console.print(escape(f"checkpoint: {checkpoint} ({as_text(size(checkpoint))})"))

@@ -26,6 +26,8 @@ print("Config param steps: 3")
 print("I1127 02:30:05.339522 1 maxtext_utils.py:2098] Num_devices: 2, shape (1, 2)")
 if given.get("per_device_batch_size") == "0.3":
   raise ValueError("per_device_batch_size=0.3: no")
+if given["steps"] == "0":
+  sys.exit(0)
 if given.get("learning_rate") == "9":
   print("maxtext-ling2: stopped by SIGINT after step 1; checkpoint x", flush=True)
   sys.exit(130)
@@ -173,6 +175,13 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(stand_in: Path, monkeypatch:
     "go on:",
     f"  maxtext-ling2 train base_output_directory={stand_in}/maxtext_output {' '.join(words)}",
   ]
+
+
+def test_a_run_that_has_all_its_steps(stand_in: Path) -> None:
+  done = CliRunner().invoke(app, ["train", TINY, "run_name=first", "steps=0"])
+  assert done.exit_code == 0
+  said = "no step was left to train: this run has had its 0 steps; add more, or another run_name"
+  assert said in done.stdout.splitlines()
 
 
 def test_a_failure_is_one_sentence_and_the_trainers_exit_code(stand_in: Path) -> None:
