@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ sys.exit(ended.code)
 """
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored() -> Iterator[None]:
+  """A shell starts its background jobs with SIGINT ignored, and so may whoever runs the tests."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def wait_for(mark: Path, text: str) -> None:
   deadline = time.monotonic() + 60
   while not (mark.is_file() and mark.read_text() == text):
@@ -55,7 +64,7 @@ def wait_for(mark: Path, text: str) -> None:
 def start(folder: Path, seconds: float, trainer: str = TRAINER) -> "subprocess.Popen[str]":
   """A process that runs the stand-in, in a process group of its own, as a shell starts it in a terminal."""
   command = [sys.executable, "-c", WRAPPER, str(folder), trainer, str(seconds)]
-  return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0, restore_signals=True)
+  return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
 
 
 def test_ctrl_c_of_a_terminal_arrives_once_and_the_trainer_saves(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "trailing_mtp"
 OWN = [sys.executable, "-m", "maxtext_ling2"]
 SIZES = ["max_target_length=32", "per_device_batch_size=1", "base_num_decoder_layers=5", "scan_layers=false"]
 TRAIN = [*OWN, "train", "model_name=ling2-tiny", "dataset_type=synthetic", "run_name=first", *SIZES]
+
+
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored() -> Iterator[None]:
+  """A shell starts its background jobs with SIGINT ignored, and so may whoever runs the tests."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 def after(title: str, out: str) -> str:
