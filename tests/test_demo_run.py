@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 
 from maxtext_ling2 import demo
-from maxtext_ling2.demo import metrics, plot, sample, train
+from maxtext_ling2.demo import sample, train
 from maxtext_ling2.demo.data import Dataset
 from maxtext_ling2.demo.errors import DemoError
-from maxtext_ling2.demo.metrics import Losses
-from maxtext_ling2.demo.train import Run
+from maxtext_ling2.stock_command import metrics, plot, shell
+from maxtext_ling2.stock_command.metrics import Losses
+from maxtext_ling2.stock_command.run import Run
 
 pytestmark = pytest.mark.unit
 
@@ -27,14 +28,20 @@ import json, os, pathlib, sys, time
 folder, losses, then = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 print("first line of the log", os.environ["ASKED"], flush=True)
 with (folder / "metrics.jsonl").open("a") as file:
-  for loss in losses:
-    file.write(json.dumps({"learning/lm_loss": loss, "learning/mtp_loss": loss / 10, "run_name": "x"}) + "\\n")
+  for step, loss in enumerate(losses):
+    record = {"learning/lm_loss": loss, "learning/mtp_loss": loss / 10, "step": float(step), "run_name": "x"}
+    file.write(json.dumps(record) + "\\n")
 (folder / "checkpoints" / str(len(losses) - 1)).mkdir(parents=True)
 (folder / "pid").write_text(str(os.getpid()))
 if then == "hang":
   time.sleep(600)
 sys.exit(then if then != "done" else 0)
 """
+
+
+@pytest.fixture(autouse=True)
+def twenty_steps_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(demo, "STEPS", 20)
 
 
 @pytest.fixture
@@ -64,7 +71,7 @@ def test_progress_is_printed_where_no_terminal_is(files: Run, capsys: pytest.Cap
   assert "starting MaxText" in out
   assert "step 20/20, loss 6.000, about 0 s left" in out
   assert files.log.read_text() == "first line of the log yes\n"
-  assert files.checkpoint().name == "19"
+  assert train.checkpoint(files).name == "19"
 
 
 def test_progress_bar_on_a_terminal(files: Run) -> None:
@@ -106,7 +113,7 @@ def test_the_trainer_ends_with_the_demo(files: Run, number: signal.Signals) -> N
 def test_the_printed_command_is_the_command(files: Run) -> None:
   dataset = Dataset(Path("/a folder/with 'quotes'/text"), 3, 100)
   arguments, variables = train.command("ling2-tiny", dataset, files, "cpu"), train.environment("cpu")
-  text = train.as_shell(arguments, variables)
+  text = shell.as_shell(arguments, variables)
   assert text.startswith("DECOUPLE_GCLOUD=TRUE JAX_PLATFORMS=cpu ")
   code = "import json, sys; print(json.dumps(sys.argv[1:]))"
   shown = text.replace(shlex.quote(sys.executable) + " -m", shlex.join([sys.executable, "-c", code, "-m"]), 1)
@@ -122,7 +129,7 @@ def test_the_printed_command_is_the_command(files: Run) -> None:
 def test_without_pth_files_the_command_starts_the_plugin(
   files: Run, monkeypatch: pytest.MonkeyPatch, found_by: str, module: str
 ) -> None:
-  monkeypatch.setattr(train.startup, "found_by", found_by)
+  monkeypatch.setattr(shell.startup, "found_by", found_by)
   assert train.command("ling2-tiny", Dataset(Path("/t"), 1, 1), files, "cpu")[2].startswith(module)
 
 
@@ -136,9 +143,9 @@ def test_an_accelerator_is_left_as_it_is(files: Run, platform: str) -> None:
 
 def test_a_line_that_is_being_written_does_not_count(tmp_path: Path) -> None:
   file = tmp_path / "metrics.jsonl"
-  assert metrics.read(file) == Losses([], [])
+  assert metrics.MetricsFile(file).losses == Losses([], [], [])
   file.write_text('{"learning/lm_loss": 10.5, "learning/mtp_loss": 1.0}\n{"learning/lm_loss": 9')
-  assert metrics.read(file) == Losses([10.5], [1.0])
+  assert metrics.MetricsFile(file).losses == Losses([10.5], [1.0], [0])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,7 @@ def test_a_line_that_is_being_written_does_not_count(tmp_path: Path) -> None:
 )
 def test_verdict(files: Run, losses: list[float], reason: str | None) -> None:
   if reason is None:
-    assert demo.judge(Losses(losses, []), files) == (10.5, 6.9)
+    assert demo.judge(Losses(losses, []), files) == ("loss 10.500 -> 6.900 nats in 20 steps (first; mean of the last 10)")
   else:
     with pytest.raises(DemoError, match=reason):
       demo.judge(Losses(losses, []), files)
@@ -188,6 +195,17 @@ def test_run_prints_the_losses_and_the_places_last(
   places = f"checkpoint {folder}/checkpoints/19, plot {folder}/loss.png"
   assert last == f"loss 10.500 -> 6.000 nats in 20 steps (first; mean of the last 10); {places}"
   assert (folder / "loss.png").is_file()
+
+
+def test_a_run_too_short_for_a_verdict_is_no_failure(
+  tmp_path: Path, stand_in: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+  stand_in.extend([10.5, 10.4, 10.3])
+  assert demo.run(tmp_path / "out", 3) == 0
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last.startswith(
+    "loss 10.500 -> 10.300 nats in 3 steps (first; last): too few to tell whether it learns, 20 are enough"
+  )
 
 
 def test_a_model_that_cannot_write_is_an_error(

@@ -19,7 +19,7 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def bar(console: Console, title: str, size: int, tensors: int) -> Iterator[Advance]:
-  """Shows a bar within the context; on a console that is not a terminal, prints one line at its end.
+  """Shows a bar within the context; on a console that is not a terminal, prints a line per percent.
 
   Args:
     console: where the bar is shown.
@@ -37,11 +37,15 @@ def bar(console: Console, title: str, size: int, tensors: int) -> Iterator[Advan
   )
   with Progress(*columns, console=console) as progress:
     task = progress.add_task(title, total=size, done=0, tensors=tensors)
-    done = 0
+    done = written = percent = 0
 
     def advance(nbytes: int, count: int) -> None:
-      nonlocal done
+      nonlocal done, written, percent
       done += count
+      written += nbytes
       progress.update(task, advance=nbytes, done=done)
+      if not console.is_terminal and 100 * written // size > percent:
+        percent = 100 * written // size
+        console.print(f"{title}: {written:,} of {size:,} bytes, {done:,} of {tensors:,} tensors", soft_wrap=True)
 
     yield advance

@@ -12,6 +12,7 @@ import typer
 
 from maxtext_ling2.cli import checkpoints, data, environment, inference, planning, training
 from maxtext_ling2.cli.app import App
+from maxtext_ling2.stock_command import commands as stock_commands
 
 app = App()
 
@@ -31,7 +32,7 @@ def options(
   """LING2 for stock MaxText."""
 
 
-for theme in (environment, training, data, checkpoints, inference, planning):
+for theme in (environment, training, stock_commands, data, checkpoints, inference, planning):
   theme.register(app)
 
 

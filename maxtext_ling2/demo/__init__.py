@@ -1,7 +1,8 @@
 """The demo: unmodified MaxText trains LING2 on real English text, with the documented command.
 
 CPython's documentation becomes a Megatron data set (data.py), MaxText's trainer runs on it in a separate process
-(train.py), its metrics become a loss curve (metrics.py, plot.py), and the model writes a paragraph (sample.py).
+(train.py), its metrics become a loss curve, and the model writes a paragraph (sample.py). `maxtext_ling2.stock_command`
+runs, follows and plots.
 """
 
 import statistics
@@ -12,11 +13,12 @@ from rich.console import Console
 
 from maxtext_ling2 import terminal
 from maxtext_ling2.checkpoint.hf_config import MTP_LOSS_SCALING_FACTOR
-from maxtext_ling2.demo import data, metrics, plot, sample, train
+from maxtext_ling2.demo import data, sample, train
 from maxtext_ling2.demo.errors import DemoError
-from maxtext_ling2.demo.metrics import Losses
-from maxtext_ling2.demo.train import Run
 from maxtext_ling2.errors import Ling2Error, describe
+from maxtext_ling2.stock_command import plot, shell
+from maxtext_ling2.stock_command.metrics import Losses
+from maxtext_ling2.stock_command.run import Run
 
 MODEL = "ling2-tiny"
 STEPS = 100
@@ -60,38 +62,39 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
 def _run(output_directory: Path, steps: int, model_name: str, console: Console) -> None:
   dataset = data.prepare(output_directory.resolve() / "data")
   console.print(f"text: {dataset.documents} documents, {dataset.tokens:,} tokens in {dataset.prefix}.bin")
-  platform = train.backend()
+  platform = shell.backend()
   files = train.new_run(output_directory, steps)
   command, variables = train.command(model_name, dataset, files, platform), train.environment(platform)
-  console.print(f"training on {platform} with\n\n{train.as_shell(command, variables)}\n")
-  train.train(command, variables, files, console)
-  losses = metrics.read(files.metrics)
-  picture = files.folder / "loss.png"
-  plot.draw(losses, MTP_LOSS_SCALING_FACTOR, f"{model_name} on CPython's documentation, {platform}", picture)
-  first, final = judge(losses, files)
-  learned = f"loss {first:.3f} -> {final:.3f} nats in {steps} steps (first; mean of the last {LAST_STEPS})"
+  console.print(f"training on {platform} with\n\n{shell.as_shell(command, variables)}\n")
+  losses = train.train(command, variables, files, console).metrics.losses
+  plot.draw(losses, MTP_LOSS_SCALING_FACTOR, f"{model_name} on CPython's documentation, {platform}", files.plot)
+  learned = judge(losses, files)
   _write_paragraph(model_name, files, variables, console)
-  console.print(f"{learned}; checkpoint {files.checkpoint()}, plot {picture}")
+  console.print(f"{learned}; checkpoint {train.checkpoint(files)}, plot {files.plot}")
 
 
 def _write_paragraph(model_name: str, files: Run, variables: dict[str, str], console: Console) -> None:
-  command = sample.command(model_name, files.checkpoint())
-  console.print(f"what it has learned, by\n\n{train.as_shell(command, variables)}\n")
+  command = sample.command(model_name, train.checkpoint(files))
+  console.print(f"what it has learned, by\n\n{shell.as_shell(command, variables)}\n")
   console.print(f"{sample.write(command, variables, files.log)}\n")
 
 
-def judge(losses: Losses, files: Run) -> tuple[float, float]:
-  """The first and the final loss in nats.
+def judge(losses: Losses, files: Run) -> str:
+  """Says what the model has learned: the first and the final loss, in nats.
 
   Raises:
-    DemoError: the model has not learned what it should.
+    DemoError: the model has not learned what it should; fewer than `STEPS` steps are too few to tell.
   """
   if len(losses.main) < files.steps:
     raise DemoError(f"{files.metrics} has {len(losses.main)} of {files.steps} steps; see {files.log}")
-  first, final = losses.main[0], statistics.fmean(losses.main[-LAST_STEPS:])
+  first = losses.main[0]
+  if files.steps < STEPS:
+    text = f"loss {first:.3f} -> {losses.main[-1]:.3f} nats in {files.steps} steps (first; last)"
+    return f"{text}: too few to tell whether it learns, {STEPS} are enough"
+  final = statistics.fmean(losses.main[-LAST_STEPS:])
   if not (final <= first - REQUIRED_DROP and final < REQUIRED_LOSS):  # so that NaN fails
     raise DemoError(
       f"loss went from {first:.3f} to {final:.3f} nats in {files.steps} steps; a model that learns gets {REQUIRED_DROP} "
       f"nats lower and below {REQUIRED_LOSS}: {STEPS} steps are enough. See {files.folder}"
     )
-  return first, final
+  return f"loss {first:.3f} -> {final:.3f} nats in {files.steps} steps (first; mean of the last {LAST_STEPS})"

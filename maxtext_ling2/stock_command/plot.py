@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maxtext_ling2.demo.metrics import Losses
+from maxtext_ling2.stock_command.metrics import Losses
 
 
 def draw(losses: Losses, mtp_scale: float, title: str, path: Path) -> None:
@@ -19,9 +19,10 @@ def draw(losses: Losses, mtp_scale: float, title: str, path: Path) -> None:
 
   figure = Figure(figsize=(8, 5), layout="constrained")
   axes = figure.subplots()
-  axes.plot(losses.main, label="next token")
-  if any(losses.mtp):
-    axes.plot([loss / mtp_scale for loss in losses.mtp], label="the token after it (MTP)")
+  steps = losses.steps or range(len(losses.main))
+  axes.plot(steps, losses.main, label="next token")
+  if any(losses.mtp) and mtp_scale:
+    axes.plot(steps, [loss / mtp_scale for loss in losses.mtp], label="the token after it (MTP)")
   axes.set(title=title, xlabel="training step", ylabel="loss (nats per token)")
   axes.grid(alpha=0.3)
   axes.legend()
