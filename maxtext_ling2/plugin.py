@@ -14,6 +14,7 @@ from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seams.chats import ChatErrorsSeam, GrainChatsSeam, HfChatsSeam
 from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
+from maxtext_ling2.host.seams.data_errors import DataErrorsSeam
 from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.seams.diloco import DilocoCheckpointSeam, DilocoSeam
 from maxtext_ling2.host.seams.engine_quantization import EngineQuantizationSeam
@@ -61,6 +62,7 @@ REGISTRY: Registry = Registry(
     CompilerOptionsSeam(Lazy("maxtext_ling2.training.xla_flags:compiler_options")),
     MmapDocumentsSeam(),
     MmapPipelineSeam(),
+    DataErrorsSeam(),
     GrainChatsSeam(),
     HfChatsSeam(),
     ChatErrorsSeam(),
