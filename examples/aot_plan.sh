@@ -7,9 +7,9 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-model=${MODEL:-ling2} topologies=${TOPOLOGIES:-v6e-64 v5p-64} out=${OUT:-.} options=(--search)
+model=${BASE_YML:-${MODEL:-ling2}} topologies=${TOPOLOGIES:-v6e-64 v5p-64} out=${OUT:-.} options=(--search)
 if [ "${CPU:-}" = 1 ]; then
-  model=ling2-tiny topologies=v5e-4 out=$work options=(--no-cache)
+  topologies=v5e-4 out=$work options=(--no-cache)
   set -- max_target_length=256 base_num_decoder_layers=5 "$@"
 fi
 for topology in $topologies; do options+=(--topology "$topology"); done

@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-yml=$base model=(model_name=ling2.6-flash override_model_config=true) dtype=bfloat16
+yml=$base model=(model_name="${MODEL:-ling2.6-flash}" override_model_config=true) dtype=bfloat16
 if [ "${CPU:-}" = 1 ]; then
   HF_DIR=$(dirname "$0")/../tests/golden/trailing_mtp OUT=$work/out dtype=float32
   yml=$work/model.yml model=(model_name=ling2-custom)

@@ -12,9 +12,15 @@ source "$(dirname "$0")/common.sh"
 recipe=$("$python" -m maxtext_ling2 recipe "${RECIPE:-pretrain_ling2_recommended}")
 steps=${STEPS:-100000} expert=${EXPERT:-8} rows=${ROWS:-1} warmup=250
 sizes=()
+if [ -n "${BASE_YML:-}" ]; then  # the recipe's values on the model of your yml
+  cp "$(dirname "$recipe")"/*.yml "$work"
+  sed -i -e "s|^base_config: \"base.yml\"|base_config: \"$BASE_YML\"|" -e "s|^model_name: .*|model_name: \"$MODEL\"|" "$work"/*.yml
+  recipe=$work/$(basename "$recipe")
+fi
 if [ "${CPU:-}" = 1 ]; then
   steps=3 expert=2 warmup=1 EOD=2 OUT=$work
-  sizes=(model_name=ling2-tiny max_target_length=64 scan_layers=false base_num_decoder_layers=5 gradient_accumulation_steps=2)
+  sizes=(max_target_length=64 scan_layers=false gradient_accumulation_steps=2)
+  if [ -z "${BASE_YML:-}" ]; then sizes+=(model_name="$MODEL" base_num_decoder_layers=5); fi
   export XLA_FLAGS=--xla_force_host_platform_device_count=2
   DATA=$("$python" -c "import pathlib, sys; from maxtext_ling2.demo import data; print(data.prepare(pathlib.Path(sys.argv[1])).prefix)" "$work/data")
 fi

@@ -1,4 +1,4 @@
-"""The errors that may stop a process: LING2 cannot be enabled completely, or a checkpoint is invalid."""
+"""The errors that may stop a process: LING2 cannot be enabled completely, a checkpoint or the data are invalid."""
 
 
 class Ling2Error(RuntimeError):
@@ -37,3 +37,17 @@ def missing_dependency(error: ImportError) -> str | None:
   if error.name.partition(".")[0] == "maxtext_ling2":
     return None
   return f"{error.msg}, which MaxText needs; run: {INSTALL}"
+
+
+class DataError(Ling2Error, ValueError):
+  """Training data, or the settings that name them, are invalid; the text names the file and says what to do."""
+
+
+def reason_of(error: BaseException, kind: type[Ling2Error]) -> str | None:
+  """The text of the error of a kind that led to an error, or None: it was another."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if isinstance(cause, kind):
+      return str(cause)
+    cause = cause.__cause__ or cause.__context__
+  return None

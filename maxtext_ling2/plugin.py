@@ -16,6 +16,7 @@ from maxtext_ling2.host.seams.chats import ChatErrorsSeam, GrainChatsSeam, HfCha
 from maxtext_ling2.host.seams.checkpoint_report import CheckpointReportSeam
 from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
+from maxtext_ling2.host.seams.data_errors import DataErrorsSeam
 from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
 from maxtext_ling2.host.seams.diloco import DilocoCheckpointSeam, DilocoSeam
 from maxtext_ling2.host.seams.engine_quantization import EngineQuantizationSeam
@@ -65,6 +66,7 @@ REGISTRY: Registry = Registry(
     CompilerOptionsSeam(Lazy("maxtext_ling2.training.xla_flags:compiler_options")),
     MmapDocumentsSeam(),
     MmapPipelineSeam(),
+    DataErrorsSeam(),
     GrainChatsSeam(),
     HfChatsSeam(),
     ChatErrorsSeam(),

@@ -73,7 +73,7 @@ def test_own_model_by_its_yml(converted):
 @pytest.mark.parametrize(
   ("model", "message"),
   [
-    ("ling2-custom", "--model ling2-custom: this name has no sizes of its own; .* --model my.yml"),
+    ("ling2-custom", "--model ling2-custom: this name has no sizes of its own; .*: --model my.yml"),
     ("nowhere.yml", "nowhere.yml: no such file; pass a model_name such as ling2, or the yml"),
     ("my.yaml", "my.yaml: MaxText takes a base yml only under a name that ends in .yml; rename it"),
   ],

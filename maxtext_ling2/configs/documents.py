@@ -1,4 +1,4 @@
-"""Rules about `pad_id` and `bos_id`, in the form of `validation`."""
+"""Rules about documents: `pad_id`, `bos_id` and MaxText's settings of Megatron files, in the form of `validation`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +7,11 @@ from maxtext_ling2.configs.fields import DEFAULTS
 
 
 def problems(config: Any) -> Iterator[str]:
-  """Broken rules about `pad_id` and `bos_id` of a LING2 config, one sentence each."""
+  """Broken rules about the documents of a LING2 config, one sentence each."""
   yield from _pad_id(config)
   yield from _bos_id(config)
+  yield from _eod_id(config)
+  yield from _split(config)
 
 
 def inserts_bos(config: Any) -> bool:
@@ -56,3 +58,36 @@ def _bos_id(c: Any) -> Iterator[str]:
       f"bos_id={c.bos_id}: equal to mmap_eod_id, so every document would end at its first token; choose another token, "
       "or add_bos=false"
     )
+
+
+def _eod_id(c: Any) -> Iterator[str]:
+  if reads_mmap(c) and not 0 <= c.mmap_eod_id < c.vocab_size:
+    yield (
+      f"mmap_eod_id={c.mmap_eod_id}: not a token of the vocabulary, vocab_size={c.vocab_size}, so no document would end; "
+      "take the token that the files were made with"
+    )
+
+
+def _split(c: Any) -> Iterator[str]:
+  split = getattr(c, "mmap_npy_split", "")
+  if not split or not reads_mmap(c):
+    return
+  if c.grain_file_type != "mmap_npy":
+    yield (
+      f"mmap_npy_split={split!r}: only grain_file_type=mmap_npy reads it, mmap would train on all documents; leave it "
+      "out, or take mmap_npy"
+    )
+  elif not _are_shares(split.split(",")):
+    yield (
+      f"mmap_npy_split={split!r}: not shares of training and evaluation, numbers with a comma between them; write 99,1, "
+      "or leave it out"
+    )
+
+
+def _are_shares(words: list[str]) -> bool:
+  """Whether words are two or more numbers, none negative, with a positive sum."""
+  try:
+    shares = [float(word) for word in words]
+  except ValueError:
+    return False
+  return len(shares) > 1 and min(shares) >= 0 and 0 < sum(shares) < float("inf")

@@ -31,6 +31,19 @@ DTYPES = ("bfloat16", "float32")
 BIAS_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
+def no_sizes(given: str, instead: str) -> str:
+  """The error where the custom model is named without a YAML file.
+
+  Args:
+    given: how it is named, as in "model_name=ling2-custom".
+    instead: how the file is passed there.
+  """
+  return (
+    f"{given}: this name has no sizes of its own; pass the YAML file that has them, such as `maxtext-ling2 config HF_DIR "
+    f"-o my.yml` writes: {instead}"
+  )
+
+
 def is_ling2(config: Any) -> bool:
   """True if a MaxText config (pydantic object or HyperParameters) describes a LING2 model."""
   return bool(getattr(config.decoder_block, "value", config.decoder_block) == DECODER_BLOCK)

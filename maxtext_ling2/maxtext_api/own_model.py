@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.configs.validation import CUSTOM_MODEL, no_sizes
 from maxtext_ling2.errors import Ling2Error
 from maxtext_ling2.host.base_yml import settings_of_the_user
 from maxtext_ling2.maxtext_api.start import maxtext_folder
@@ -36,10 +36,7 @@ def read(model: str) -> Model:
     ModelYmlError: the yml does not exist or holds no settings; or the model is `ling2-custom`, whose sizes are in a yml.
   """
   if model == CUSTOM_MODEL:
-    raise ModelYmlError(
-      f"--model {model}: this name has no sizes of its own; pass the YAML file that has them, such as "
-      "`maxtext-ling2 config` writes: --model my.yml"
-    )
+    raise ModelYmlError(no_sizes(f"--model {model}", "--model my.yml"))
   if not is_yml(model):
     return Model(model, model, maxtext_folder() / "configs" / "base.yml")
   return Model(model, str(settings(model).get("model_name", CUSTOM_MODEL)), Path(model).resolve())

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.errors import Ling2Error, reason_of
 
 Message = dict[str, Any]
 
@@ -301,9 +301,6 @@ def _messages(value: Any, role: str) -> list[Message]:
 
 def reason(error: BaseException) -> str | None:
   """The text of the ChatError that led to an error, or None: it was another; from another process only the text comes."""
-  cause: BaseException | None = error
-  while cause is not None:
-    if isinstance(cause, ChatError):
-      return str(cause)
-    cause = cause.__cause__ or cause.__context__
+  if (found := reason_of(error, ChatError)) is not None:
+    return found
   return str(error) if ChatError.__name__ in str(error) else None

@@ -34,8 +34,9 @@ USES = {
   "DiLoCo": {"enable_diloco": True},
   "DiLoCo checkpoint": {"enable_diloco": True},
   "compiler options": {},  # tuned_xla_flags is true
-  "mmap documents": MMAP | {"add_bos": True, "packing": True, "grain_packing_type": "concat_then_split", "bos_id": 1},
+  "mmap documents": MMAP | {"add_bos": False},
   "mmap pipelines": MMAP | {"add_bos": False},
+  "errors in data": MMAP | {"add_bos": False},
   "chats of grain": CHATS | {"dataset_type": "grain", "grain_file_type": "parquet", "grain_train_files": "a"},
   "chats of hf": CHATS,
   "errors in chats": CHATS,

@@ -2,6 +2,8 @@
 
 from maxtext_ling2.configs.fields import FIELDS
 
+MMAP = {"dataset_type": "grain", "grain_file_type": "mmap", "grain_train_files": "/data/web"}
+
 # What is changed in the good config, and what the message holds besides "field=value" of the first of these fields.
 RULES = [
   ({"lora_input_adapters_path": "/adapters"}, "merge the adapter with to_huggingface or to_maxtext"),
@@ -113,6 +115,11 @@ RULES = [
   ({"pad_id": -1}, "choose one from 0 to"),
   ({"pad_id": 1 << 20}, "choose one from 0 to"),
   ({"bos_id": 2}, "leave it at 1"),
+  ({"mmap_eod_id": 1 << 20, **MMAP}, "so no document would end"),
+  ({"mmap_eod_id": -1, **MMAP}, "take the token that the files were made with"),
+  ({"mmap_npy_split": "99,1", **MMAP}, "mmap would train on all documents"),
+  ({"mmap_npy_split": "99;1", **MMAP, "grain_file_type": "mmap_npy"}, "write 99,1, or leave it out"),
+  ({"mmap_npy_split": "0,0", **MMAP, "grain_file_type": "mmap_npy"}, "write 99,1, or leave it out"),
   ({"dataset_type": "tfds", "use_sft": True}, "set dataset_type=hf or grain"),
   ({"chat_template_path": "ours.jinja", "use_sft": True, "dataset_type": "hf"}, "pass the absolute path"),
   ({"chat_template_path": "/ours.jinja", "use_sft": True, "dataset_type": "grain"}, "set chat_template"),
@@ -237,7 +244,7 @@ YMLS = {
   NAMED.format("run_name: !!python/object/apply:os.getcwd []\n"): ["bad.yml", "tag"],
   NAMED.format("steps: ${nothing}\n"): ["steps", "'nothing' not found"],
   "base_config: gone.yml\nmodel_name: ling2-tiny\n": ["gone.yml", "No such file"],
-  "base_config: base.yml\nmodel_name: ling2-custom\n": ["attention_type=global", "set attention_type=mla"],
+  "base_config: base.yml\nmodel_name: ling2-custom\n": ["model_name=ling2-custom", "this name has no sizes of its own"],
 }
 """Base ymls called bad.yml, and words of the error."""
 

@@ -153,7 +153,7 @@ def test_bos_between_documents_changes_nothing_else(tmp_path, documents):
 def test_documents_after_bos_travel_to_other_processes(tmp_path, documents):
   from maxtext.input_pipeline import _mmap_datasource
 
-  from maxtext_ling2.host.seams.mmap_documents import DocumentsAfterBos
+  from maxtext_ling2.training.megatron_files import DocumentsAfterBos
 
   data.write(documents, tmp_path / "documents")
   source = _mmap_datasource.MMapIndexedDataSource(str(tmp_path / "documents"))

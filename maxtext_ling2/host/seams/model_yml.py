@@ -13,7 +13,7 @@ from typing import Any, get_args
 from urllib.parse import quote, unquote
 
 from maxtext_ling2.configs.fields import DEFAULTS
-from maxtext_ling2.configs.validation import BASE_OVERRIDES, DECODER_BLOCK
+from maxtext_ling2.configs.validation import BASE_OVERRIDES, CUSTOM_MODEL, DECODER_BLOCK, no_sizes
 from maxtext_ling2.host.base_yml import is_given, over_model, settings_of_the_user
 from maxtext_ling2.host.contract import Expectation, expect
 from maxtext_ling2.host.request import mentions, requested_models
@@ -22,6 +22,10 @@ from maxtext_ling2.maxtext_api import overrides
 
 _PYCONFIG = "maxtext.configs.pyconfig"
 _TYPES = "maxtext.configs.types"
+
+
+_SIZES = ("base_emb_dim", "base_num_decoder_layers", "vocab_size")
+"""What a YAML file of an own model has in any case."""
 
 
 def _has_fields(value: Any) -> bool:
@@ -77,6 +81,8 @@ class ModelYmlSeam(Seam):
     if mentions(settings, self.names):
       words = [*words, *self._unless_given(mine, words, kwargs)]
     model_name = settings.get("model_name")
+    if model_name == CUSTOM_MODEL and not any(is_given(size, mine, words, kwargs) for size in _SIZES):
+      raise ValueError(no_sizes(f"model_name={model_name}", f"my.yml as base yml, then model_name={model_name}"))
     if model_name in self.model_names:
       if not (self.folder / "models" / f"{model_name}.yml").is_file():
         raise FileNotFoundError(
