@@ -1,8 +1,8 @@
 """`python -m maxtext_ling2`: the command line.
 
-`run` and `constraints` are handled before the command line is imported: the process of `run` holds nothing that the module
-which it runs does not import, and `constraints` answers where nothing but this package is installed. Importing this package
-has just put the plugin in place.
+`run` and `constraints` are handled before the command line is imported: the process of `run` holds nothing but what its
+module imports, and `constraints` answers where nothing but this package is installed. Importing this package has
+just put the plugin in place.
 """
 
 import sys
