@@ -44,7 +44,7 @@ def test_every_need_is_some_blocks():
 def test_a_block_of_several_pages_runs_once(tmp_path, monkeypatch):
   docs_test, ran = script("docs_test"), []
   monkeypatch.setattr(docs_test, "ROOT", tmp_path)
-  monkeypatch.setattr(docs_test, "run", lambda block: ran.append(block.place) or True)
+  monkeypatch.setattr(docs_test, "run", lambda chain: ran.extend(block.place for block in chain) or True)
   for name in "ab":
     (tmp_path / f"{name}.md").write_text(f"<!-- run -->\n```sh\nls\n```\n<!-- run -->\n```sh\nls {name}\n```\n")
   monkeypatch.setattr(sys, "argv", ["docs_test", str(tmp_path / "a.md"), str(tmp_path / "b.md")])
@@ -81,9 +81,41 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
 def test_a_block_runs_strictly_in_a_folder_of_its_own():
   docs_test = script("docs_test")
   page = ROOT / "README.md"
-  assert docs_test.run(docs_test.Block(page, 1, 'test -d examples && test "$JAX_PLATFORMS" = cpu\n', None))
+  assert docs_test.run([docs_test.Block(page, 1, 'test -d examples && test "$JAX_PLATFORMS" = cpu\n', None)])
   for text in ("false | true\n", "echo $unset\n", "false\ntrue\n"):
-    assert not docs_test.run(docs_test.Block(page, 1, text, None))
+    assert not docs_test.run([docs_test.Block(page, 1, text, None)])
+
+
+def test_blocks_of_a_page_share_a_folder_and_stop_at_the_first_that_fails(tmp_path, monkeypatch):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  page = "<!-- run -->\n```sh\n{}\n```\n<!-- then -->\n```sh\n{}\n```\n"
+  (tmp_path / "a.md").write_text(page.format("echo 1 > file", "test $(cat file) = 1; touch $OUT/first"))
+  (tmp_path / "b.md").write_text(page.format("false", "touch $OUT/second"))
+  (tmp_path / "c.md").write_text("<!-- run -->\n```sh\nfalse\n```\n")  # what b.md begins with
+  monkeypatch.setenv("OUT", str(tmp_path))
+  chains = docs_test.chains([block for name in "abc" for block in docs_test.blocks(tmp_path / f"{name}.md")])
+  assert [[block.place for block in chain] for chain in chains] == [["a.md:2", "a.md:6"], ["b.md:2", "b.md:6"]]
+  assert [docs_test.run(chain) for chain in chains] == [True, False]
+  assert (tmp_path / "first").exists() and not (tmp_path / "second").exists()
+
+
+def test_the_output_of_a_block_is_held_against_the_page(tmp_path, monkeypatch):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  text = "<!-- run -->\n```sh\nseq 3; echo loss 4.25\n```\nprints\n\n<!-- output -->\n```text\n{}\n```\n"
+  for said, right in (("1\n3\nloss ...", True), ("3\n1", False), ("1\n\n2", True), ("loss", False), ("4", False)):
+    (tmp_path / "page.md").write_text(text.format(said))
+    (block,) = docs_test.blocks(tmp_path / "page.md")
+    assert docs_test.run([block]) is right, said
+
+
+def test_a_block_cannot_go_on_from_one_that_is_not_run(tmp_path, monkeypatch, capsys):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  (tmp_path / "page.md").write_text("<!-- needs: TPU -->\n```sh\nls\n```\n<!-- then -->\n```sh\nls\n```\n")
+  monkeypatch.setattr(sys, "argv", ["docs_test", "--check", str(tmp_path / "page.md")])
+  assert docs_test.main() == 1 and "page.md:6: <!-- then --> after a block" in capsys.readouterr().err
 
 
 def named(nav):
