@@ -302,14 +302,6 @@ def run(context: typer.Context, module: Annotated[str, typer.Argument(help="As f
   run_module([module, *context.args])
 
 
-@app.command()
-def constraints() -> None:
-  """Print the path of the constraints file: pip install -c "$(python -m maxtext_ling2 constraints)" ..."""
-  from maxtext_ling2 import constraints as installed
-
-  typer.echo(installed.PATH)
-
-
 def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()) -> None:
   """Raises ValueError if a file could not be written later, when the work for it is done."""
   if path is None:
