@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: what it copies is there, it installs by the line of the install page, its commands run."""
+"""The Dockerfile without Docker: what it copies is there, it installs as the install page says, its commands run."""
 
 import fnmatch
 import os

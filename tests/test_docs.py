@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -185,6 +186,40 @@ def test_the_table_of_names_is_what_the_code_says():
 
 def test_the_table_of_config_keys_is_what_the_code_says():
   assert (ROOT / "docs" / "config_json.md").read_text() == script("config_table").page()
+
+
+def test_the_notebook_runs_as_python_and_has_no_output():
+  """scripts/run_notebook makes a script of it, which the page "First hour" runs; its commands have options that exist."""
+  run_notebook, known = script("run_notebook"), options()
+  notebook = json.loads((ROOT / "examples" / "first_hour.ipynb").read_text())
+  text = run_notebook.script(notebook)
+  compile(text, "first_hour.ipynb", "exec")
+  assert [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"] == [[]] * 5
+  commands = re.findall(r"^shell\('maxtext-ling2 ([a-z]+)(.*)'\)$", text, re.MULTILINE)
+  assert [name for name, _ in commands] == ["doctor", "demo", "generate"]
+  for name, words in commands:
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", words)) <= known[name]
+  for wrong in ({"nbformat": 3}, {"nbformat": 4, "cells": [{"cell_type": "code", "source": ["%time 1"]}]}):
+    with pytest.raises(ValueError, match="nbformat=3|magic is not known"):
+      run_notebook.script(wrong)
+
+
+def test_a_shell_line_of_a_notebook_that_fails_ends_it(tmp_path):
+  cells = [{"cell_type": "code", "source": ["x = 'a'\n", "!echo $((1 + 1)) > out; false | true\n", "open('after', 'w')"]}]
+  (tmp_path / "a.ipynb").write_text(json.dumps({"nbformat": 4, "cells": cells}))
+  command = [sys.executable, ROOT / "scripts" / "run_notebook", "a.ipynb"]
+  assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
+  assert (tmp_path / "out").read_text() == "2\n" and not (tmp_path / "after").exists()
+
+
+def test_the_site_checks_all_links_and_shows_the_version():
+  config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+  assert {value for kind in config["validation"].values() for value in kind.values()} == {"warn"}  # with strict, an error
+  hooks = script("site_hooks.py")
+  settings = type("Config", (), {"site_name": "name", "copyright": None})()
+  assert hooks.on_config(settings).site_name == f"name {hooks.__version__}"
+  cell = "<td><code>a_b/c.py</code> a_b</td><code>a_b</code>"
+  assert hooks.on_page_content(cell) == "<td><code>a_<wbr>b/<wbr>c.<wbr>py</code> a_b</td><code>a_b</code>"
 
 
 def test_every_seam_is_in_the_table():
