@@ -25,7 +25,7 @@ help:
 setup: $(READY)
 
 # The mark is set after everything else, so an interrupted set-up is done again. A Python that has gone makes it stale, too.
-$(READY): pyproject.toml constraints.txt scripts/set_up $(wildcard site_files/*) $(if $(shell $(BIN)/python -c 'print(1)' 2>/dev/null),,always)
+$(READY): pyproject.toml maxtext_ling2/constraints.txt scripts/set_up $(wildcard site_files/*) $(if $(shell $(BIN)/python -c 'print(1)' 2>/dev/null),,always)
 	@scripts/set_up $(VENV)
 	@touch $@
 

@@ -1,8 +1,9 @@
-"""Makes docs/scale.md: LING2's models compiled ahead of time, by `maxtext-ling2 plan`, for the chips they are trained on.
+"""Makes docs/scale.md and its picture: LING2's models compiled ahead of time for the chips they are trained on, by
+`maxtext-ling2 plan`.
 
     python benchmarks/scale.py                 all rows, each in a process of its own; hours on two cores
     python benchmarks/scale.py --only 1t       the rows whose name holds this text
-    python benchmarks/scale.py --render        only the page, from the results that are kept
+    python benchmarks/scale.py --render        only page and picture, from the results that are kept
 
 What `plan` has compiled before it takes from its cache. Results are kept in benchmarks/results/scale, a file a row.
 """
@@ -22,6 +23,7 @@ from maxtext_ling2.maxtext_api import overrides
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "scale"
 PAGE = ROOT / "docs" / "scale.md"
+PICTURE = ROOT / "docs" / "images" / "scale.png"
 
 
 class Row(NamedTuple):
@@ -85,20 +87,47 @@ def render() -> str:
     "",
     "What a training step takes, before the chips are there: the whole step (forward, backward, AdamW, fp32 weights and",
     "moments, scanned layers, MaxText's default rematerialisation) compiled ahead of time for the named chips by",
-    "[`maxtext-ling2 plan`](../README.md#plan). A row is one device: a chip, on tpu7x one of its two cores. v5p-64 are",
+    "[`maxtext-ling2 plan`](plan.md). A row is one device: a chip, on tpu7x one of its two cores. v5p-64 are",
     "32 chips, as MaxText and Google count. Made by `python benchmarks/scale.py`; do not edit.",
     "",
     "| model | T | topology | devices | mesh | batch | GiB of | fits | step s | tokens/s | MFU | min |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
   ]
   lines += [_line(row, result) for row, result in rows]
-  lines += ["", *_READ, "## Commands", "", "```sh"]
+  lines += ["", "![Memory and MFU of each row](images/scale.png)", "", *_READ, "## Commands", "", "```sh"]
   lines += [f"maxtext-ling2 {' '.join(row.command)}" for row, _ in rows]
   missing = [row for row in ROWS if row not in [made for made, _ in rows]]
   if missing:
     lines += ["```", "", "Not compiled yet:", "", "```sh", *(f"maxtext-ling2 {' '.join(row.command)}" for row in missing)]
   lines += ["```", "", "## Versions", "", *_versions([result for _, result in rows])]
   return "\n".join(lines) + "\n"
+
+
+def draw(path: Path) -> None:
+  """Draws memory against capacity, and the two bounds of the MFU where they stand, into a PNG file."""
+  from matplotlib.figure import Figure
+
+  found = [
+    (row, json.loads(file.read_text())["options"][0]) for row in ROWS if (file := RESULTS / f"{row.name}.json").is_file()
+  ]
+  figure = Figure(figsize=(10, 0.32 * len(found) + 1), layout="constrained")
+  memory, mfu = figure.subplots(1, 2, sharey=True)
+  for place, (_, one) in enumerate(found):
+    memory.barh(place, (one["memory"] or 0) / 2**30, color="C0" if one["fits"] else "C3")
+    memory.plot(one["capacity"] / 2**30, place, "k|", markersize=14)
+    if "parts" in one and one["fits"]:
+      least, most = one["mfu"]
+      mfu.barh(place, 100 * (most - least), left=100 * least, color="C2")
+  names = [
+    f"{row.model}, {row.topology}, {row.mesh or ('recipe' if row.recipe else 'fsdp')}, T={_length(row)}"
+    for row, _ in found
+  ]
+  memory.set(yticks=range(len(found)), yticklabels=names, xlabel="GiB per device; | is what it has")
+  memory.invert_yaxis()
+  mfu.set(xlim=(0, 100), xlabel="MFU in %, pessimistic to optimistic")
+  for axes in (memory, mfu):
+    axes.grid(axis="x", alpha=0.3)
+  figure.savefig(path, dpi=100)
 
 
 _READ = (
@@ -119,10 +148,14 @@ _READ = (
 )
 
 
+def _length(row: Row) -> str:
+  """Tokens per sequence; ling2.yml has 4096."""
+  return overrides.parse(row.settings).get("max_target_length", "4096")
+
+
 def _line(row: Row, result: dict[str, Any]) -> str:
   (one,) = result["options"]
-  settings = overrides.parse(row.settings)
-  length, slices = settings.get("max_target_length", "4096"), settings.get("compile_topology_num_slices", "1")
+  length, slices = _length(row), overrides.parse(row.settings).get("compile_topology_num_slices", "1")
   where = row.topology if slices == "1" else f"{slices} x {row.topology}"
   memory = "?" if one["memory"] is None else f"{one['memory'] / 2**30:.1f}"
   cells = [row.model, length, where, str(one["devices"]), row.mesh or (f"recipe {row.recipe}" if row.recipe else "fsdp")]
@@ -166,6 +199,7 @@ def main() -> None:
     measure(row)
     PAGE.write_text(render(), encoding="utf-8")
   PAGE.write_text(render(), encoding="utf-8")
+  draw(PICTURE)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_every_need_is_some_blocks():
 def test_a_block_of_several_pages_runs_once(tmp_path, monkeypatch):
   docs_test, ran = script("docs_test"), []
   monkeypatch.setattr(docs_test, "ROOT", tmp_path)
-  monkeypatch.setattr(docs_test, "run", lambda block: ran.append(block.place) or True)
+  monkeypatch.setattr(docs_test, "run", lambda chain: ran.extend(block.place for block in chain) or True)
   for name in "ab":
     (tmp_path / f"{name}.md").write_text(f"<!-- run -->\n```sh\nls\n```\n<!-- run -->\n```sh\nls {name}\n```\n")
   monkeypatch.setattr(sys, "argv", ["docs_test", str(tmp_path / "a.md"), str(tmp_path / "b.md")])
@@ -81,9 +82,41 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
 def test_a_block_runs_strictly_in_a_folder_of_its_own():
   docs_test = script("docs_test")
   page = ROOT / "README.md"
-  assert docs_test.run(docs_test.Block(page, 1, 'test -d examples && test "$JAX_PLATFORMS" = cpu\n', None))
+  assert docs_test.run([docs_test.Block(page, 1, 'test -d examples && test "$JAX_PLATFORMS" = cpu\n', None)])
   for text in ("false | true\n", "echo $unset\n", "false\ntrue\n"):
-    assert not docs_test.run(docs_test.Block(page, 1, text, None))
+    assert not docs_test.run([docs_test.Block(page, 1, text, None)])
+
+
+def test_blocks_of_a_page_share_a_folder_and_stop_at_the_first_that_fails(tmp_path, monkeypatch):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  page = "<!-- run -->\n```sh\n{}\n```\n<!-- then -->\n```sh\n{}\n```\n"
+  (tmp_path / "a.md").write_text(page.format("echo 1 > file", "test $(cat file) = 1; touch $OUT/first"))
+  (tmp_path / "b.md").write_text(page.format("false", "touch $OUT/second"))
+  (tmp_path / "c.md").write_text("<!-- run -->\n```sh\nfalse\n```\n")  # what b.md begins with
+  monkeypatch.setenv("OUT", str(tmp_path))
+  chains = docs_test.chains([block for name in "abc" for block in docs_test.blocks(tmp_path / f"{name}.md")])
+  assert [[block.place for block in chain] for chain in chains] == [["a.md:2", "a.md:6"], ["b.md:2", "b.md:6"]]
+  assert [docs_test.run(chain) for chain in chains] == [True, False]
+  assert (tmp_path / "first").exists() and not (tmp_path / "second").exists()
+
+
+def test_the_output_of_a_block_is_held_against_the_page(tmp_path, monkeypatch):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  text = "<!-- run -->\n```sh\nseq 3; echo loss 4.25\n```\nprints\n\n<!-- output -->\n```text\n{}\n```\n"
+  for said, right in (("1\n3\nloss ...", True), ("3\n1", False), ("1\n\n2", True), ("loss", False), ("4", False)):
+    (tmp_path / "page.md").write_text(text.format(said))
+    (block,) = docs_test.blocks(tmp_path / "page.md")
+    assert docs_test.run([block]) is right, said
+
+
+def test_a_block_cannot_go_on_from_one_that_is_not_run(tmp_path, monkeypatch, capsys):
+  docs_test = script("docs_test")
+  monkeypatch.setattr(docs_test, "ROOT", tmp_path)
+  (tmp_path / "page.md").write_text("<!-- needs: TPU -->\n```sh\nls\n```\n<!-- then -->\n```sh\nls\n```\n")
+  monkeypatch.setattr(sys, "argv", ["docs_test", "--check", str(tmp_path / "page.md")])
+  assert docs_test.main() == 1 and "page.md:6: <!-- then --> after a block" in capsys.readouterr().err
 
 
 def named(nav):
@@ -121,7 +154,7 @@ def used():
 def test_options_in_the_pages_exist():
   known, seen = options(), 0
   for page, command, words in used():
-    if command == "run":
+    if command in ("run", "constraints"):  # handled before the command line, by __main__.py
       continue
     if not words and command not in known:  # "maxtext-ling2 was asked for", and the like
       continue
@@ -153,6 +186,40 @@ def test_the_table_of_names_is_what_the_code_says():
 
 def test_the_table_of_config_keys_is_what_the_code_says():
   assert (ROOT / "docs" / "config_json.md").read_text() == script("config_table").page()
+
+
+def test_the_notebook_runs_as_python_and_has_no_output():
+  """scripts/run_notebook makes a script of it, which the page "First hour" runs; its commands have options that exist."""
+  run_notebook, known = script("run_notebook"), options()
+  notebook = json.loads((ROOT / "examples" / "first_hour.ipynb").read_text())
+  text = run_notebook.script(notebook)
+  compile(text, "first_hour.ipynb", "exec")
+  assert [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"] == [[]] * 5
+  commands = re.findall(r"^shell\('maxtext-ling2 ([a-z]+)(.*)'\)$", text, re.MULTILINE)
+  assert [name for name, _ in commands] == ["doctor", "demo", "generate"]
+  for name, words in commands:
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", words)) <= known[name]
+  for wrong in ({"nbformat": 3}, {"nbformat": 4, "cells": [{"cell_type": "code", "source": ["%time 1"]}]}):
+    with pytest.raises(ValueError, match="nbformat=3|magic is not known"):
+      run_notebook.script(wrong)
+
+
+def test_a_shell_line_of_a_notebook_that_fails_ends_it(tmp_path):
+  cells = [{"cell_type": "code", "source": ["x = 'a'\n", "!echo $((1 + 1)) > out; false | true\n", "open('after', 'w')"]}]
+  (tmp_path / "a.ipynb").write_text(json.dumps({"nbformat": 4, "cells": cells}))
+  command = [sys.executable, ROOT / "scripts" / "run_notebook", "a.ipynb"]
+  assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
+  assert (tmp_path / "out").read_text() == "2\n" and not (tmp_path / "after").exists()
+
+
+def test_the_site_checks_all_links_and_shows_the_version():
+  config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+  assert {value for kind in config["validation"].values() for value in kind.values()} == {"warn"}  # with strict, an error
+  hooks = script("site_hooks.py")
+  settings = type("Config", (), {"site_name": "name", "copyright": None})()
+  assert hooks.on_config(settings).site_name == f"name {hooks.__version__}"
+  cell = "<td><code>a_b/c.py</code> a_b</td><code>a_b</code>"
+  assert hooks.on_page_content(cell) == "<td><code>a_<wbr>b/<wbr>c.<wbr>py</code> a_b</td><code>a_b</code>"
 
 
 def test_every_seam_is_in_the_table():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import maxtext_ling2
+from maxtext_ling2 import constraints
 from maxtext_ling2.discovery import GROUP, OWN_ENTRY
 from sandbox import ROOT, SITE_FILES, Environment, put_package
 
@@ -80,7 +81,8 @@ def pip(environment: Environment, *arguments: str) -> None:
 def test_the_wheel_holds_the_package_its_data_and_the_site_files(wheel: Path) -> None:
   names = set(zipfile.ZipFile(wheel).namelist())
   package = ROOT / "maxtext_ling2"
-  expected = {str(file.relative_to(ROOT)) for pattern in ("*.py", "*.yml") for file in package.rglob(pattern)}
+  patterns = ("*.py", "*.yml", "constraints.txt")
+  expected = {str(file.relative_to(ROOT)) for pattern in patterns for file in package.rglob(pattern)}
   assert expected | {"maxtext_ling2/py.typed"} | SITE_FILE_NAMES <= names
   assert any(name.startswith("maxtext_ling2/configs/models/") and name.endswith(".yml") for name in names)
   others = {name.split("/")[0] for name in names} - {"maxtext_ling2"} - SITE_FILE_NAMES
@@ -123,6 +125,15 @@ def test_the_console_script_is_there(installed: Environment) -> None:
   assert installed.run(script, "doctor").stdout == "command line ['doctor']\n"
 
 
+def test_a_wheel_alone_says_where_its_constraints_are(wheel: Path, tmp_path: Path) -> None:
+  """Nothing else is installed then: `pip install --no-deps`, and the path goes into the next `pip install -c`."""
+  environment = Environment(tmp_path / "venv")
+  pip(environment, "install", "--quiet", "--no-deps", "--no-index", str(wheel))
+  done = environment.run("-m", "maxtext_ling2", "constraints")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert Path(done.stdout.strip()).read_text() == constraints.PATH.read_text()
+
+
 def test_uninstalling_leaves_nothing(checkout: Path, wheel: Path, tmp_path: Path) -> None:
   environment = Environment(tmp_path / "venv")
   before = set(environment.site.iterdir())
@@ -146,7 +157,7 @@ def tracked_files() -> list[Path]:
 
 def test_the_version_has_one_home() -> None:
   assert "version" not in PROJECT and "version" in PROJECT["dynamic"]
-  assert "maxtext-ling2" not in (ROOT / "constraints.txt").read_text()  # it has versions of others, one may be the same
+  assert "maxtext-ling2" not in constraints.PATH.read_text()  # it has versions of others, one may be the same
   sources = [path for path in tracked_files() if path.suffix in (".py", ".toml", ".yml", ".pth", ".start")]
   homes = [path.relative_to(ROOT) for path in sources if maxtext_ling2.__version__ in path.read_text()]
   assert homes == [Path("maxtext_ling2/__init__.py")]
@@ -161,13 +172,13 @@ def test_no_tracked_file_holds_the_address_of_a_registry() -> None:
     r"index[-_]url|find[-_]links|/simpl[e]/|pypi[.]org|pythonhoste[d]|registr[y] *= *[\"']?http", re.IGNORECASE
   )
   files = tracked_files()
-  assert ROOT / "pyproject.toml" in files and ROOT / "constraints.txt" in files
+  assert ROOT / "pyproject.toml" in files and constraints.PATH in files
   texts = {path: path.read_bytes().decode(errors="ignore") for path in files}
   assert [str(path) for path, text in texts.items() if address.search(text)] == []
 
 
 def test_constraints_are_names_and_versions_and_cover_what_we_ask_for() -> None:
-  lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+  lines = [line for line in constraints.PATH.read_text().splitlines() if not line.startswith("#")]
   pinned = {line.split("==")[0] for line in lines if re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line)}
   assert len(pinned) == len(lines) and not any(name.startswith("nvidia") for name in pinned)
   wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
@@ -223,7 +234,8 @@ def test_set_up_uses_the_python_that_it_is_told_to_use(tmp_path: Path) -> None:
 
 
 def test_a_set_up_that_fails_is_done_again(tmp_path: Path) -> None:
-  for name in ("Makefile", "pyproject.toml", "constraints.txt", "scripts", "site_files"):
+  (tmp_path / "maxtext_ling2").mkdir()
+  for name in ("Makefile", "pyproject.toml", "maxtext_ling2/constraints.txt", "scripts", "site_files"):
     path = ROOT / name
     (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
   python = fake_python(tmp_path / "python", works=True)
