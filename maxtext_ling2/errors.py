@@ -20,3 +20,20 @@ def describe(error: OSError) -> str:
 
 class CheckpointError(Ling2Error, ValueError):
   """A checkpoint, one of its files, or the target of a new one is invalid; the text says what to do."""
+
+
+class OptionError(Ling2Error, ValueError):
+  """Options of a command contradict each other, or have nothing to work on."""
+
+
+INSTALL = "pip install 'maxtext-ling2[tpu]' (also right for CPUs; [cuda12] for NVIDIA GPUs)"
+"""What installs the plugin together with what MaxText stands on, which comes with an extra only."""
+
+
+def missing_dependency(error: ImportError) -> str | None:
+  """What to do about a module that is not installed; None where the error is another one."""
+  if not isinstance(error, ModuleNotFoundError) or error.name is None:
+    return None
+  if error.name.partition(".")[0] == "maxtext_ling2":
+    return None
+  return f"{error.msg}, which MaxText needs; run: {INSTALL}"

@@ -18,12 +18,29 @@ def run(arguments: list[str]) -> None:
     (sys.stdout if wants_help else sys.stderr).write(USAGE)
     sys.exit(0 if wants_help else 2)
   module = arguments[0]
-  if not _exists(module):
+  try:
+    found = _exists(module)
+  except ModuleNotFoundError as error:  # raised by a package that it is in
+    sys.exit(_without_dependencies(error))
+  if not found:
     sys.exit(f"maxtext_ling2 run: there is no module {module!r} on this Python's path; give a name as for `python -m`.")
   if _is_package(module) and not _exists(f"{module}.__main__"):
     sys.exit(f"maxtext_ling2 run: {module!r} is a package without a __main__; give the name of one of its modules.")
   sys.argv = [module, *arguments[1:]]  # alter_sys then puts the module's file in the first place, as -m does
-  runpy.run_module(module, run_name="__main__", alter_sys=True)
+  try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+  except ModuleNotFoundError as error:
+    sys.exit(_without_dependencies(error))
+
+
+def _without_dependencies(error: ModuleNotFoundError) -> str:
+  """What to do where MaxText was installed without an extra; an error of another kind is raised again."""
+  from maxtext_ling2.errors import missing_dependency
+
+  text = None if _exists("jax") else missing_dependency(error)
+  if text is None:
+    raise error
+  return f"error: {text}"
 
 
 def _exists(module: str) -> bool:

@@ -17,13 +17,22 @@ SITUATIONS = {
   "disabled": ({"MAXTEXT_LING2_DISABLE": "1"}, ["--json"]),
   "not allowed": ({"MAXTEXT_PLUGINS": "other"}, ["--json"]),
   "disabled, for people": ({"MAXTEXT_LING2_DISABLE": "1"}, []),
+  "verbose": ({}, ["--verbose"]),
 }
+SEAM_MODULE = "maxtext.models.models"
 
 
 @pytest.fixture(scope="module")
-def answers():
+def kept(tmp_path_factory):
+  """Where the first check of all seams is noted."""
+  return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def answers(kept):
   """All situations at once: exit status and standard output of each."""
   clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAXTEXT_", "M_"))}
+  clean["XDG_CACHE_HOME"] = str(kept)
   started = {
     name: subprocess.Popen(
       [*COMMAND, *options],
@@ -62,7 +71,7 @@ def test_it_works_here(answers):
   assert found["backends"]["platform"] == "cpu" and "chunked" in found["backends"]["gla"]
 
 
-@pytest.mark.parametrize("situation", [name for name, (_, options) in SITUATIONS.items() if options])
+@pytest.mark.parametrize("situation", [name for name, (_, options) in SITUATIONS.items() if "--json" in options])
 def test_standard_output_is_json_alone(answers, situation):
   json.loads(answers[situation][1])
 
@@ -79,7 +88,7 @@ def test_switched_off_for_people(answers):
   status, out = answers["disabled, for people"]
   assert status == 1
   assert "MAXTEXT_LING2_DISABLE=1" in out and "remedy: unset it" in out
-  assert "would not work" in out.splitlines()[-1]
+  assert out.splitlines()[0] == "A LING2 run would not work."
 
 
 def test_left_out_by_the_allow_list(answers):
@@ -93,3 +102,43 @@ def test_left_out_by_the_allow_list(answers):
 def test_left_out_is_not_installed_twice(answers):
   _, found = report(answers, "not allowed")
   assert not [note for note in found["notes"] if "more than once" in note["what"]]
+
+
+def test_verbose_has_the_verdict_first_and_lists_every_seam(answers):
+  status, out = answers["verbose"]
+  first, *rest = out.splitlines()
+  assert (status, first) == (0, "A LING2 run would work.")
+  count = len(plugin.REGISTRY.seams)
+  assert f"contracts    MaxText has what {count} of {count} seams need (--verbose lists them)" in rest
+  assert [line for line in rest if line.startswith("seam ")] == [
+    f"seam         {seam.name}: applied" for seam in plugin.REGISTRY.seams
+  ]
+
+
+def again(kept):
+  """A later call: what it prints, and whether it imported a module that only the check of the seams needs."""
+  code = (
+    "import sys; from maxtext_ling2 import cli; sys.argv[1:] = ['doctor']\n"
+    f"try: cli.main()\nfinally: print({SEAM_MODULE!r} in sys.modules)"
+  )
+  environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAXTEXT_", "M_"))}
+  environ["XDG_CACHE_HOME"] = str(kept)
+  done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  *out, imported = done.stdout.splitlines()
+  return done.returncode, out, imported == "True", done.stderr
+
+
+def test_a_later_call_relies_on_the_first(answers, kept):
+  """It says so, lists no seam, and prints nothing of what MaxText prints; with no readable note it checks again."""
+  (noted,) = (kept / "maxtext-ling2" / "doctor").iterdir()
+  day = json.loads(noted.read_text())["day"]
+  status, out, imported, err = again(kept)
+  assert (status, out[0], imported) == (0, "A LING2 run would work.", False)
+  assert any(
+    line.startswith(f"contracts    MaxText and the models were found fine on {day}, and nothing") for line in out
+  )
+  assert not [line for line in out if line.startswith("seam ")]
+  assert err == "loading JAX and MaxText ...\n"
+  noted.write_text("damaged")
+  assert again(kept)[2]
+  assert json.loads(noted.read_text()).keys() == {"day"}

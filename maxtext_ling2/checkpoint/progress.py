@@ -1,11 +1,12 @@
 """The progress bar of a conversion: bytes, tensors, speed and remaining time."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from maxtext_ling2 import terminal
 
 Advance = Callable[[int, int], None]
 """Called with the number of bytes and tensors finished since the last call."""
@@ -13,7 +14,7 @@ Advance = Callable[[int, int], None]
 
 def console() -> Console:
   """The console of the progress bar: standard error; wide if redirected, so that its line is not wrapped."""
-  return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+  return terminal.console(stderr=True, width=120, soft_wrap=False)
 
 
 @contextlib.contextmanager
@@ -27,10 +28,10 @@ def bar(console: Console, title: str, size: int, tensors: int) -> Iterator[Advan
     tensors: total number of tensors.
   """
   columns = (
-    TextColumn("{task.description}"),
+    terminal.text_column("{task.description}"),
     BarColumn(),
     DownloadColumn(binary_units=True),
-    TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
+    terminal.text_column("{task.fields[done]}/{task.fields[tensors]} tensors"),
     TransferSpeedColumn(),
     TimeRemainingColumn(),
   )

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
+from maxtext_ling2 import terminal
 from maxtext_ling2.checkpoint.hf_config import MTP_LOSS_SCALING_FACTOR
 from maxtext_ling2.demo import data, sample, train
 from maxtext_ling2.demo.errors import DemoError
@@ -46,12 +46,12 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
   Returns:
     Exit code: 0, 1 after an error, which is printed, or 130 after Ctrl-C.
   """
-  console = Console(soft_wrap=True, highlight=False, emoji=False)
+  console = terminal.console()
   try:
     _run(output_directory, STEPS if steps is None else steps, model_name, console)
   except (Ling2Error, OSError) as error:
     text = describe(error) if isinstance(error, OSError) else str(error)
-    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(text)}")
+    terminal.print_error(text)
     return 1
   except KeyboardInterrupt:
     print("stopped; the trainer has ended, too", file=sys.stderr)
@@ -61,22 +61,22 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
 
 def _run(output_directory: Path, steps: int, model_name: str, console: Console) -> None:
   dataset = data.prepare(output_directory.resolve() / "data")
-  console.print(f"text: {dataset.documents} documents, {dataset.tokens:,} tokens in {escape(str(dataset.prefix))}.bin")
+  console.print(f"text: {dataset.documents} documents, {dataset.tokens:,} tokens in {str(dataset.prefix)}.bin")
   platform = shell.backend()
   files = train.new_run(output_directory, steps)
   command, variables = train.command(model_name, dataset, files, platform), train.environment(platform)
-  console.print(f"training on {platform} with\n\n{escape(shell.as_shell(command, variables))}\n")
+  console.print(f"training on {platform} with\n\n{shell.as_shell(command, variables)}\n")
   losses = train.train(command, variables, files, console).metrics.losses
   plot.draw(losses, MTP_LOSS_SCALING_FACTOR, f"{model_name} on CPython's documentation, {platform}", files.plot)
   learned = judge(losses, files)
   _write_paragraph(model_name, files, variables, console)
-  console.print(f"{learned}; {escape(f'checkpoint {train.checkpoint(files)}, plot {files.plot}')}")
+  console.print(f"{learned}; checkpoint {train.checkpoint(files)}, plot {files.plot}")
 
 
 def _write_paragraph(model_name: str, files: Run, variables: dict[str, str], console: Console) -> None:
   command = sample.command(model_name, train.checkpoint(files))
-  console.print(f"what it has learned, by\n\n{escape(shell.as_shell(command, variables))}\n")
-  console.print(f"{escape(sample.write(command, variables, files.log))}\n")
+  console.print(f"what it has learned, by\n\n{shell.as_shell(command, variables)}\n")
+  console.print(f"{sample.write(command, variables, files.log)}\n")
 
 
 def judge(losses: Losses, files: Run) -> str:

@@ -54,8 +54,9 @@ def compile_step(yml: str, words: Sequence[str]) -> CompiledStep:
     ConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
   """
   start.set_environment()
-  from maxtext.trainers.pre_train import train_compile
-  from maxtext.utils import maxtext_utils
+  with contextlib.redirect_stdout(sys.stderr):
+    from maxtext.trainers.pre_train import train_compile
+    from maxtext.utils import maxtext_utils
 
   seen: list[tuple[Any, Any]] = []
   original = train_compile.jit_and_compile
@@ -83,10 +84,27 @@ def read_config(yml: str, words: Sequence[str]) -> Any:
     ConfigError: MaxText refuses the settings.
   """
   start.set_environment()
-  from maxtext.configs import pyconfig
+  with contextlib.redirect_stdout(sys.stderr):
+    from maxtext.configs import pyconfig
 
   with contextlib.redirect_stdout(sys.stderr), _named_errors(yml), _same_environment():
     return pyconfig.initialize(["train_compile", yml, *words])
+
+
+def make_mesh(yml: str, words: Sequence[str]) -> dict[str, int]:
+  """The size of each axis of the mesh of a step that `compile_step` would compile; nothing is compiled.
+
+  Args: as for `compile_step`.
+
+  Raises:
+    ConfigError: MaxText refuses the settings, or the mesh does not fit the topology.
+  """
+  config = read_config(yml, words)
+  with contextlib.redirect_stdout(sys.stderr):
+    from maxtext.trainers.pre_train import train_compile
+
+  with contextlib.redirect_stdout(sys.stderr), _named_errors(yml), _same_environment():
+    return dict(train_compile.get_topology_mesh(config).shape)
 
 
 def _made(compile_program: Callable[..., Any], args: Sequence[Any]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.errors import OptionError
 from maxtext_ling2.inference import chat_loop, chats
 from maxtext_ling2.inference.chats import Message
 from maxtext_ling2.inference.generate import Generator, Options, Piece, in_order
@@ -16,13 +16,9 @@ from maxtext_ling2.inference.generate import Generator, Options, Piece, in_order
 STDIN = "-"
 
 
-class OptionError(Ling2Error, ValueError):
-  """Options of the command contradict each other, or have nothing to work on."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """The arguments of the command; cli.py documents the options.
+  """The arguments of the command; cli/inference.py documents the options.
 
   Attributes:
     checkpoint: MaxText checkpoint or Hugging Face folder.

@@ -13,6 +13,7 @@ EXPECTATIONS = (
     "build_tokenizer(tokenizer_path, tokenizer_type, add_bos, add_eos, hf_access_token)",
   ),
   Expectation("maxtext.models.models:Transformer", holds=callable, meaning="the class of all models"),
+  *expect("maxtext.trainers.pre_train.train_compile", "get_topology_mesh(config)"),
   CommandExpectation("maxtext.trainers.pre_train.train_compile:main", parameters=("argv",)),
   Expectation(
     "maxtext.utils.accelerator_to_spec_map:UserFacingNameToSystemCharacteristics",

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.errors import INSTALL, Ling2Error
 
 ENVIRONMENT = {"DECOUPLE_GCLOUD": "TRUE"}
 """Environment variables of our commands: MaxText then imports no Google Cloud libraries, which they do not need."""
@@ -46,5 +46,5 @@ def maxtext_folder() -> Path:
   """
   spec = importlib.util.find_spec("maxtext")
   if spec is None or not spec.submodule_search_locations:
-    raise NotInstalledError("MaxText is not installed; run: pip install 'maxtext-ling2[tpu]' (also right for CPUs)")
+    raise NotInstalledError(f"MaxText is not installed; run: {INSTALL}")
   return Path(spec.submodule_search_locations[0])

@@ -14,10 +14,12 @@ import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import maxtext_ling2
+from maxtext_ling2 import kept
 from maxtext_ling2.maxtext_api.start import maxtext_folder
 from maxtext_ling2.plan.estimate import Estimate
 
@@ -64,17 +66,19 @@ def versions(packages: tuple[str, ...] = REPORTED) -> dict[str, str]:
   return found
 
 
-def key(config: Any, topology: str, mesh: str) -> str:
+def key(config: Any, topology: str, mesh: str, figures: Mapping[str, Any] | None = None) -> str:
   """What an estimate is kept under.
 
   Args:
     config: MaxText's, as `planned_config` returns it.
     topology: as MaxText's compile_topology.
     mesh: its text in the report.
+    figures: of the user's own chip.
   """
   fields = {name: value for name, value in config.get_keys().items() if name not in _NOT_COMPILED}
-  quantization = _digest(Path(fields.get("quant_cfg_path") or ""))  # MaxText reads this file while it builds the model
-  parts = [topology, mesh, fields, quantization, environment(), versions(PACKAGES), _sources()]
+  # MaxText reads this file while it builds the model.
+  quantization = kept.digest(Path(fields.get("quant_cfg_path") or ""))
+  parts = [topology, mesh, figures or {}, fields, quantization, environment(), versions(PACKAGES), _sources()]
   return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -86,30 +90,15 @@ def read(key: str) -> Estimate | None:
 
 def write(key: str, estimate: Estimate) -> None:
   """Keeps an estimate; another process sees all of it or nothing."""
-  file = _file(key)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  partial = file.with_suffix(f".{os.getpid()}")
-  partial.write_text(json.dumps(dataclasses.asdict(estimate)), encoding="utf-8")
-  partial.replace(file)
-
-
-def digest_of(folder: Path, suffixes: tuple[str, ...]) -> str:
-  """Digest of the files of a folder whose names have one of the suffixes: paths within the folder, and bytes."""
-  total = hashlib.sha256()
-  for path in sorted(path for path in folder.rglob("*") if path.suffix in suffixes):
-    total.update(f"{path.relative_to(folder)}\0{_digest(path)}\0".encode())
-  return total.hexdigest()
+  kept.write(_file(key), json.dumps(dataclasses.asdict(estimate)))
 
 
 @functools.cache
 def _sources() -> tuple[str, str]:
   """Of this package (its cycle counts are JSON) and of MaxText, whose YAML files are in the resolved config."""
-  return digest_of(Path(maxtext_ling2.__file__).parent, (".py", ".json")), digest_of(maxtext_folder(), (".py",))
-
-
-def _digest(path: Path) -> str:
-  return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+  ours = kept.digest_of(Path(maxtext_ling2.__file__).parent, (".py", ".json"))
+  return ours, kept.digest_of(maxtext_folder(), (".py",))
 
 
 def _file(key: str) -> Path:
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxtext-ling2" / "plan" / f"{key}.json"
+  return kept.folder() / "plan" / f"{key}.json"

@@ -128,15 +128,19 @@ class Slice:
     return self.chip.edge_bandwidth(self.grid, self.wrap)
 
 
-def slice_of(topology: str) -> Slice:
+def slice_of(topology: str, figures: Mapping[str, Any] | None = None) -> Slice:
   """A slice of MaxText's compile_topology.
+
+  Args:
+    topology: its name.
+    figures: of the user's own chip, which replace those of the generation.
 
   Raises:
     TopologyError: MaxText has no such topology.
   """
   from maxtext.utils import accelerator_to_spec_map
 
-  chip = chip_of(topology)
+  chip = dataclasses.replace(chip_of(topology), **(figures or {}))
   found = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
   if found is None or found.topology_name is None:
     raise TopologyError(f"--topology {topology}: MaxText has no topology of this name and size; see its compile_topology")

@@ -13,7 +13,7 @@ from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.maxtext_api import overrides, own_model, recipes
 from maxtext_ling2.maxtext_api.mesh import MeshSpec
 from maxtext_ling2.maxtext_api.start import ConfigError, maxtext_folder
-from maxtext_ling2.plan import cache, report, search
+from maxtext_ling2.plan import cache, check, own_chip, report, search
 from maxtext_ling2.plan.estimate import Estimate, estimate, refused
 from maxtext_ling2.plan.resolved import planned_config
 
@@ -39,6 +39,7 @@ class Request:
     recipe: name or file of a recipe, which has its own mesh and batch; or None.
     search: whether to rank meshes and batches by arithmetic, and to compile the best and the topology's recipe.
     cached: whether to take what the same program gave before.
+    figures: of the user's own chip, in place of those of the topologies' (`plan.own_chip`).
   """
 
   model: str
@@ -48,6 +49,7 @@ class Request:
   recipe: str | None = None
   search: bool = False
   cached: bool = True
+  figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +59,20 @@ class _Maker:
   Attributes:
     named: the model_name that the user asks for; None: a YAML file that names none.
     cached: as `Request.cached`.
+    figures: as `Request.figures`.
   """
 
   named: str | None
   cached: bool
+  figures: Mapping[str, Any]
 
   def make(self, yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Estimate:
     """The estimate; raises what `planned_config` and `estimate` raise."""
     config = planned_config(yml, topology, settings, self.named)
-    key = cache.key(config, topology, mesh)
+    key = cache.key(config, topology, mesh, self.figures)
     if self.cached and (known := cache.read(key)) is not None:
       return known
-    option = estimate(yml, topology, mesh, settings)
+    option = estimate(yml, topology, mesh, settings, self.figures)
     cache.write(key, option)
     return option
 
@@ -85,19 +89,13 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   Raises:
     ValueError: an argument is not what it must be; the text names it.
   """
-  yml, settings = _model(request.model) if request.recipe is None else _recipe(request.model, request.recipe)
-  given = overrides.parse(request.words)
-  if "compile_topology" in given:
-    raise ValueError(
-      f"compile_topology={given['compile_topology']}: this command takes it from --topology; leave compile_topology out"
-    )
-  settings |= given
-  maker = _Maker(_named(request.model), request.cached)
+  yml, settings = _settings(request)
+  maker = _Maker(_named(request.model), request.cached, request.figures)
   options, commands = [], []
   for option, base, words in _options(console, request, maker, yml, settings):
     options.append(option)
     commands.append(_training(base, words))
-    console.print(report.line(option), markup=False)
+    console.print(report.line(option))
   console.print(report.summary(options))
   for option in options:
     if option.fits:
@@ -109,13 +107,14 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
     console.print(
       f"cheapest that fits (pessimistic device seconds per token, no prices): {best.topology}, {best.mesh or 'fsdp'}"
     )
-    console.print(f"its training command: {commands[options.index(best)]}", markup=False)
+    console.print(f"its training command: {commands[options.index(best)]}")
   else:
     console.print("nothing fits: take more chips, another mesh, or remat_policy=full, or weight_dtype=bfloat16")
   if json_file is not None:
     made = {
       "model": request.model,
       "settings": settings,
+      "figures": dict(request.figures),
       "versions": cache.versions(),
       "options": [_to_json(one) for one in options],
     }
@@ -123,6 +122,33 @@ def run(console: Console, request: Request, json_file: Path | None, png: Path | 
   if png is not None:
     report.draw(options, request.model, png)
   return bool(fitting)
+
+
+def check_only(console: Console, request: Request) -> bool:
+  """Prints whether MaxText takes the settings for each topology and mesh; compiles nothing; returns whether it does.
+
+  Raises:
+    ValueError: as `run`.
+  """
+  yml, settings = _settings(request)
+  meshes = {mesh: _with_mesh(settings, mesh, _mesh(mesh)) for mesh in request.meshes}
+  if request.recipe is not None:
+    meshes = {_titled(request.recipe): settings}
+  asked = [(topology, mesh, yml, words) for topology in request.topologies for mesh, words in meshes.items()]
+  return check.run(console, asked, _named(request.model))
+
+
+def _settings(request: Request) -> tuple[str, dict[str, str]]:
+  """(base yml, settings) without those of a mesh."""
+  yml, settings = _model(request.model) if request.recipe is None else _recipe(request.model, request.recipe)
+  given = overrides.parse(request.words)
+  if "compile_topology" in given:
+    raise ValueError(
+      f"compile_topology={given['compile_topology']}: this command takes it from --topology; leave compile_topology out"
+    )
+  for topology in request.topologies:
+    own_chip.check(request.figures, topology)
+  return yml, settings | given
 
 
 def _options(console: Console, request: Request, maker: _Maker, yml: str, settings: Mapping[str, str]) -> Iterator[Made]:
@@ -170,7 +196,7 @@ def _searched(
     raise ValueError(f"--search, {axes[0]}: the search chooses the mesh; leave one of them out")
   meshes = {mesh: _mesh(mesh) | search.settings_of(mesh) for mesh in search.MESHES}
   rows = search.ROWS if (given := overrides.parse(request.words).get(search.BATCH)) is None else [given]
-  found = search.ranked(yml, topology, meshes, settings, rows, maker.named)
+  found = search.ranked(yml, topology, meshes, settings, rows, maker.named, maker.figures)
   console.print(report.ranking(topology, found))
   name = f"{request.model}-{topology}"
   if name in recipes.names():
@@ -183,7 +209,7 @@ def _searched(
     try:
       option = maker.make(yml, topology, one.name, words)
     except ConfigError as error:  # such as a mesh that these chips cannot form
-      console.print(f"{topology}, {one.name}: {error}", markup=False)
+      console.print(f"{topology}, {one.name}: {error}")
       continue
     yield option, yml, words
     fitting += option.fits

@@ -113,7 +113,9 @@ class Estimate:
     return self.devices * self.upper_seconds / self.tokens
 
 
-def estimate(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) -> Estimate:
+def estimate(
+  yml: str, topology: str, mesh: str, settings: Mapping[str, str], figures: Mapping[str, Any] | None = None
+) -> Estimate:
   """Compiles and measures one option.
 
   Args:
@@ -121,12 +123,13 @@ def estimate(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) ->
     topology: as MaxText's compile_topology.
     mesh: text for the report.
     settings: MaxText's, the mesh's among them, as text for its command line.
+    figures: as for `slice_of`; the program is that of the topology all the same.
 
   Raises:
     ConfigError: MaxText refuses the settings.
     TopologyError: the topology is not known.
   """
-  place = slice_of(topology)
+  place = slice_of(topology, figures)
   chip, devices = place.chip, place.devices * slices_of(settings)
   start = time.perf_counter()
   try:
@@ -140,7 +143,10 @@ def estimate(yml: str, topology: str, mesh: str, settings: Mapping[str, str]) ->
     problem = f"this program cannot be compiled: {' '.join(str(error).split())[:500]}"
     return dataclasses.replace(refused(topology, mesh, settings, problem), compile_seconds=time.perf_counter() - start)
   empty = Estimate(topology, mesh, devices, True, math.nan, chip.memory, compile_seconds=time.perf_counter() - start)
-  return _measured(empty, step, place)
+  made = _measured(empty, step, place)
+  if figures and made.memory > chip.memory:  # the compiler has the topology's own chip in mind
+    return dataclasses.replace(made, fits=False, problem=f"Used {made.memory / 2**30:.2f}G of the chip's own memory")
+  return made
 
 
 def refused(topology: str, mesh: str, settings: Mapping[str, str], problem: str) -> Estimate:

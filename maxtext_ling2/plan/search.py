@@ -70,6 +70,7 @@ def ranked(
   settings: Mapping[str, str],
   rows: Sequence[str],
   named: str | None = None,
+  figures: Mapping[str, Any] | None = None,
 ) -> list[Candidate]:
   """Candidates whose arrays fit the chip, the fastest per token first.
 
@@ -80,13 +81,14 @@ def ranked(
     settings: further settings, as text, which win.
     rows: per_device_batch_size of the candidates.
     named: as for `planned_config`.
+    figures: as for `slice_of`.
 
   Raises:
     TopologyError: the topology is not known.
     ConfigError: MaxText refuses all candidates.
     ModelError: the settings describe another model.
   """
-  place = slice_of(topology)
+  place = slice_of(topology, figures)
   devices = place.devices * slices_of(settings)
   found, refused = [], None
   for mesh, cut in meshes.items():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from maxtext_ling2.checkpoint import model_yml, safetensors_file
 from maxtext_ling2.inference import saved_model
@@ -60,10 +59,10 @@ def convert(folder: Path, output: str, words: Sequence[str], console: Console) -
   arguments = [*shell.python_module(shell.TO_MAXTEXT), *given.all(added | settings.permission(added)), *missing]
   seconds = _run(arguments, place, "converting", console)
   items = Path(place, _STEP)
-  console.print(escape(f"checkpoint: {items} ({as_text(size(items))}, {duration(seconds)})"))
+  console.print(f"checkpoint: {items} ({as_text(size(items))}, {duration(seconds)})")
   same_dtype = not _has_flag(given, "--save_dtype")
   for title, text in _after_conversion(folder, items, settings, same_dtype):
-    console.print(f"{title}:\n  {escape(text)}")
+    console.print(f"{title}:\n  {text}")
   return 0
 
 
@@ -96,10 +95,10 @@ def export(checkpoint: str, folder: Path, words: Sequence[str], console: Console
   added = _named(settings) | settings.unless_given({**needed, **_ON_CPU})
   arguments = [*shell.python_module(shell.TO_HUGGING_FACE), *given.all(added | settings.permission(added))]
   seconds = _run(arguments, str(folder), "exporting", console)
-  console.print(escape(f"folder: {folder} ({as_text(size(folder))}, {duration(seconds)})"))
+  console.print(f"folder: {folder} ({as_text(size(folder))}, {duration(seconds)})")
   tokenizer = [] if any(folder.glob("tokenizer*")) else next_commands.tokenizer(settings) or _tiny_tokenizer()
   generate = next_commands.own("generate", folder, *tokenizer, "--prompt", next_commands.PROMPT)
-  console.print(f"let it write:\n  {escape(generate)}")
+  console.print(f"let it write:\n  {generate}")
   return 0
 
 
@@ -109,10 +108,10 @@ def _run(arguments: Sequence[str], output: str, title: str, console: Console) ->
   The log is beside the output, which must be empty or not exist.
   """
   variables = shell.environment("cpu")
-  console.print(f"{title} with\n\n{escape(shell.as_shell(arguments, variables))}\n")
+  console.print(f"{title} with\n\n{shell.as_shell(arguments, variables)}\n")
   path = Path(f"{Path(output).name if '://' in output else output.rstrip('/')}.log").resolve()
   path.parent.mkdir(parents=True, exist_ok=True)
-  console.print(escape(f"log: {path}"))
+  console.print(f"log: {path}")
   log, begin = Log(path), time.monotonic()
   with Shown(console, "starting MaxText", "MB", digits=1) as shown:
     ended = process.run(arguments, variables, path, lambda: _watch(log, shown, title), lambda: shown.say("stopping"))
@@ -149,7 +148,7 @@ def _write_yml(folder: Path, output: str, console: Console) -> Path:
     raise StockCommandError(f"{path}: exists and is another model's; delete it, or choose another folder than {output}")
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(text, encoding="utf-8")
-  console.print(escape(f"the model's YAML file, as by `{next_commands.own('config', folder, '-o', path)}`: {path}"))
+  console.print(f"the model's YAML file, as by `{next_commands.own('config', folder, '-o', path)}`: {path}")
   return path
 
 

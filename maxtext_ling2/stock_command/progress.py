@@ -5,9 +5,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
+from maxtext_ling2 import terminal
 from maxtext_ling2.stock_command.log import Log
 from maxtext_ling2.stock_command.metrics import MetricsFile
 
@@ -40,9 +40,9 @@ class Shown:
   def __init__(self, console: Console, waiting: str, unit: str, digits: int = 0):
     self.console, self.unit, self._digits = console, unit, digits
     columns = (
-      TextColumn("{task.description}"),
+      terminal.text_column("{task.description}"),
       BarColumn(bar_width=20),  # the whole fits 80 columns
-      TextColumn("{task.fields[text]}"),
+      terminal.text_column("{task.fields[text]}"),
       TimeElapsedColumn(),
     )
     self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -64,11 +64,11 @@ class Shown:
 
   def say(self, text: str) -> None:
     """Prints a line."""
-    self._bar.console.print(escape(text))
+    self._bar.console.print(text)
 
   def stage(self, text: str) -> None:
     """Changes what is done before the first count."""
-    self._bar.update(self._task, description=escape(text))
+    self._bar.update(self._task, description=text)
 
   def advance(self, count: float, total: float, text: str) -> None:
     """Shows a new count.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
 from maxtext_ling2.maxtext_api import overrides
@@ -46,13 +45,13 @@ def run(command: str, words: Sequence[str], dry_run: bool, console: Console) -> 
   files = _files(settings, added)
   arguments = [*shell.python_module(module), *settings.words.all(added)]
   variables = shell.environment(platform)
-  console.print(f"training on {platform} with\n\n{escape(shell.as_shell(arguments, variables))}\n")
+  console.print(f"training on {platform} with\n\n{shell.as_shell(arguments, variables)}\n")
   if dry_run:
     words = [*overrides.words(added), *settings.words.settings]
-    console.print(escape(check.describe(words, settings.yml, module, variables)))
+    console.print(check.describe(words, settings.yml, module, variables))
     return 0
   files.folder.mkdir(parents=True, exist_ok=True)
-  console.print(f"log: {escape(str(files.log))}")
+  console.print(f"log: {str(files.log)}")
   outcome = follow(arguments, variables, files, console)
   _report(command, settings, added, files, outcome, console)
   return outcome.ended.code
@@ -107,21 +106,21 @@ def _report(
   """Draws the losses and prints what came of a run; raises StockCommandError if it has failed."""
   if outcome.metrics.last is not None:
     _draw(settings, files, outcome)
-    console.print(escape(f"{learned(outcome)}\nplot: {files.plot}; metrics: {files.metrics}"))
+    console.print(f"{learned(outcome)}\nplot: {files.plot}; metrics: {files.metrics}")
   elif not outcome.ended.code:
     console.print(f"no step was left to train: this run has had its {files.steps} steps; add more, or another run_name")
   checkpoint = files.last_checkpoint()
   if checkpoint is not None:
-    console.print(escape(f"checkpoint: {checkpoint} ({as_text(size(checkpoint))})"))
+    console.print(f"checkpoint: {checkpoint} ({as_text(size(checkpoint))})")
   elif "://" in files.output:
-    console.print(escape(f"checkpoints: {files.checkpoints}"))
+    console.print(f"checkpoints: {files.checkpoints}")
   ended = outcome.ended
   if ended.code and not ended.signals:
     raise StockCommandError(f"training has failed with exit code {ended.code}: {outcome.log.reason()}", ended.code)
   if ended.code and not outcome.log.says_stopped:
     console.print("stopped before its first step had ended: this run has saved nothing")
   for title, text in next_commands.after_training(command, settings, added, files, checkpoint, bool(ended.code)):
-    console.print(f"{title}:\n  {escape(text)}")
+    console.print(f"{title}:\n  {text}")
 
 
 def _draw(settings: Settings, files: Run, outcome: Outcome) -> None:

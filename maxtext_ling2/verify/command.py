@@ -13,7 +13,7 @@ from rich.table import Table
 
 from maxtext_ling2.checkpoint import hf_config, model_yml, safetensors_file
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
-from maxtext_ling2.errors import Ling2Error
+from maxtext_ling2.errors import OptionError
 from maxtext_ling2.maxtext_api import session
 from maxtext_ling2.maxtext_api.mesh import MeshSpec
 from maxtext_ling2.verify import comparison, model, tensors
@@ -27,13 +27,9 @@ Array = NDArray[Any]
 _ROUTER_BIAS = "expert_bias"
 
 
-class OptionError(Ling2Error, ValueError):
-  """Options of the command contradict each other, or have nothing to work on."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """The arguments of the command; cli.py documents the options.
+  """The arguments of the command; cli/checkpoints.py documents the options.
 
   Attributes:
     folder: the Hugging Face folder.
@@ -108,7 +104,7 @@ def run(console: Console, request: Request) -> bool:
   else:
     assert request.reference is not None  # `check` has seen to it
     passed = _reference(console, request, Recording.read(request.reference), mesh)
-  console.print("[green]PASS[/]" if passed else "[red]FAIL[/]")
+  console.print("PASS", style="green") if passed else console.print("FAIL", style="red")
   return passed
 
 

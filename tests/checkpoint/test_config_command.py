@@ -35,7 +35,8 @@ def test_maxtext_loads_what_it_prints(tmp_path, case):
   printed = RUNNER.invoke(app, ["config", str(folder)])
   assert printed.exit_code == 0
   written = RUNNER.invoke(app, ["config", str(folder), "-o", str(tmp_path / "model.yml")])
-  assert (written.exit_code, written.output) == (0, "")
+  assert (written.exit_code, written.stdout) == (0, "")
+  assert written.stderr.startswith(f"wrote {tmp_path / 'model.yml'}, the settings of {folder}; MaxText takes it")
   assert (tmp_path / "model.yml").read_text() == printed.stdout
   config = load(tmp_path / "model.yml")
   for field, value in hf_config.to_maxtext(hf_config.read(folder)).items():
@@ -74,3 +75,13 @@ def test_other_models_are_refused_by_name(tmp_path, changes, words):
 def test_no_folder(tmp_path):
   found = RUNNER.invoke(app, ["config", str(tmp_path / "gone")])
   assert found.exit_code == 1 and "no such file" in found.stderr
+
+
+def test_a_file_is_replaced_only_with_force(tmp_path):
+  yml, folder = tmp_path / "my.yml", str(folders.GOLDEN / "one_cycle")
+  yml.write_text("mine")
+  refused = RUNNER.invoke(app, ["config", folder, "-o", str(yml)])
+  assert (refused.exit_code, yml.read_text()) == (1, "mine")
+  assert refused.stderr == f"error: -o {yml}: exists already; pass --force to replace it, or name another file\n"
+  assert RUNNER.invoke(app, ["config", folder, "-o", str(yml), "--force"]).exit_code == 0
+  assert "model_name" in yml.read_text()

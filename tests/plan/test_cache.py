@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from maxtext_ling2 import kept
 from maxtext_ling2.host.compile_step import compile_step
 from maxtext_ling2.plan import cache, command
 from maxtext_ling2.plan.bounds import Part
@@ -163,15 +164,15 @@ def test_a_digest_of_files(tmp_path):
   for name in ("a.py", "inner/b.py", "notes.txt"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(name)
-  seen = [cache.digest_of(tmp_path, (".py",))]
+  seen = [kept.digest_of(tmp_path, (".py",))]
   (tmp_path / "notes.txt").write_text("other notes")
-  assert cache.digest_of(tmp_path, (".py",)) == seen[0]
+  assert kept.digest_of(tmp_path, (".py",)) == seen[0]
   (tmp_path / "inner" / "b.py").write_text("changed")
-  seen.append(cache.digest_of(tmp_path, (".py",)))
+  seen.append(kept.digest_of(tmp_path, (".py",)))
   (tmp_path / "a.py").rename(tmp_path / "c.py")
-  seen.append(cache.digest_of(tmp_path, (".py",)))
+  seen.append(kept.digest_of(tmp_path, (".py",)))
   (tmp_path / "d.py").touch()
-  seen.append(cache.digest_of(tmp_path, (".py",)))
+  seen.append(kept.digest_of(tmp_path, (".py",)))
   assert len(set(seen)) == 4
 
 

@@ -38,7 +38,7 @@ def made(monkeypatch, unread):
   """What is compiled: [(topology, mesh, settings)]; v5e does not fit, v5p has fewer devices for the same step."""
   calls = []
 
-  def make(yml, topology, mesh, settings):
+  def make(yml, topology, mesh, settings, figures):
     calls.append((topology, mesh, settings))
     return option(topology, mesh, fits=topology != "v5e-8", devices=4 if topology == "v5p-8" else 8)
 
@@ -139,7 +139,7 @@ def test_search(made, tmp_path, monkeypatch):
   """The topology's recipe, then the best by arithmetic until two fit."""
   ranked = [Candidate(mesh, "4", 0.1, GIB, 1e-6) for mesh in ("expert=16", "", "expert=8", "tensor=4")]
   monkeypatch.setattr(search, "ranked", lambda *_: ranked)
-  monkeypatch.setattr(command, "estimate", lambda yml, topology, mesh, words: option(topology, mesh, "16" not in mesh))
+  monkeypatch.setattr(command, "estimate", lambda yml, topology, mesh, *_: option(topology, mesh, "16" not in mesh))
   _, text, found = run(tmp_path, ["v5p-64"], search=True)
   assert [(one["mesh"], one["fits"]) for one in found["options"]] == [
     ("recipe ling2-v5p-64", True),
@@ -168,7 +168,7 @@ def test_what_the_compiler_cannot_make(tmp_path, monkeypatch, unread):
 def test_one_refused_mesh_does_not_lose_the_others(tmp_path, monkeypatch, unread):
   """Named in its row; alone it is an error."""
 
-  def make(yml, topology, mesh, settings):
+  def make(yml, topology, mesh, settings, figures):
     if mesh == "expert=8":
       raise ConfigError("MaxText refuses this configuration: Failed to find assignment")
     return option(topology, mesh, True)

@@ -1,13 +1,14 @@
 """The commands `train`, `sft`, `convert` and `export` of `maxtext-ling2`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from maxtext_ling2.errors import describe
+from maxtext_ling2 import terminal
+from maxtext_ling2.cli.app import App
 
 _WORDS = typer.Argument(metavar="SETTINGS", help="As for MaxText's trainer: a base YAML file, KEY=VALUE.")
 _CONVERSION_WORDS = typer.Argument(
@@ -15,15 +16,14 @@ _CONVERSION_WORDS = typer.Argument(
 )
 _FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _DRY_RUN = typer.Option("--dry-run", help="Print the command and check the settings; train nothing.")
-_EXAMPLE = "Example: maxtext-ling2 {} model_name=ling2-tiny "
 
 
-def register(app: typer.Typer) -> None:
-  """Adds the commands to an application."""
-  app.command(epilog=_EXAMPLE.format("train") + "dataset_type=synthetic steps=5")(train)
-  app.command(epilog="Example: maxtext-ling2 sft tune.yml run_name=chats steps=100")(sft)
-  app.command(epilog="Example: maxtext-ling2 convert HF_DIR OUT scan_layers=true", context_settings=_FLAGS)(convert)
-  app.command(epilog="Example: maxtext-ling2 export OUT/0/items HF_DIR model_name=ling2", context_settings=_FLAGS)(export)
+def register(app: App) -> None:
+  """Adds the commands."""
+  app.add(train, "maxtext-ling2 train model_name=ling2-tiny dataset_type=synthetic steps=5")
+  app.add(sft, "maxtext-ling2 sft tune.yml run_name=chats steps=100")
+  app.add(convert, "maxtext-ling2 convert HF_DIR OUT scan_layers=true", context_settings=_FLAGS)
+  app.add(export, "maxtext-ling2 export OUT/0/items HF_DIR model_name=ling2", context_settings=_FLAGS)
 
 
 def convert(
@@ -81,26 +81,17 @@ def _train(command: str, words: list[str] | None, dry_run: bool) -> None:
 
 def _started(command: str, what: str) -> Console:
   """Prints a first line: importing what follows, and finding the devices, take seconds."""
-  console = Console(soft_wrap=True, highlight=False, emoji=False)
+  console = terminal.console()
   console.print(f"maxtext-ling2 {command}: {what} ...")
   return console
 
 
-def _guarded(work: Any) -> int:
-  """The exit code of some work; an error of ours, or of the operating system, is printed in place of a traceback."""
+def _guarded(work: Callable[[], int]) -> int:
+  """The exit code of some work; an error that has MaxText's own exit code is printed here, others by `app.Command`."""
   from maxtext_ling2.stock_command.errors import StockCommandError
 
   try:
-    return int(work())
+    return work()
   except StockCommandError as error:
-    _print_error(str(error))
+    terminal.print_error(str(error))
     return error.code
-  except (ValueError, OSError) as error:
-    _print_error(describe(error) if isinstance(error, OSError) else str(error))
-    return 1
-  except KeyboardInterrupt:
-    return 130
-
-
-def _print_error(text: str) -> None:
-  Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"[red]error:[/] {escape(text)}")

@@ -5,12 +5,14 @@ import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from maxtext_ling2 import discovery, plugin, startup
 from maxtext_ling2.configs.fields import FIELDS
 from maxtext_ling2.configs.validation import CUSTOM_MODEL
+from maxtext_ling2.doctor import last_check
+from maxtext_ling2.errors import INSTALL
 from maxtext_ling2.host.contract import HINT, Violation
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.maxtext_api import contract as library_contract
@@ -42,7 +44,8 @@ class Diagnosis:
     versions: distribution -> version, None where it is not installed; "tested maxtext" lists what was tested.
     start: how the plugin came into this process, and every entry point of the group.
     environment: the variables that matter, as they are set.
-    seams: name, module, state and violations of each seam.
+    seams: name, module, state and violations of each seam; empty, as models and fields, where `checked` is set.
+    checked: the day of an earlier check of seams, fields and models, since which nothing installed has changed.
     models: model name -> problem with its configuration, None if it is fine.
     fields: field name -> who defines it.
     backends: JAX's platform and devices, and the implementations of linear attention.
@@ -54,6 +57,7 @@ class Diagnosis:
   start: dict[str, Any]
   environment: dict[str, str | None]
   seams: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  checked: str | None = None
   models: dict[str, str | None] = dataclasses.field(default_factory=dict)
   fields: dict[str, str] = dataclasses.field(default_factory=dict)
   backends: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -70,8 +74,12 @@ class Diagnosis:
     return {"ok": self.ok, **dataclasses.asdict(self)}
 
 
-def diagnose() -> Diagnosis:
-  """Looks at everything a LING2 run needs; imports MaxText, trains nothing, writes nothing."""
+def diagnose(*, again: bool = True) -> Diagnosis:
+  """Looks at everything a LING2 run needs; imports MaxText, trains nothing.
+
+  Args:
+    again: check seams, fields and models also where an earlier check found them fine and nothing installed has changed.
+  """
   found = Diagnosis(_versions(), {"found_by": startup.found_by}, {name: os.environ.get(name) for name in _VARIABLES})
   if startup.disabled():
     found.faults.append(
@@ -82,8 +90,9 @@ def diagnose() -> Diagnosis:
     return found
   os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
   # Where the plugin was not loaded, that is the fault; missing fields and models would only repeat it.
-  details = (_fields, _models) if plugin.REGISTRY.installed else ()
-  for step in (_start, _seams, *details, _backends):
+  installed_parts = (_seams, _fields, _models) if plugin.REGISTRY.installed else (_seams,)
+  found.checked = None if again else last_check.read()
+  for step in (_start, *(() if found.checked else installed_parts), _backends):
     try:
       step(found)
     except Exception as error:
@@ -92,6 +101,8 @@ def diagnose() -> Diagnosis:
           f"{step.__name__.strip('_')}: {type(error).__name__}: {error}", "repair what the text names, then run again"
         )
       )
+  if found.seams and not any(seam["breaches"] for seam in found.seams) and found.ok:
+    last_check.write()
   return found
 
 
@@ -114,8 +125,7 @@ def _maxtext_imports(found: Diagnosis) -> bool:
   try:
     import maxtext.configs.pyconfig  # noqa: F401  the configuration, hence jax, pydantic and omegaconf
   except ImportError as error:
-    remedy = "install the plugin with MaxText's dependencies: pip install 'maxtext-ling2[tpu]' (or [cuda12])"
-    found.faults.append(Issue(f"MaxText does not import: {error}", remedy))
+    found.faults.append(Issue(f"MaxText does not import: {error}", INSTALL))
     return False
   return True
 
@@ -220,23 +230,3 @@ def _backends(found: Diagnosis) -> None:
     "devices": [str(device) for device in jax.devices()],
     "gla": list(api.backends()),
   }
-
-
-def lines(found: Diagnosis) -> Iterator[str]:
-  """The diagnosis for people, as rich markup."""
-  yield "[bold]versions[/]   " + ", ".join(f"{name} {value or 'not installed'}" for name, value in found.versions.items())
-  yield f"[bold]start-up[/]   found by: {found.start['found_by'] or 'none'}"
-  for record in found.start.get("plugins", ()):
-    yield f"             plugin {record['name']}: {record['state']} ({record['distribution']} {record['version']})"
-  set_variables = [f"{name}={value}" for name, value in found.environment.items() if value is not None]
-  yield "[bold]environment[/] " + (", ".join(set_variables) or "nothing set")
-  for seam in found.seams:
-    yield f"[bold]seam[/]        {seam['name']}: {seam['state']}"
-  for name, problem in found.models.items():
-    yield f"[bold]model[/]       {name}: {problem or 'fine'}"
-  if found.backends:
-    yield f"[bold]backend[/]     {found.backends['platform']}, {len(found.backends['devices'])} device(s)"
-  for kind, findings in (("[red]fault[/]", found.faults), ("[yellow]note[/] ", found.notes)):
-    for finding in findings:
-      yield f"{kind}       {finding.what}\n             remedy: {finding.remedy}"
-  yield "[green]A LING2 run would work.[/]" if found.ok else "[red]A LING2 run would not work.[/]"
