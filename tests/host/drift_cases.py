@@ -40,7 +40,7 @@ USES = {
   "chats of hf": CHATS,
   "errors in chats": CHATS,
   "stop": {},
-  "checkpoint report": {},
+  "checkpoint report": {"enable_diloco": False},
   "eval metrics": {"eval_interval": 1, "eval_steps": 1},
   "metrics file": {"metrics_file": "/nowhere/metrics.jsonl", "eval_interval": 1, "eval_steps": 1},
   "MFU": {},

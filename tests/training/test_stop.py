@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ import stop_runs
 from stock_runs import arguments, checkpoint, metrics, write_documents
 from stop_runs import a_run, results
 
+from maxtext_ling2.host.seams import stop
 from maxtext_ling2.training import checkpoint_report
+from maxtext_ling2.training.stop_signals import StopSignals
 
 MODEL = {"base_num_decoder_layers": 3, "scan_layers": False}
 STEPS = 7
@@ -150,3 +153,77 @@ def test_the_size_said_beforehand_is_that_of_the_arrays(in_a_terminal, folder):
     "one is written every 1000 steps, and one at the end; all are kept (max_num_checkpoints_to_keep is not set): "
     f"100 with {checkpoint_report.readable(100 * size)} at the end; in {folder}/terminal/checkpoints/"
   )
+
+
+@pytest.mark.slow
+def test_control_c_before_the_first_step_is_one_line(folder, settings):
+  process = as_in_a_terminal(arguments(folder, "early", "early", 100_000, **settings))
+  for line in process.stdout:
+    if "LING2: a checkpoint has" in line:  # the step is compiled next
+      break
+  os.killpg(process.pid, signal.SIGINT)
+  output, _ = process.communicate()
+  assert process.returncode == 130, output[-5000:]
+  where = f"earlier ones of this run, if any, are in {folder}/early/checkpoints/"
+  assert f"\nmaxtext-ling2: ended by SIGINT without a checkpoint; {where}\n" in output
+  assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_step_0_is_saved_too(runs, folder, settings):
+  """MaxText saves nothing there; its own checkpoints begin with save_checkpoint_on_start, or at the end."""
+  argv = arguments(folder, "first", "first", STEPS, **settings)
+  (stopped, printed), (continued, _) = ended(stop_runs.start(folder, a_run(argv, "SIGINT", 0), a_run(argv)))
+  assert (stopped, continued) == (130, 0)
+  assert f"after step 0; checkpoint {folder}/first/checkpoints/0; the same" in last_line(printed)
+  assert records(folder, "first") == records(folder, "straight")
+
+
+@pytest.mark.slow
+def test_a_multiple_of_the_period_and_the_last_step(folder, settings):
+  """The first is saved once; in the last step there is nothing to stop, and MaxText saves by itself."""
+  argv = arguments(folder, "often", "often", 4, **settings | {"checkpoint_period": 2})
+  (stopped, printed), (completed, output) = ended(
+    stop_runs.start(folder, a_run(argv, "SIGTERM", 2), a_run(argv, "SIGINT", 0))
+  )
+  assert (stopped, completed) == (143, 0)
+  assert f"after step 2; checkpoint {folder}/often/checkpoints/2; the same" in last_line(printed)
+  assert "maxtext-ling2: SIGINT: the run stops after this step" in output and "stopped by" not in output
+  assert sorted(int(path.name) for path in (folder / "often" / "checkpoints").iterdir()) == [2, 3]
+
+
+@pytest.mark.slow
+def test_native_fine_tuning_stops_and_goes_on(folder):
+  module, settings = "maxtext.trainers.post_train.sft.train_sft_native", {"dataset_type": "synthetic", **MODEL}
+  argv = arguments(folder, "tuned", "tuned", STEPS, **settings)
+  whole = [module, *arguments(folder, "whole", "whole", STEPS, **settings)]
+  process = stop_runs.start(folder, a_run([module, *argv], "SIGINT", 3), a_run([module, *argv]), a_run(whole))
+  (stopped, printed), (continued, _), (straight, _) = ended(process)
+  assert (stopped, continued, straight) == (130, 0, 0)
+  assert f"after step 3; checkpoint {folder}/tuned/checkpoints/3; the same command goes on" in last_line(printed)
+  assert metrics(folder, "tuned") == metrics(folder, "whole")
+
+
+RUN = {
+  "run_name": "a",
+  "model_name": "ling2-tiny",
+  "checkpoint_dir": "/runs/a/checkpoints/",
+  "dataset_type": "grain",
+}
+BEGIN = "maxtext-ling2: stopped by SIGTERM after step 7; checkpoint /runs/a/checkpoints/7; the same command"
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({}, "goes on from there"),
+    ({"run_name": "ling2-tiny_2026-11-27-03-12"}, "with run_name=ling2-tiny_2026-11-27-03-12 goes on from there"),
+    (
+      {"dataset_type": "hf"},
+      "goes on from there, but with the data from its beginning: dataset_type=hf keeps no position",
+    ),
+  ],
+)
+def test_how_to_go_on(changes, text):
+  run = stop._Run(StopSignals(), stopped_after=7, saved=True)
+  assert stop._last_line(types.SimpleNamespace(**RUN | changes), run) == f"{BEGIN} {text}"

@@ -28,7 +28,7 @@ class MetricsFileSeam(Seam):
   expectations = expect(
     _LOGGER,
     "MetricLogger.write_metrics_locally(metrics, step)",
-    "MetricLogger(config, learning_rate_schedule, start_step)",
+    "MetricLogger.__init__(config, learning_rate_schedule, start_step)",
     "_prepare_metrics_for_json(metrics, step, run_name)",
   )
 
