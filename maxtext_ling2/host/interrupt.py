@@ -13,15 +13,15 @@ class _OneLine:
 
   def __init__(self, config: Any):
     self._before = sys.excepthook
-    self._line = f"maxtext-ling2: ended by {SIGNALS[0].name} without a checkpoint" + (
-      f"; earlier ones of this run, if any, are in {config.checkpoint_dir}" if config.enable_checkpointing else ""
-    )
+    self._config = config
 
   def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
       self._before(kind, error, traceback)
       return
-    print(self._line, file=sys.stderr)
+    folder = self._config.checkpoint_dir if self._config.enable_checkpointing else None
+    earlier = f"; earlier ones of this run, if any, are in {folder}" if folder else ""
+    print(f"maxtext-ling2: ended by {SIGNALS[0].name} without a checkpoint{earlier}", file=sys.stderr)
     raise SystemExit(exit_code(SIGNALS[0]))
 
 
@@ -29,7 +29,7 @@ def say_in_one_line(config: Any) -> None:
   """Lets a KeyboardInterrupt that ends this process be one line and exit code 130. Idempotent.
 
   Args:
-    config: MaxText config of the LING2 run that a trainer begins.
+    config: MaxText config of the LING2 run that a trainer begins; it may still lack what MaxText derives.
   """
   if threading.current_thread() is threading.main_thread() and not isinstance(sys.excepthook, _OneLine):
     sys.excepthook = _OneLine(config)

@@ -20,8 +20,9 @@ def start(folder, *runs):
   return start_script(folder, *runs, script=__file__)
 
 
-def a_run(argv, name=None, step=None):
-  return {"argv": argv, "signal": name, "step": step}
+def a_run(argv, name=None, step=None, no_data=False):
+  """The command line of a run, which signal comes in which of its steps, and whether there are no data from then on."""
+  return {"argv": argv, "signal": name, "step": step, "no_data": no_data}
 
 
 def results(output):
@@ -31,7 +32,7 @@ def results(output):
   return list(zip(codes, parts, strict=True))
 
 
-def _send_within(name, step):
+def _send_within(name, step, no_data):
   """Lets this process send itself a signal as it loads the data of one step; returns what takes that back."""
   from maxtext.common.data_loader import DataLoader
 
@@ -40,6 +41,8 @@ def _send_within(name, step):
   def load_next_batch(self, *args, **kwargs):
     if len(loaded) == step:
       os.kill(os.getpid(), signal.Signals[name])
+      if no_data:
+        self.data_iterator = iter(())
     loaded.append(None)
     return original(self, *args, **kwargs)
 
@@ -66,7 +69,7 @@ def _main(runs):
       run["argv"] if run["argv"][0].startswith("maxtext.") else ["maxtext.trainers.pre_train.train", *run["argv"]]
     )
     trainer, code = importlib.import_module(module), 0
-    take_back = _send_within(run["signal"], run["step"]) if run["signal"] else lambda: None
+    take_back = _send_within(run["signal"], run["step"], run["no_data"]) if run["signal"] else lambda: None
     try:
       trainer.main(["train", *words])
     except SystemExit as end:

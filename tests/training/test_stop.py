@@ -46,15 +46,9 @@ def ended(process):
 @pytest.fixture(scope="module")
 def runs(folder, settings):
   """{name: (exit code, what was printed)}"""
-  straight, parts, unsaved = (
-    arguments(folder, name, name, STEPS, **settings | more)
-    for name, more in (("straight", {}), ("parts", {}), ("unsaved", {"enable_checkpointing": False}))
-  )
-  names = ("straight", "stopped", "continued", "unsaved")
-  process = stop_runs.start(
-    folder, a_run(straight), a_run(parts, "SIGTERM", 4), a_run(parts), a_run(unsaved, "SIGINT", 1)
-  )
-  return dict(zip(names, ended(process), strict=True))
+  straight, parts = (arguments(folder, name, name, STEPS, **settings) for name in ("straight", "parts"))
+  process = stop_runs.start(folder, a_run(straight), a_run(parts, "SIGTERM", 4), a_run(parts))
+  return dict(zip(("straight", "stopped", "continued"), ended(process), strict=True))
 
 
 def last_line(printed):
@@ -94,8 +88,10 @@ def test_the_same_command_goes_on_to_the_bit(runs, folder):
     np.testing.assert_array_equal(parts[path], value, err_msg=path)
 
 
-def test_without_checkpoints_it_says_that_nothing_was_saved(runs, folder):
-  code, printed = runs["unsaved"]
+@pytest.mark.slow
+def test_without_checkpoints_it_says_that_nothing_was_saved(folder, settings):
+  argv = arguments(folder, "unsaved", "unsaved", STEPS, **settings | {"enable_checkpointing": False})
+  ((code, printed),) = ended(stop_runs.start(folder, a_run(argv, "SIGINT", 1)))
   assert code == 128 + signal.SIGINT
   assert last_line(printed) == (
     "maxtext-ling2: stopped by SIGINT after step 1; nothing was saved: enable_checkpointing=false"
@@ -182,14 +178,18 @@ def test_step_0_is_saved_too(runs, folder, settings):
 @pytest.mark.slow
 def test_a_multiple_of_the_period_and_the_last_step(folder, settings):
   """The first is saved once; in the last step there is nothing to stop, and MaxText saves by itself."""
-  argv = arguments(folder, "often", "often", 4, **settings | {"checkpoint_period": 2})
-  (stopped, printed), (completed, output) = ended(
-    stop_runs.start(folder, a_run(argv, "SIGTERM", 2), a_run(argv, "SIGINT", 0))
+  argv = arguments(folder, "often", "often", 5, **settings | {"checkpoint_period": 2})
+  process = stop_runs.start(
+    folder, a_run(argv, "SIGTERM", 2), a_run(argv, "SIGTERM", 1, no_data=True), a_run(argv, "SIGINT", 1)
   )
-  assert (stopped, completed) == (143, 0)
+  (stopped, printed), (without_data, nothing), (completed, output) = ended(process)
+  assert (stopped, without_data, completed) == (143, 143, 0)
   assert f"after step 2; checkpoint {folder}/often/checkpoints/2; the same" in last_line(printed)
+  assert last_line(nothing) == (
+    "maxtext-ling2: stopped by SIGTERM after step 3; nothing was saved: there was no data for the next step"
+  )
   assert "maxtext-ling2: SIGINT: the run stops after this step" in output and "stopped by" not in output
-  assert sorted(int(path.name) for path in (folder / "often" / "checkpoints").iterdir()) == [2, 3]
+  assert sorted(int(path.name) for path in (folder / "often" / "checkpoints").iterdir()) == [2, 4]
 
 
 @pytest.mark.slow
@@ -225,5 +225,5 @@ BEGIN = "maxtext-ling2: stopped by SIGTERM after step 7; checkpoint /runs/a/chec
   ],
 )
 def test_how_to_go_on(changes, text):
-  run = stop._Run(StopSignals(), stopped_after=7, saved=True)
+  run = stop._Run(StopSignals(), finished=7, stopped_after=7, saved=True)
   assert stop._last_line(types.SimpleNamespace(**RUN | changes), run) == f"{BEGIN} {text}"

@@ -33,11 +33,13 @@ class _Run:
 
   Attributes:
     signals: which it takes; it takes none in a run of several processes.
+    finished: the last step that was computed; None: none so far.
     stopped_after: the step after which it stops; None: nobody asked.
     saved: whether that step has a checkpoint.
   """
 
   signals: StopSignals
+  finished: int | None = None
   stopped_after: int | None = None
   saved: bool = False
 
@@ -96,9 +98,12 @@ class StopSeam(Seam):
     from maxtext.common import checkpointing
 
     run, config, manager, step = self._run, call.config, call["checkpoint_manager"], call.get("step", None)
-    if run is None or step is None or step + 1 >= config.steps or not _is_asked(run, manager, step):
+    if run is None or step is None:
+      return call.original()
+    run.finished = int(step)
+    if step + 1 >= config.steps or not _is_asked(run, manager, step):
       return call.original()  # behind the last step MaxText ends, and saves, by itself
-    run.stopped_after = int(step)
+    run.stopped_after = run.finished
     if manager is None:
       return None
     checkpointing.wait_until_finished(manager)
@@ -113,7 +118,7 @@ class StopSeam(Seam):
 
     result, run = call.original(), self._run
     if run is not None and run.stopped_after is not None and call.get("is_training", True):
-      raise exceptions.StopTraining(f"{run.signal.name} after step {run.stopped_after}.")
+      raise exceptions.StopTraining(f"{run.signal.name} after step {run.finished}.")
     return result
 
   def _end(self, call: Call) -> Any:
@@ -121,7 +126,8 @@ class StopSeam(Seam):
     if run is None:
       return result
     run.signals.restore()
-    if run.stopped_after is None:
+    failed = sys.exc_info()[0] is not None  # MaxText's function is called whatever happened; an error says more
+    if failed or not _was_cut_short(run, call.config):
       return result
     print(_last_line(call.config, run), file=sys.stderr, flush=True)
     raise SystemExit(exit_code(run.signal))
@@ -136,12 +142,21 @@ def _is_asked(run: _Run, manager: Any, step: Any) -> bool:
   return manager is not None and checkpointing.reached_preemption(manager, step)
 
 
+def _was_cut_short(run: _Run, config: Any) -> bool:
+  """Whether a signal came and steps are missing: the run stopped for it, or the signal has ended a data worker, too."""
+  if run.stopped_after is not None:
+    return True
+  return run.signals.requested is not None and (run.finished is None or run.finished + 1 < config.steps)
+
+
 def _last_line(config: Any, run: _Run) -> str:
   """What stopped the run, where its checkpoint is, and how it goes on; the begin is fixed, programs look for it."""
-  text = f"maxtext-ling2: stopped by {run.signal.name} after step {run.stopped_after}"
+  text = f"maxtext-ling2: stopped by {run.signal.name} after step {run.finished}"
+  if run.stopped_after is None:
+    return f"{text}; nothing was saved: there was no data for the next step"
   if not run.saved:
     return f"{text}; nothing was saved: enable_checkpointing=false"
-  checkpoint = os.path.join(config.checkpoint_dir, str(run.stopped_after))
+  checkpoint = os.path.join(config.checkpoint_dir, str(run.finished))
   text += f"; checkpoint {checkpoint}; the same command {_name_to_add(config)}goes on from there"
   if config.dataset_type in _RESUMES_DATA:
     return text
