@@ -161,7 +161,7 @@ def test_control_c_before_the_first_step_is_one_line(folder, settings):
   output, _ = process.communicate()
   assert process.returncode == 130, output[-5000:]
   where = f"earlier ones of this run, if any, are in {folder}/early/checkpoints/"
-  assert f"\nmaxtext-ling2: ended by SIGINT without a checkpoint; {where}\n" in output
+  assert f"maxtext-ling2: ended by SIGINT without a checkpoint; {where}\n" in output
   assert "Traceback" not in output
 
 

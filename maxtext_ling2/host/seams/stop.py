@@ -151,7 +151,8 @@ def _was_cut_short(run: _Run, config: Any) -> bool:
 
 def _last_line(config: Any, run: _Run) -> str:
   """What stopped the run, where its checkpoint is, and how it goes on; the begin is fixed, programs look for it."""
-  text = f"maxtext-ling2: stopped by {run.signal.name} after step {run.finished}"
+  where = "before the first step" if run.finished is None else f"after step {run.finished}"
+  text = f"maxtext-ling2: stopped by {run.signal.name} {where}"
   if run.stopped_after is None:
     return f"{text}; nothing was saved: there was no data for the next step"
   if not run.saved:
