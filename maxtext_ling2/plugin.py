@@ -9,9 +9,11 @@ from typing import Any
 
 from maxtext_ling2.configs import post_training
 from maxtext_ling2.configs.validation import DECODER_BLOCK
+from maxtext_ling2.host.interrupt import say_in_one_line
 from maxtext_ling2.host.lazy import Lazy
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seams.chats import ChatErrorsSeam, GrainChatsSeam, HfChatsSeam
+from maxtext_ling2.host.seams.checkpoint_report import CheckpointReportSeam
 from maxtext_ling2.host.seams.compiler_options import CompilerOptionsSeam
 from maxtext_ling2.host.seams.config_fields import ConfigFieldsSeam
 from maxtext_ling2.host.seams.decoder_block import DecoderBlockSeam
@@ -22,6 +24,7 @@ from maxtext_ling2.host.seams.flops import FlopsSeam
 from maxtext_ling2.host.seams.former_names import FormerNamesErrorSeam, FormerNamesSeam
 from maxtext_ling2.host.seams.hf_tables import HfTablesSeam
 from maxtext_ling2.host.seams.lora import LoraSeam
+from maxtext_ling2.host.seams.metrics_file import MetricsFileSeam
 from maxtext_ling2.host.seams.mfu import MfuSeam
 from maxtext_ling2.host.seams.mmap_documents import MmapDocumentsSeam
 from maxtext_ling2.host.seams.mmap_pipeline import MmapPipelineSeam
@@ -33,6 +36,7 @@ from maxtext_ling2.host.seams.quantization_rules import QuantizationRulesSeam
 from maxtext_ling2.host.seams.result_tokens import ResultTokensSeam
 from maxtext_ling2.host.seams.shared_expert import SharedExpertSeam
 from maxtext_ling2.host.seams.stacked_axes import StackedAxesSeam
+from maxtext_ling2.host.seams.stop import StopSeam
 from maxtext_ling2.host.seams.to_huggingface import ToHuggingFaceSeam
 from maxtext_ling2.host.seams.to_maxtext import ToMaxTextSeam
 from maxtext_ling2.host.seams.train_step import TrainStepSeam
@@ -64,7 +68,10 @@ REGISTRY: Registry = Registry(
     GrainChatsSeam(),
     HfChatsSeam(),
     ChatErrorsSeam(),
+    StopSeam(),
+    CheckpointReportSeam(),
     EvalMetricsSeam(),
+    MetricsFileSeam(),
     MfuSeam(Lazy("maxtext_ling2.plan.chips:peak_flops")),
     ModelClassesSeam(Lazy("maxtext_ling2.model.decoder:Ling2Decoder"), Lazy("maxtext_ling2.model.mtp:mtp_block")),
     QuantizationRulesSeam(),
@@ -92,7 +99,10 @@ REGISTRY: Registry = Registry(
 def _on_config(config: Any) -> None:
   """What is asked of a LING2 config that keeps LING2's rules: that its seams are there and its trainer can do it."""
   REGISTRY.require_for(config)
-  post_training.check(config, running_trainer())
+  trainer = running_trainer()
+  post_training.check(config, trainer)
+  if trainer is not None:
+    say_in_one_line(config)
 
 
 def register() -> None:

@@ -57,12 +57,12 @@ def arguments(folder, name, metrics, steps, **settings):
   return [str(maxtext_folder() / "configs" / "base.yml"), *words]
 
 
-def start(folder, *runs, **variables):
+def start(folder, *runs, script=__file__, **variables):
   """Starts a process that does the runs, with these environment variables on top."""
   file = folder / f"runs_{len(list(folder.glob('runs_*')))}.json"
   file.write_text(json.dumps(runs))
   environment = os.environ | variables | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-  command = [sys.executable, __file__, str(file)]
+  command = [sys.executable, script, str(file)]
   return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

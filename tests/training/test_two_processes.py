@@ -102,3 +102,25 @@ def test_one_is_killed(tmp_path):
   last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
   run(tmp_path, arguments(tmp_path, "killed", "revived", last + 3, **SETTINGS), **devices(8))
   assert sorted(metrics(tmp_path, "revived")) == [last + 1, last + 2]
+
+
+@pytest.mark.slow
+def test_a_preemption_notice_to_one_stops_both_after_the_same_step_with_a_checkpoint(tmp_path):
+  """JAX's preemption service takes SIGTERM; MaxText's loop would end without a checkpoint."""
+  processes = start_two(tmp_path, "stopped", 100000)
+  file = tmp_path / "stopped_0.jsonl"
+  waited = 0.0
+  while not (file.exists() and file.read_text().count("\n") > 2):
+    assert processes[0].poll() is None, processes[0].communicate()[0][-5000:]
+    assert waited < DEADLINE
+    waited += 0.2
+    time.sleep(0.2)
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+  assert [process.returncode for process in processes] == [143, 143], outputs[1][-5000:]
+  last = max(metrics(tmp_path, "stopped_0"))
+  where = tmp_path / "stopped" / "checkpoints" / str(last)
+  text = f"maxtext-ling2: stopped by SIGTERM after step {last}; checkpoint {where}; the same command goes on from there\n"
+  assert all(text in output for output in outputs)
+  run(tmp_path, arguments(tmp_path, "stopped", "revived", last + 3, **SETTINGS), **devices(8))
+  assert sorted(metrics(tmp_path, "revived")) == [last + 1, last + 2]
