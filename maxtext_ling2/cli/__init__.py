@@ -10,9 +10,8 @@ from typing import Annotated
 
 import typer
 
-from maxtext_ling2.cli import checkpoints, data, environment, inference, planning, training
+from maxtext_ling2.cli import checkpoints, data, environment, inference, planning, stock_commands, training
 from maxtext_ling2.cli.app import App
-from maxtext_ling2.stock_command import commands as stock_commands
 
 app = App()
 

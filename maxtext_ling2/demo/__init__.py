@@ -61,7 +61,7 @@ def run(output_directory: Path, steps: int | None = None, model_name: str = MODE
 
 def _run(output_directory: Path, steps: int, model_name: str, console: Console) -> None:
   dataset = data.prepare(output_directory.resolve() / "data")
-  console.print(f"text: {dataset.documents} documents, {dataset.tokens:,} tokens in {dataset.prefix}.bin")
+  console.print(f"text: {dataset.documents} documents, {dataset.tokens:,} tokens in {str(dataset.prefix)}.bin")
   platform = shell.backend()
   files = train.new_run(output_directory, steps)
   command, variables = train.command(model_name, dataset, files, platform), train.environment(platform)

@@ -16,7 +16,8 @@ from maxtext_ling2.stock_command.errors import StockCommandError
 from maxtext_ling2.stock_command.log import Log
 from maxtext_ling2.stock_command.progress import Shown, duration
 from maxtext_ling2.stock_command.settings import Settings, Words, split
-from maxtext_ling2.stock_command.sizes import as_text, size
+from maxtext_ling2.stock_command.sizes import size
+from maxtext_ling2.training.checkpoint_report import readable
 
 MODEL_YML = "model.yml"
 """The YAML file of a converted model, beside its checkpoint."""
@@ -59,7 +60,7 @@ def convert(folder: Path, output: str, words: Sequence[str], console: Console) -
   arguments = [*shell.python_module(shell.TO_MAXTEXT), *given.all(added | settings.permission(added)), *missing]
   seconds = _run(arguments, place, "converting", console)
   items = Path(place, _STEP)
-  console.print(f"checkpoint: {items} ({as_text(size(items))}, {duration(seconds)})")
+  console.print(f"checkpoint: {items} ({readable(size(items))}, {duration(seconds)})")
   same_dtype = not _has_flag(given, "--save_dtype")
   for title, text in _after_conversion(folder, items, settings, same_dtype):
     console.print(f"{title}:\n  {text}")
@@ -95,7 +96,7 @@ def export(checkpoint: str, folder: Path, words: Sequence[str], console: Console
   added = _named(settings) | settings.unless_given({**needed, **_ON_CPU})
   arguments = [*shell.python_module(shell.TO_HUGGING_FACE), *given.all(added | settings.permission(added))]
   seconds = _run(arguments, str(folder), "exporting", console)
-  console.print(f"folder: {folder} ({as_text(size(folder))}, {duration(seconds)})")
+  console.print(f"folder: {folder} ({readable(size(folder))}, {duration(seconds)})")
   tokenizer = [] if any(folder.glob("tokenizer*")) else next_commands.tokenizer(settings) or _tiny_tokenizer()
   generate = next_commands.own("generate", folder, *tokenizer, "--prompt", next_commands.PROMPT)
   console.print(f"let it write:\n  {generate}")

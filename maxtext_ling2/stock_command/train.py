@@ -13,7 +13,8 @@ from maxtext_ling2.stock_command import check, next_commands, plot, shell
 from maxtext_ling2.stock_command.errors import StockCommandError
 from maxtext_ling2.stock_command.run import Outcome, Run, follow
 from maxtext_ling2.stock_command.settings import Settings, model_names, split
-from maxtext_ling2.stock_command.sizes import as_text, size
+from maxtext_ling2.stock_command.sizes import size
+from maxtext_ling2.training.checkpoint_report import readable
 
 FOLDER = "maxtext_output"
 """Where runs go unless base_output_directory says otherwise, as in MaxText."""
@@ -111,7 +112,7 @@ def _report(
     console.print(f"no step was left to train: this run has had its {files.steps} steps; add more, or another run_name")
   checkpoint = files.last_checkpoint()
   if checkpoint is not None:
-    console.print(f"checkpoint: {checkpoint} ({as_text(size(checkpoint))})")
+    console.print(f"checkpoint: {checkpoint} ({readable(size(checkpoint))})")
   elif "://" in files.output:
     console.print(f"checkpoints: {files.checkpoints}")
   ended = outcome.ended

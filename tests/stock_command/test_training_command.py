@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(stand_in: Path, monkeypatch:
   assert done.exit_code == 130
   assert done.stdout.splitlines()[-4:] == [
     "maxtext-ling2: stopped by SIGINT after step 1; checkpoint x",
-    f"checkpoint: {stand_in}/maxtext_output/first/checkpoints/1 (0 B)",
+    f"checkpoint: {stand_in}/maxtext_output/first/checkpoints/1 (0 bytes)",
     "go on:",
     f"  maxtext-ling2 train base_output_directory={stand_in}/maxtext_output {' '.join(words)}",
   ]

@@ -1,7 +1,8 @@
 """The commands `train`, `sft`, `convert` and `export` of `maxtext-ling2`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,7 +19,7 @@ _DRY_RUN = typer.Option("--dry-run", help="Print the command and check the setti
 
 
 def register(app: App) -> None:
-  """Adds the commands to the application."""
+  """Adds the commands."""
   app.add(train, "maxtext-ling2 train model_name=ling2-tiny dataset_type=synthetic steps=5")
   app.add(sft, "maxtext-ling2 sft tune.yml run_name=chats steps=100")
   app.add(convert, "maxtext-ling2 convert HF_DIR OUT scan_layers=true", context_settings=_FLAGS)
@@ -85,12 +86,12 @@ def _started(command: str, what: str) -> Console:
   return console
 
 
-def _guarded(work: Any) -> int:
-  """The exit code of some work; an error of MaxText's command is printed, and has that command's exit code."""
+def _guarded(work: Callable[[], int]) -> int:
+  """The exit code of some work; an error that has MaxText's own exit code is printed here, others by `app.Command`."""
   from maxtext_ling2.stock_command.errors import StockCommandError
 
   try:
-    return int(work())
+    return work()
   except StockCommandError as error:
     terminal.print_error(str(error))
     return error.code
