@@ -7,7 +7,8 @@ import enum
 import pytest
 import symbols
 
-from maxtext_ling2 import doctor, plugin
+from maxtext_ling2 import plugin
+from maxtext_ling2.doctor import checks
 from maxtext_ling2.host.contract import Expectation, expect, resolve
 from maxtext_ling2.host.registry import Registry
 from maxtext_ling2.host.seam import Seam, Use
@@ -152,8 +153,8 @@ class Broken(Seam):
 def seams_of(registry, monkeypatch):
   """What doctor says of the seams of a registry."""
   monkeypatch.setattr(plugin, "REGISTRY", registry)
-  found = doctor.Diagnosis({"maxtext": "0"}, {}, {})
-  doctor._seams(found)
+  found = checks.Diagnosis({"maxtext": "0"}, {}, {})
+  checks._seams(found)
   return found
 
 

@@ -107,7 +107,7 @@ COMMANDS = {
   "config hf -o file/x.yml": (CONTENT, ["-o file/x.yml", "no folder file", "name a file"]),
   "config hf -o /proc/x.yml": (CONTENT, ["/proc/x.yml", "name a path"]),
   # batch
-  "batch": (USAGE, ["missing argument 'settings...'", UNDERSTOOD]),
+  "batch": (USAGE, ["missing argument 'settings'", UNDERSTOOD]),
   "batch nowhere.yml": (CONTENT, ["nowhere.yml", "pass a base yaml file"]),
   "batch nonsense": (CONTENT, ["'nonsense': not a setting of maxtext", "write key=value"]),
   "batch steps=3 --rows 0": (USAGE, ["--rows", "greater than or equal to 1"]),

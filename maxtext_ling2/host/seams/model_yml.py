@@ -82,6 +82,7 @@ class ModelYmlSeam(Seam):
       words = [*words, *self._unless_given(mine, words, kwargs)]
     model_name = settings.get("model_name")
     if model_name == CUSTOM_MODEL and not any(is_given(size, mine, words, kwargs) for size in _SIZES):
+      self._load_as_maxtext(path)  # a yml that cannot be read says so itself
       raise ValueError(no_sizes(f"model_name={model_name}", f"my.yml as base yml, then model_name={model_name}"))
     if model_name in self.model_names:
       if not (self.folder / "models" / f"{model_name}.yml").is_file():
@@ -93,6 +94,11 @@ class ModelYmlSeam(Seam):
       words = [*words, *over_model(path, mine, words, kwargs, model_yml, self._configs_folder)]
       path = str(self.folder / quote(path, safe=""))
     return path, words
+
+  def _load_as_maxtext(self, path: str) -> None:
+    from maxtext.configs import pyconfig
+
+    pyconfig._load_config(path)
 
   def _unless_given(self, mine: dict[str, Any], words: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
     """Words that replace what MaxText's own base yml says."""
