@@ -182,7 +182,7 @@ def test_on_a_gpu_the_same_runs_in_plain_jax(call):
 
 @pytest.mark.parametrize("ring", [{}, {"factor": 1.5, "fallback": "layer"}])
 def test_a_ring_has_kernels(ring):
-  """The recipe of v6e-64 moves 840 GB per step with them and 1067 without (docs/train_step.md)."""
+  """The recipe of v6e-64 moves 775 GB per step with them and 1067 without (docs/train_step.md)."""
   assert why(layer_of(ring=True, expert=4, **ring)) is None
 
 
