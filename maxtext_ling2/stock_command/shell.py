@@ -48,8 +48,10 @@ def backend() -> str:
 
 def environment(platform: str) -> dict[str, str]:
   """Environment variables that a stock command needs in addition to the user's."""
+  if platform != "cpu":
+    return {}
   # Without an accelerator, JAX would look for a TPU first wherever libtpu is installed.
-  return start.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {}
+  return start.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
 
 
 def as_shell(arguments: Sequence[str], variables: Mapping[str, str]) -> str:
