@@ -87,7 +87,7 @@ def put_package(folder: Path) -> None:
   """Put the start-up modules and stand-ins for the plugin and the command line into a folder."""
   package = folder / "maxtext_ling2"
   package.mkdir(parents=True)
-  for name in START_UP:
+  for name in (*START_UP, "errors.py"):  # which `run` asks about a module that is missing
     shutil.copy(ROOT / "maxtext_ling2" / name, package)
   (package / "plugin.py").write_text(textwrap.dedent(REGISTER.format(name="ling2")))
   (package / "cli.py").write_text("import sys\n\n\ndef main():\n  print('command line', sys.argv[1:])\n")

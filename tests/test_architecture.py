@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,3 +95,9 @@ def test_python_of_the_api_page() -> None:
   last = np.einsum("bhd,bhde->bhe", *(np.asarray(x, np.float64) for x in (names["q"][:, -1], names["state"])))
   assert names["o"].shape == (1, 100, 16, 128)
   np.testing.assert_allclose(names["o"][:, -1], last * 128**-0.5, rtol=1e-5, atol=1e-5)
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+  """pytest imports them by their names alone here, and would run only the first of two."""
+  found = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+  assert [name for name, count in found.items() if count > 1] == []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maxtext_ling2 import discovery
+from maxtext_ling2.errors import INSTALL
 from sandbox import OWN, SITE_FILES, Environment, printing, put_package
 
 pytestmark = pytest.mark.hostile
@@ -15,6 +16,7 @@ REGISTERED = "import maxtext; answer = maxtext.registered"
 RECORDS = """
 import maxtext
 from maxtext_ling2 import discovery
+from maxtext_ling2.errors import INSTALL
 answer = [[record.name, record.version, record.state] for record in discovery.plugins]
 """
 
@@ -247,8 +249,15 @@ def test_run_says_that_there_is_no_such_module(bare: Environment, source: Path, 
 
 def test_run_shows_what_a_parent_package_failed_to_import(bare: Environment, source: Path) -> None:
   bare.write("maxtext/__init__.py", "import what_maxtext_needs")
+  bare.write("jax.py", "")
   done = bare.run("-m", "maxtext_ling2", "run", "maxtext.sub", PYTHONPATH=source)
   assert done.stderr.endswith("ModuleNotFoundError: No module named 'what_maxtext_needs'\n")
+
+
+def test_run_says_what_to_install_where_maxtext_came_without_an_extra(bare: Environment, source: Path) -> None:
+  bare.write("maxtext/__init__.py", "import what_maxtext_needs")
+  done = bare.run("-m", "maxtext_ling2", "run", "maxtext.sub", PYTHONPATH=source)
+  assert done.stderr == f"error: No module named 'what_maxtext_needs', which MaxText needs; run: {INSTALL}\n"
 
 
 def test_run_without_a_module_shows_its_usage(bare: Environment, source: Path) -> None:
