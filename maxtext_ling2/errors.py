@@ -27,7 +27,7 @@ class OptionError(Ling2Error, ValueError):
 
 
 INSTALL = "pip install 'maxtext-ling2[tpu]' (also right for CPUs; [cuda12] for NVIDIA GPUs)"
-"""What installs the plugin together with what MaxText stands on, which comes with an extra only."""
+"""What installs the plugin together with MaxText's dependencies, which come with an extra only."""
 
 
 def missing_dependency(error: ImportError) -> str | None:

@@ -73,7 +73,7 @@ def _epilog(examples: Sequence[str]) -> str:
 
 @contextmanager
 def one_line_errors(ctx: Any) -> Iterator[None]:
-  """Turns the errors that a user can mend into a line and an exit code; others keep their traceback.
+  """Turns the errors that a user can correct into a line and an exit code; others keep their traceback.
 
   Args:
     ctx: typer's context of the command, for the usage before errors of options.

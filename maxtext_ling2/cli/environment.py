@@ -22,7 +22,7 @@ def register(app: App) -> None:
 
 
 def version() -> str:
-  """This package's version, with those it stands on."""
+  """The name and the version of this package."""
   return f"maxtext-ling2 {maxtext_ling2.__version__}"
 
 

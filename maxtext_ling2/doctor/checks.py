@@ -121,7 +121,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _maxtext_imports(found: Diagnosis) -> bool:
-  """Whether MaxText and what it stands on can be imported at all."""
+  """Whether MaxText and its dependencies can be imported at all."""
   try:
     import maxtext.configs.pyconfig  # noqa: F401  the configuration, hence jax, pydantic and omegaconf
   except ImportError as error:

@@ -44,8 +44,8 @@ class Eod(int):
     token.reading = reading
     return token
 
-  def __getnewargs__(self) -> tuple[int, Reading]:  # type: ignore[override]
-    return int(self), self.reading
+  def __reduce__(self) -> tuple[Any, ...]:
+    return Eod, (int(self), self.reading)
 
 
 def stream_source(call: Call) -> Any:
@@ -184,5 +184,5 @@ class CheckedSamples(_mmap_datasource.MegatronNpyDataSource):
 
 
 def _samples_again(args: tuple[Any, ...], kwargs: dict[str, Any], vocab_size: int) -> CheckedSamples:
-  """The source in one of grain's processes, which opens the files anew."""
+  """The source in one of grain's processes, which opens the files again."""
   return CheckedSamples(*args, vocab_size=vocab_size, **kwargs)

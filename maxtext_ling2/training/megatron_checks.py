@@ -153,7 +153,7 @@ def other_files(folder: str, prefixes: Sequence[str], why: str) -> DataError:
   """The error that an index folder does not belong to files."""
   return DataError(
     f"{folder}: this index folder was made when {listed(prefixes)} had other contents ({why}), so rows would be cut "
-    "in wrong places and filled up with EODs; delete the folder, which MaxText then makes anew, or name another one"
+    "in wrong places and filled up with EODs; delete the folder, which MaxText then makes again, or name another one"
   )
 
 

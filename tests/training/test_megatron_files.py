@@ -192,7 +192,7 @@ def indexed(tmp_path, **settings):
 def other_contents(tmp_path, why):
   return (
     f"{tmp_path}/index: this index folder was made when {tmp_path}/web had other contents ({why}), so rows would be cut "
-    "in wrong places and filled up with EODs; delete the folder, which MaxText then makes anew, or name another one"
+    "in wrong places and filled up with EODs; delete the folder, which MaxText then makes again, or name another one"
   )
 
 
